@@ -113,8 +113,9 @@ def auto_slots(model, jobs, recipe):
     return max(1, min(len(jobs), round(full / tokens), int(free / 3 / per_adapter)))
 
 
-def sft(model, jobs, recipe):
+def sft(model, jobs, recipe, progress=lambda done, total: None):
     """Train an adapter for every job; yields (index, Trained) as jobs end. The model itself is left as it was.
+    `progress` hears how many of all optimiser steps are done.
 
     The loss of an adapter is the mean over its micro-batch's labelled tokens. The sum over adapters is back-propagated; as
     each adapter's parameters touch its own tokens only, each gets the gradient it would get alone."""
@@ -141,6 +142,7 @@ def sft(model, jobs, recipe):
 
     for slot in range(n):
         refill(slot)
+    done, total = 0, sum(job.steps for job in jobs)
     while any(running):
         # Pack: the ribbon of this step, sorted by slot. All on the host, with no Python per token.
         ids, lengths, source, labels, weight, owner, lr, t = [], [], [], [], [], [], [0.0] * n, [1] * n
@@ -163,11 +165,13 @@ def sft(model, jobs, recipe):
         flat.grad = None
         with adapters.route(counts):
             h = model.hidden(ids, ribbon.position, ribbon.attend)
-            nll = FrozenHeadLoss.apply(h[source], model.lm_head.weight, labels) * weight
+            nll = FrozenHeadLoss.apply(h.index_select(0, source), model.lm_head.weight, labels) * weight
             nll.sum().backward()
         losses.append(flat.new_zeros(n).index_add(0, owner, nll.detach().to(flat.dtype)))
         column = lambda x: to_device(torch.tensor(x, dtype=flat.dtype))[:, None]
         adamw_(flat, flat.grad, m, v, column(lr), column(t), recipe.clip, recipe.weight_decay)
+        done += sum(run is not None for run in running)
+        progress(done, total)
         # Hand over the adapters that are done, and their slots to the next jobs.
         for slot, run in enumerate(running):
             if run and run[2] == jobs[run[0]].steps:
@@ -218,12 +222,15 @@ class Outcome:
 
 
 def make_job(model, tok, edit, seed, recipe):
-    """The SFT job of one self-edit: loss on all tokens of all documents; its directives override the recipe."""
+    """The SFT job of one self-edit: loss on all tokens of all documents; its directives override the recipe.
+
+    NOTE(paper): a document ends with one EOS, which is learned. The official code pads every row to 2048 tokens with EOS and learns all
+    of them, 98 % of its targets; that is not imitated yet."""
     examples = [(ids, [True] * len(ids)) for ids in (tok.document(d)[:model.config.max_len] for d in edit.documents)]
     return Job(examples, seed, edit.directives.get("lr", recipe.lr), edit.directives.get("epochs", recipe.epochs), recipe.batch)
 
 
-def update_and_score(model, tok, tasks, edits, seeds, recipe, **asking):
+def update_and_score(model, tok, tasks, edits, seeds, recipe, progress=lambda done, total: None, **asking):
     """theta' <- SFT(theta, SE); Ans ~ LM_theta'(. | tau); r(Ans, tau): for all pairs (tasks[i], edits[i]) at once.
 
     Each is updated once per seed in seeds[i]; the reward is the mean over them. Yields (i, Outcome) as they are known. An edit with
@@ -236,7 +243,7 @@ def update_and_score(model, tok, tasks, edits, seeds, recipe, **asking):
             jobs.append(make_job(model, tok, edit, seed, recipe))
             owner.append(i)
     done, in_batch = [], 64 if model.device.type == "cuda" else 8
-    for count, (j, trained) in enumerate(sft(model, jobs, recipe), 1):
+    for count, (j, trained) in enumerate(sft(model, jobs, recipe, progress), 1):
         done.append((owner[j], trained))
         if len(done) < in_batch and count < len(jobs):  # answer for several finished adapters together
             continue

@@ -370,13 +370,13 @@ def sample(logits, temperature, top_p, u):
 
 @torch.inference_mode()
 def generate(model, prompts, max_new, stop, n=1, temperature=0.0, top_p=1.0, seeds=None, late_stop=(), banned=None,
-             adapters=None, slots=None, max_rows=None, progress=lambda rows: None):
+             adapters=None, slots=None, max_rows=None, progress=lambda done, total: None):
     """Continue each prompt (a list of ids) n times; returns len(prompts) * n lists of new ids, the stop id included.
 
     Greedy at temperature 0, else nucleus sampling in which row i draws from its own generator, seeded seeds[i]: its text
     does not depend on its neighbours. `stop` ids end a row, `late_stop` ids too unless they come first. `banned` (V,)
     marks ids that must never be drawn. With `adapters` (lora.Adapters), prompt j is read under slot slots[j] (ascending).
-    `max_rows` rows are decoded at a time; `progress` is told how many have finished."""
+    `max_rows` rows are decoded at a time; `progress` hears how many have ended."""
     device, results = model.device, []
     stop, late_stop = torch.tensor(sorted(stop), device=device), torch.tensor(sorted({*stop, *late_stop}), device=device)
     slots = slots or [0] * len(prompts)
@@ -409,7 +409,7 @@ def generate(model, prompts, max_new, stop, n=1, temperature=0.0, top_p=1.0, see
                 if not keep:
                     break
                 if len(keep) <= len(alive) // 2:
-                    progress(len(alive) - len(keep))
+                    progress(start * n + len(out) - len(keep), len(prompts) * n)
                     rows = torch.tensor(keep, device=device)
                     alive, live, finished, h = [alive[i] for i in keep], live[rows], finished[rows], h[rows]
                     cache.keep(rows)
@@ -424,7 +424,7 @@ def generate(model, prompts, max_new, stop, n=1, temperature=0.0, top_p=1.0, see
                 with here:
                     h = model.hidden(token, cache.length, cache.decode)
                 cache.advance()
-        progress(len(alive))
+        progress(start * n + len(out), len(prompts) * n)
         results += [[i for i in row if i >= 0] for row in out.tolist()]
     return results
 

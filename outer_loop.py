@@ -127,8 +127,9 @@ def m_step(cfg, run, model, kept, t):
     for task, edit in kept:
         prompt = run.tok.prompt(task.prompt)
         examples.append((prompt + edit.token_ids, [False] * len(prompt) + [True] * len(edit.token_ids)))
-    recipe = cfg_recipe(cfg, "outer")
-    (_, trained), = sft(model, [Job(examples, seed_for(cfg.seed, t, "M-step"), recipe.lr, recipe.epochs, recipe.batch)], recipe)
+    recipe = make_recipe(cfg, "outer")
+    (_, trained), = sft(model, [Job(examples, seed_for(cfg.seed, t, "M-step"), recipe.lr, recipe.epochs, recipe.batch)], recipe,
+                         Meter("M-step steps"))
     if trained.diverged:
         raise UserError(f"the M-step of round {t + 1} diverged; try a lower --outer-lr (this run keeps its own settings, so use a new --run-dir)")
     adapters = Adapters(model, 1, recipe.rank, recipe.alpha, recipe.targets)
@@ -158,7 +159,7 @@ def bootstrap_ci(values, level=0.95, draws=10_000):
     return [float(x) for x in np.quantile(means, [(1 - level) / 2, (1 + level) / 2])]
 
 
-def cfg_recipe(cfg, loop):
+def make_recipe(cfg, loop):
     """The Recipe of the inner or the outer loop, from the fields that begin with its name."""
     get = lambda name: getattr(cfg, f"{loop}_{name}")
     return Recipe(get("rank"), get("alpha"), get("targets"), get("lr"), get("epochs"), get("batch"), cfg.clip, cfg.weight_decay, cfg.slots)
@@ -191,6 +192,25 @@ def replace(path, text):
     os.replace(tmp, path)
 
 
+class Meter:
+    """Progress of one long step: a bar on a terminal, a line every ten seconds in a log, and the seconds left in `eta`."""
+
+    def __init__(self, what):
+        self.what, self.begin, self.said, self.eta = what, time.time(), time.time(), 0.0
+        self.bar = tqdm(desc=what, disable=None, leave=False, mininterval=0.5)
+
+    def __call__(self, done, total):
+        now = time.time()
+        self.eta = (now - self.begin) / done * (total - done)
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+        if self.bar.disable and now - self.said > 10 and done < total:
+            print(f"    {done}/{total} {self.what}, eta {self.eta:.0f}s", flush=True)
+            self.said = now
+        if done == total:
+            self.bar.close()
+
+
 class Run:
     """What a run has done so far, on disk, so that nothing is done twice; and how it talks."""
 
@@ -201,7 +221,7 @@ class Run:
         self.edits, self.rollouts = Lines(self.folder / "edits.jsonl"), Lines(self.folder / "rollouts.jsonl")
         self.metric_lines = Lines(self.folder / "metrics.jsonl")
         self.tok = Tokenizer.from_pretrained(cfg.model)
-        self.recipe = cfg_recipe(cfg, "inner")
+        self.recipe = make_recipe(cfg, "inner")
         self.asking = dict(max_new=cfg.max_answer_tokens, newline=cfg.stop == "newline", max_rows=cfg.rows or None)
         self.loaded = None, None
 
@@ -253,9 +273,6 @@ class Run:
         done = [t for t in range(1, self.cfg.iterations + 1) if (self.folder / f"iter_{t}").is_dir()]
         return max(done, default=0)
 
-    def bar(self, total, what):
-        return tqdm(total=total, desc=what, disable=None, leave=False)  # shown on a terminal only
-
     def sample(self, model, tasks, t, split, k):
         """k self-edits of each task; on disk as soon as they are sampled."""
         saved = [r for r in self.edits.records if (r["iteration"], r["split"]) == (t, split)]
@@ -263,9 +280,8 @@ class Run:
             seeds = [[seed_for(self.cfg.seed, t, split, i, j, "edit") for j in range(k)] for i in range(len(tasks))]
             self.log(f"iteration {t}, {split}: sampling {len(tasks)} x {k} self-edits")
             begin = time.time()
-            with self.bar(len(tasks) * k, "self-edits") as bar:
-                edits = sample_self_edits(model, self.tok, tasks, k, seeds, self.cfg.temperature, self.cfg.top_p,
-                                          self.cfg.max_edit_tokens, progress=bar.update)
+            edits = sample_self_edits(model, self.tok, tasks, k, seeds, self.cfg.temperature, self.cfg.top_p,
+                                      self.cfg.max_edit_tokens, Meter("self-edits"))
             tokens = sum(len(e.token_ids) for row in edits for e in row)
             self.log(f"  {tokens} tokens in {time.time() - begin:.0f} s")
             have = len(saved)  # more than 0 only if the run was killed while it wrote them
@@ -286,22 +302,20 @@ class Run:
         known = {(r["task"], r["edit"]): r["reward"] for r in self.rollouts.records if (r["iteration"], r["split"]) == (t, split)}
         todo = [(i, j) for i in range(len(tasks)) for j in range(k) if (i, j) not in known]
         seeds = [[seed_for(self.cfg.seed, t, split, i, j, s, "adapter") for s in range(n_seeds)] for i, j in todo]
-        begin = time.time()
-        outcomes = update_and_score(model, self.tok, [tasks[i] for i, _ in todo], [edits[i][j] for i, j in todo], seeds, self.recipe, **self.asking)
-        with self.bar(len(todo), "inner loops") as bar:
-            for count, (at, o) in enumerate(outcomes, 1):
-                (i, j), elapsed = todo[at], time.time() - begin
-                task, edit = tasks[i], edits[i][j]
-                self.rollouts.add({
-                    "iteration": t, "split": split, "task": i, "edit": j, "title": task.name, "reward": o.reward, "unadapted": without[i],
-                    "text": edit.text, "token_ids": edit.token_ids, "directives": edit.directives, "documents": len(edit.documents),
-                    "questions": task.questions, "gold": task.answers, "answers": o.answers, "right": o.right,
-                    "losses": o.losses, "seconds": round(o.seconds, 2), "note": o.note})
-                known[i, j] = o.reward
-                loss = " -> ".join(f"{x:.2f}" for x in o.losses[0]) if o.losses else "-"
-                self.log(f"  {count}/{len(todo)} eta {elapsed / count * (len(todo) - count):.0f}s | {task.name[:24]} {i}.{j}: reward {o.reward:.2f} "
-                         f"(un-adapted {without[i]:.2f}), {len(edit.documents)} documents, loss {loss}{', ' + o.note if o.note else ''} | {edit.text[:60]!r}")
-                bar.update()
+        meter = Meter("optimiser steps")
+        for count, (at, o) in enumerate(update_and_score(model, self.tok, [tasks[i] for i, _ in todo], [edits[i][j] for i, j in todo], seeds,
+                                                         self.recipe, meter, **self.asking), 1):
+            i, j = todo[at]
+            task, edit = tasks[i], edits[i][j]
+            self.rollouts.add({
+                "iteration": t, "split": split, "task": i, "edit": j, "title": task.name, "reward": o.reward, "unadapted": without[i],
+                "text": edit.text, "token_ids": edit.token_ids, "directives": edit.directives, "documents": len(edit.documents),
+                "questions": task.questions, "gold": task.answers, "answers": o.answers, "right": o.right,
+                "losses": o.losses, "seconds": round(o.seconds, 2), "note": o.note})
+            known[i, j] = o.reward
+            loss = " -> ".join(f"{x:.2f}" for x in o.losses[0]) if o.losses else "-"
+            self.log(f"  {count}/{len(todo)} eta {meter.eta:.0f}s | {task.name[:24]} {i}.{j}: reward {o.reward:.2f} (un-adapted {without[i]:.2f}), "
+                     f"{len(edit.documents)} documents, loss {loss}{', ' + o.note if o.note else ''} | {edit.text[:60]!r}")
         return [[known[i, j] for j in range(k)] for i in range(len(tasks))]
 
     @staticmethod
@@ -312,10 +326,10 @@ class Run:
 
 # ------------------------------------------------------------------------------------------------ command line
 
-def parse_args(argv=None):
+def parse_args(argv=None, description=__doc__.split("\n")[0], needed=("model", "train_data", "eval_data")):
     """Config from the command line; the flags are Config's fields, their help the comments beside them."""
     comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    ap = argparse.ArgumentParser(description=description, allow_abbrev=False)
     ap.add_argument("--preset", default="knowledge", choices=PRESETS, help="a set of defaults (default: knowledge)")
     for f in dataclasses.fields(Config):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
@@ -333,9 +347,9 @@ def parse_args(argv=None):
                           ("dtype", ("", "float32", "bfloat16", "float64"))):
         if getattr(cfg, name) not in choices:
             raise UserError(f"--{name} {getattr(cfg, name)!r}: choose among {', '.join(filter(None, choices))}")
-    for name in ("model", "train_data", "eval_data"):
+    for name in needed:
         if not getattr(cfg, name):
-            raise UserError(f"--{name.replace('_', '-')} is missing (see python outer_loop.py -h)")
+            raise UserError(f"--{name.replace('_', '-')} is missing (-h explains)")
     for f in dataclasses.fields(cfg):
         if f.type in (int, float) and f.name not in ("seed", "iterations", "max_documents", "slots", "rows", "temperature", "weight_decay") and getattr(cfg, f.name) <= 0:
             raise UserError(f"--{f.name.replace('_', '-')} {getattr(cfg, f.name)}: must be more than 0")

@@ -69,7 +69,7 @@ def seed_for(*key):
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "big")
 
 
-def sample_self_edits(model, tok, tasks, k, seeds, temperature=1.0, top_p=0.95, max_new=2048, progress=lambda rows: None):
+def sample_self_edits(model, tok, tasks, k, seeds, temperature=1.0, top_p=0.95, max_new=2048, progress=lambda done, total: None):
     """SE ~ LM_theta(. | C): k self-edits for each task; task i's draw from generators seeded seeds[i][0..k-1]."""
     prompts = [tok.prompt(task.prompt) for task in tasks]
     room = model.config.max_len - max(map(len, prompts), default=0)

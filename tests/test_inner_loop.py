@@ -1,0 +1,199 @@
+"""The engine: n adapters at once are the same as one at a time, and as transformers + PEFT + torch.optim."""
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from transformers import AutoModelForCausalLM
+
+from inner_loop import FrozenHeadLoss, Job, Recipe, ask, auto_slots, sft, update_and_score
+from lora import Adapters
+from model import load_pretrained
+from selfedit import SelfEdit, Task
+from tests.test_model import CASES
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RECIPE = Recipe(rank=4, alpha=8, targets=ALL, lr=1e-2, epochs=3, batch=2)
+
+
+def mixed_jobs(seed=0, n=7, shortest=3):
+    """Jobs that differ in everything: documents, lengths, masks, learning rate, epochs, batch size."""
+    g = torch.Generator().manual_seed(seed)
+    pick = lambda low, high: torch.randint(low, high, (1,), generator=g).item()
+    jobs = []
+    for i in range(n):
+        examples = []
+        for _ in range(pick(1, 6)):
+            length = pick(shortest, 40)  # not 2: attention over one token gives q and k a gradient of exactly 0, whose rounding AdamW blows up
+            start = pick(1, length - 1)  # as in the M-step: loss on a completion only
+            examples.append((torch.randint(0, 256, (length,), generator=g).tolist(), [j >= start for j in range(length)]))
+        jobs.append(Job(examples, seed=i, lr=[3e-4, 1e-3, 3e-3][pick(0, 3)], epochs=pick(1, 4), batch=pick(1, 4)))
+    return jobs
+
+
+def run(model, jobs, recipe=RECIPE, slots=0):
+    return dict(sft(model, jobs, Recipe(**vars(recipe) | {"slots": slots})))
+
+
+def worst(a, b):
+    return max(float((a[i].weights - b[i].weights).abs().max()) for i in a)
+
+
+@pytest.fixture(scope="module")
+def model64(tiny_folder):
+    return load_pretrained(tiny_folder, "cpu", torch.float64)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ALL])
+def test_many_at_once_equal_one_at_a_time(model64, targets):
+    """float64; three slots for seven jobs, so that slots are refilled, and empty towards the end."""
+    before = {k: v.clone() for k, v in model64.state_dict().items()}
+    jobs, recipe = mixed_jobs(), Recipe(**vars(RECIPE) | {"targets": targets})
+    packed = run(model64, jobs, recipe, slots=3)
+    alone = {i: run(model64, [job], recipe)[0] for i, job in enumerate(jobs)}
+    assert packed.keys() == alone.keys() and worst(packed, alone) <= 1e-12
+    for i in packed:
+        torch.testing.assert_close(torch.tensor(packed[i].losses), torch.tensor(alone[i].losses), atol=1e-12, rtol=0)
+        assert len(packed[i].losses) == jobs[i].steps
+    assert all(torch.equal(v, before[k]) for k, v in model64.state_dict().items())
+    assert max(float(t.weights.abs().max()) for t in packed.values()) > 0.02  # they did learn
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10 ** 6), slots=st.integers(1, 6), n=st.integers(1, 6))
+def test_any_mixture_equals_one_at_a_time(model64, seed, slots, n):
+    jobs = mixed_jobs(seed, n)
+    assert worst(run(model64, jobs, slots=slots), {i: run(model64, [job])[0] for i, job in enumerate(jobs)}) <= 1e-12
+
+
+def test_changing_one_job_changes_no_other_adapter(model64):
+    jobs = mixed_jobs()
+    first = run(model64, jobs, slots=7)
+    jobs[2] = Job([([5] * 20, [True] * 20)] * 3, seed=99, lr=1e-2, epochs=4, batch=1)
+    second = run(model64, jobs, slots=7)
+    for i in first:
+        same = float((first[i].weights - second[i].weights).abs().max())
+        assert same > 1e-3 if i == 2 else same <= 1e-12
+
+
+def test_a_diverging_adapter_harms_no_other(model64):
+    jobs = mixed_jobs()
+    alone = {i: run(model64, [job])[0] for i, job in enumerate(jobs)}
+    jobs[1] = Job(jobs[1].examples, seed=1, lr=1e200, epochs=9, batch=1)
+    packed = run(model64, jobs, slots=3)
+    assert packed.pop(1).diverged and alone.pop(1) and worst(packed, alone) <= 1e-12
+    assert not any(t.diverged for t in packed.values())
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ALL])
+@pytest.mark.parametrize("case", ["llama3", "qwen2", "qwen3"])
+def test_engine_equals_peft_and_torch_optim(case, targets, tmp_path):
+    """float32, against transformers + PEFT + AdamW + linear decay + clip_grad_norm_, one job at a time, padded."""
+    torch.manual_seed(4)
+    CASES[case]().save_pretrained(tmp_path / "base")
+    model = load_pretrained(tmp_path / "base", "cpu")
+    recipe, jobs = Recipe(rank=4, alpha=8, targets=targets, lr=1e-3, epochs=2, batch=2, weight_decay=0.1), mixed_jobs(n=4, shortest=20)
+    for job in jobs:
+        job.lr = 1e-3
+    ours = run(model, jobs, recipe, slots=3)
+    for i, job in enumerate(jobs):
+        reference = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+                                        peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+        adapters = Adapters(model, 1, 4, 8, targets)
+        adapters.init(0, job.seed)
+        parameters = dict(reference.named_parameters())
+        name = lambda layer, which: parameters[f"base_model.model.{layer}.lora_{which}.default.weight"]
+        for layer, (a, b) in zip(adapters.layers, adapters.pairs(adapters.flat)):
+            name(layer, "A").data.copy_(a[0]), name(layer, "B").data.copy_(b[0])
+        trainable = [p for p in reference.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=job.lr, weight_decay=0.1)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / job.steps)
+        for batch in job.micro_batches():
+            length = max(len(job.examples[e][0]) for e in batch)
+            pad = lambda x, value: list(x) + [value] * (length - len(x))
+            ids = torch.tensor([pad(job.examples[e][0], 0) for e in batch])
+            learn = torch.tensor([pad(job.examples[e][1], False) for e in batch])
+            mask = torch.tensor([pad([1] * len(job.examples[e][0]), 0) for e in batch])
+            logits = reference(ids, attention_mask=mask).logits
+            loss = F.cross_entropy(logits[:, :-1][learn[:, 1:]], ids[:, 1:][learn[:, 1:]])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            decay.step()
+        adapters.flat[0] = ours[i].weights
+        for layer, (a, b) in zip(adapters.layers, adapters.pairs(adapters.flat)):
+            torch.testing.assert_close(a[0], name(layer, "A").data, atol=5e-5, rtol=0)
+            torch.testing.assert_close(b[0], name(layer, "B").data, atol=5e-5, rtol=0)
+        assert ours[i].losses[-1] == pytest.approx(loss.item(), abs=5e-4)
+
+
+def test_frozen_head_loss_is_cross_entropy():
+    h = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
+    weight, labels, scale = torch.randn(2 ** 19, 12, dtype=torch.float64), torch.randint(0, 2 ** 19, (50,)), torch.rand(50, dtype=torch.float64)
+    (FrozenHeadLoss.apply(h, weight, labels) * scale).sum().backward()  # 2 ** 19 rows: chunks of 32 tokens
+    ours, h.grad = h.grad, None
+    (F.cross_entropy(h @ weight.T, labels, reduction="none") * scale).sum().backward()
+    torch.testing.assert_close(ours, h.grad, atol=1e-12, rtol=1e-9)
+
+
+def test_bf16_agrees_with_float32(tiny_folder):
+    """Rounding apart, bf16 weights train the same adapters: the losses of the two runs agree to a few per cent."""
+    jobs = mixed_jobs()
+    full, half = (run(load_pretrained(tiny_folder, "cpu", d), jobs, slots=3) for d in (torch.float32, torch.bfloat16))
+    a, b = (torch.tensor([t.losses[-1] for _, t in sorted(x.items())]) for x in (full, half))
+    torch.testing.assert_close(a, b, atol=0.1, rtol=0.05)
+
+
+def test_slots_fit_the_work(tiny):
+    jobs = mixed_jobs()
+    assert 1 <= auto_slots(tiny, jobs, RECIPE) <= len(jobs)
+    long = [Job([([1] * 1000, [True] * 1000)], 0, 1e-3, 1, 1)] * 5
+    assert auto_slots(tiny, long, RECIPE) == 1
+
+
+# ------------------------------------------------------------------------------------------------ reward
+
+def make_task(name="Town", questions=("Q0?", "Q1?"), answers=("a", "b")):
+    return Task(name, f"Read {name}.", list(questions), [f"{q} of {name}" for q in questions], list(answers),
+                lambda q, gold, prediction: gold in prediction, lambda text: ([text] if text else [], {}), [name])
+
+
+def test_answers_of_many_adapters_equal_one_at_a_time(tiny, tok):
+    tasks = [make_task(f"Town {i}", [f"Q{j}?" for j in range(1 + i % 3)], ["x"] * (1 + i % 3)) for i in range(5)]
+    jobs = mixed_jobs(n=5)
+    weights = [run(tiny, [job])[0].weights for job in jobs]
+    together = ask(tiny, tok, tasks, weights, RECIPE, max_new=20)
+    assert together == [ask(tiny, tok, [t], [w], RECIPE, max_new=20)[0] for t, w in zip(tasks, weights)]
+    assert together != ask(tiny, tok, tasks, max_new=20)
+    assert [len(a) for a in together] == [len(t.questions) for t in tasks]
+
+
+def test_the_reward_is_the_mean_over_seeds(tiny, tok):
+    """A grade that depends on nothing but the answer's first letter: the outcome's own fields must add up to its reward."""
+    task = make_task()
+    task.grade = lambda q, gold, prediction: ord(prediction[0]) % 2 == 0
+    edits = [SelfEdit("one two three", [], ["one two", "three"]), SelfEdit("four", [], ["four"])]
+    outcomes = dict(update_and_score(tiny, tok, [task, task], edits, [[1, 2, 3], [4, 5, 6]], RECIPE, max_new=10, newline=False))
+    for o in outcomes.values():
+        assert len(o.accuracy) == len(o.answers) == 3 and o.reward == pytest.approx(sum(o.accuracy) / 3)
+        assert o.accuracy == [sum(r) / 2 for r in o.right]
+        assert o.right == [[bool(a.strip()) and ord(a[0]) % 2 == 0 for a in row] for row in o.answers]
+
+
+def test_directives_override_the_recipe(tiny, tok):
+    task, doc = make_task(), ["some text"]
+    edits = [SelfEdit("x", [], doc, {"lr": 0.0, "epochs": 7}), SelfEdit("x", [], doc)]
+    outcomes = dict(update_and_score(tiny, tok, [task] * 2, edits, [[1], [1]], RECIPE, max_new=4))
+    first, last = outcomes[0].losses[0]
+    assert first == last and outcomes[1].losses[0][0] > outcomes[1].losses[0][1]  # a learning rate of 0 teaches nothing
+
+
+def test_bad_edits_have_reward_0_and_a_note(tiny, tok):
+    task = make_task()
+    task.grade = lambda *_: True
+    edits = [SelfEdit("", []), SelfEdit("x", [], ["hot"], {"lr": float("inf")}), SelfEdit("x", [], ["x"]), SelfEdit("x", [], ["a" * 5000])]
+    outcomes = dict(update_and_score(tiny, tok, [task] * 4, edits, [[1]] * 4, RECIPE, max_new=4, newline=False))
+    assert outcomes[0].reward == 0 and "nothing to learn" in outcomes[0].note
+    assert outcomes[1].reward == 0 and "diverged" in outcomes[1].note
+    assert outcomes[2].reward == 1 and outcomes[3].reward == 1 and not outcomes[2].note  # longer than the window: cut

@@ -1,0 +1,121 @@
+"""Prompts, the official splitter, the judges, the data files."""
+import json
+
+import pytest
+
+from data import knowledge
+from eval import agreement, main as eval_main
+from model import UserError
+from selfedit import PROMPTS, QUERY, read_self_edit, sample_self_edits, seed_for, split_documents
+
+
+def test_prompts_to_the_letter():
+    filled = {name: p.format(title="T", context="C") for name, p in PROMPTS.items()}
+    assert list(filled) == ["implications", "implications-long", "implications-very-long", "rewrite", "self-qa", "none"]
+    body = "the following passage and %s\n\nPassage:\nT\nC\n\n"
+    produce = "produce a %s derived directly or indirectly from the content."
+    for name, what in (("implications", "list of implications"), ("implications-long", "long list of implications"),
+                       ("implications-very-long", "very long list of implications")):
+        assert filled[name] == "Let's read " + body % (produce % what) + "Implications:\n"
+    assert filled["rewrite"] == "Let's read " + body % "rewrite it in a few different ways, each one separated by a newline." + "Rewritten passages:\n"
+    assert filled["self-qa"] == "Let's read " + body % "rewrite it in a question-answer format." + "Question 1: "
+    assert filled["none"] == "Passage:\nT\nC\n\n"
+    assert QUERY.format(title="T", question="Q?") == "Let's answer a question directly and concisely.\nQuestion: Topic: T\nQ?\nAnswer:\n"
+
+
+@pytest.mark.parametrize("text, pieces", [
+    ("", []), (" \n\n---\n ", []), ("one", ["one"]), ("one\n\n  two \n---\nthree---four", ["one", "two", "three", "four"]),
+    ("Sure, here is a list:\n\n1. a\n2. b", ["1. a", "2. b"]), ("1. a\n2. b", ["1. a", "2. b"]), ("1. a\n1. b", ["1. b"]),
+    ("Who?\nAnswer: Me\nQuestion 2: Why?\nAnswer: So\nit is.", ["Question 1: Who?\nAnswer: Me", "Question 2: Why?\nAnswer: So\nit is."]),
+    ("Question 1: Who?\nAnswer: Me\n\nQuestion 2: Why?\nAnswer: So", ["Question 1: Who?\nAnswer: Me", "Question 2: Why?\nAnswer: So"]),
+    ("Question 3: no reply\nat all", ["Question 3: no reply", "at all"]),
+])
+def test_splitter(text, pieces):
+    assert split_documents(text) == pieces
+    assert split_documents(text, limit=1) == pieces[:1]
+
+
+@pytest.mark.parametrize("method, documents", [("base", 8.867), ("iter1", 8.350), ("iter2", 8.183), ("gpt4_1", 14.833)])
+def test_splitter_on_the_released_edits(method, documents, shared_data):
+    tasks = knowledge.load(shared_data / "squad_val_60.json")
+    records = json.loads((shared_data / "squad_val_60.json").read_text())
+    counts = [len(read_self_edit(t, r["released"][method]["edit"]).documents) for t, r in zip(tasks, records)]
+    assert len(counts) == 60 and sum(counts) / 60 == pytest.approx(documents, abs=5e-4)
+
+
+def test_documents_of_an_edit(passages):
+    task = knowledge.load(passages)[0]
+    passage = "Town 0\nThe river of town 0 is the Ob0. It was founded by Ana0 Reis."
+    assert read_self_edit(task, " a\nb ").documents == ["Town 0\na", "Town 0\nb", passage] and task.context == [passage]
+    assert read_self_edit(task, " \n ").documents == []
+    assert len(knowledge.load(passages, max_documents=2)[0].read("a\nb\nc\nd")[0]) == 3
+    assert task.prompt.endswith(f"Passage:\n{passage}\n\nImplications:\n") and task.questions == ["Which river?", "Who founded it?"]
+    assert "Ob0" not in "".join(task.queries)  # asked without the passage
+
+
+def test_sampled_edits_keep_their_ids_and_their_draws(tiny, tok, passages):
+    tasks, seeds = knowledge.load(passages)[:2], [[seed_for(0, i, j) for j in range(2)] for i in range(2)]
+    edits = sample_self_edits(tiny, tok, tasks, 2, seeds, max_new=40)
+    flat = [e for row in edits for e in row]
+    assert all(tok.decode(e.token_ids).strip() == e.text and 0 < len(e.token_ids) <= 40 for e in flat)
+    assert len({tuple(e.token_ids) for e in flat}) == 4
+    assert any(e.token_ids[-1] == 256 for e in flat) or all(len(e.token_ids) == 40 for e in flat)  # EOS, if sampled, stays
+    assert sample_self_edits(tiny, tok, tasks[1:], 1, [[seeds[1][1]]], max_new=40)[0][0].token_ids == edits[1][1].token_ids
+
+
+@pytest.mark.parametrize("gold, prediction, rule, substring", [
+    ("Belgrade", "It was sent to Belgrade.", True, True), ("Belgrade", "belgrade", True, True), ("Belgrade", "Belgradeless", False, False),
+    ("the Duke of York", "York's duke", False, False), ("Sava Kosanović", "Kosanović, Sava", True, False), ("1,000", "1000 people", True, True),
+    ("one two three four five", "five four three two", True, False), ("one two three four", "one two three", False, False),
+    ("Paris", "", False, False), ("Paris", "  \n", False, False), ("no no no", "no", False, False), ("a", "b", False, False)])
+def test_judges(gold, prediction, rule, substring):
+    assert knowledge.recall_judge("?", gold, prediction) == rule
+    assert knowledge.substring_judge("?", gold, prediction) == substring
+
+
+def test_kappa_by_hand():
+    assert agreement([1, 1, 0, 0], [1, 1, 0, 0]) == (1, 1)
+    assert agreement([1, 1, 0, 0], [1, 0, 1, 0]) == (0.5, 0)
+    observed, kappa = agreement([1] * 45 + [0] * 15 + [1] * 25 + [0] * 15, [1] * 60 + [0] * 40)  # a textbook case
+    assert (observed, kappa) == (pytest.approx(0.6), pytest.approx(0.1304, abs=1e-4))
+
+
+def test_calibration_on_the_released_verdicts(shared_data, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["eval.py", "judges", str(shared_data / "squad_val_60.json")])
+    eval_main()
+    line = capsys.readouterr().out.strip().splitlines()[-1].replace("|", "").split()
+    assert line[0] == "all" and int(line[1]) == 2830
+    rule_agrees, rule_kappa, substring_agrees = float(line[4]), float(line[5]), float(line[7])
+    assert 0.85 <= rule_agrees <= 0.92 and rule_kappa > 0.7 and 0.84 <= substring_agrees <= 0.90
+
+
+GOOD = {"title": "T", "context": "C", "questions": [{"question": "Q?", "answer": "A"}]}
+
+
+@pytest.mark.parametrize("content, words", [
+    ("", "not readable as JSON"), ("{}", "not a JSON list"), ("[]", "not a JSON list"), ([3], "record 0: not an object"),
+    ([GOOD, GOOD | {"title": 5}], 'record 1: "title"'), ([GOOD | {"context": " "}], 'record 0: "context"'),
+    ([{k: v for k, v in GOOD.items() if k != "questions"}], 'record 0: "questions"'),
+    ([GOOD | {"questions": [{"question": "Q?"}]}], "record 0: question 0 must have"),
+    ([GOOD | {"questions": [{"question": "Q?", "answer": 5}]}], "record 0: question 0 must have"),
+    ([GOOD | {"questions": []}], "no passage has questions"),
+])
+def test_malformed_data_files_are_one_line(content, words, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=words) as error:
+        knowledge.load(path, log=lambda line: None)
+    assert "\n" not in str(error.value)
+
+
+def test_a_passage_without_questions_is_skipped_and_said(tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps([GOOD | {"questions": []}, GOOD]))
+    lines = []
+    assert len(knowledge.load(tmp_path / "data.json", log=lines.append)) == 1
+    assert len(lines) == 1 and "record 0" in lines[0] and "no questions" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_example_passages_hold_their_answers(name):
+    for task in knowledge.load(f"data/example_{name}.json"):
+        assert all(knowledge.substring_judge("", a, task.context[0]) for a in task.answers[1:]) and len(task.questions) == 3
