@@ -2,17 +2,24 @@
 
     python model.py --model HuggingFaceTB/SmolLM2-135M-Instruct --prompt "The capital of France is"
 
-Everything runs on a *ribbon*: the tokens of many sequences laid end to end, (T, dim), with no padding.
-Matmuls and norms don't care where a sequence ends; only attention does, so only attention unrolls the
-ribbon into a right-padded (n_seq, n_head, L, head_dim) view and rolls it up again. Attention is causal and
-the padding is on the right, so no real token ever sees a pad and no mask is needed.
+Everything runs on a *ribbon*: the tokens of many sequences laid end to end, (T, dim), no padding.
+Matmuls and norms don't care where a sequence ends; only attention does, so only attention unrolls
+the ribbon into a right-padded (n_seq, n_head, L, head_dim) view and rolls it up again. Attention is
+causal and the padding is on the right, so no real token ever sees a pad and no mask is needed.
 
-Modules keep Hugging Face's names, so that loading is a `load_state_dict` and what we save opens there.
-Simplified: no sliding window, no biases but Qwen2's, no dropout, RoPE 'default' or 'llama3'; anything else is refused.
+Modules keep Hugging Face's names: loading is a `load_state_dict`, and what we save opens there.
+Simplified: RoPE 'default' or 'llama3', no sliding window, no biases but Qwen2's, no dropout;
+a checkpoint that needs more is refused.
 
-Shapes: B sequences, T tokens, L longest sequence, D = dim, V vocabulary, H heads, K key/value heads, E = head_dim.
+Shapes: B sequences, T tokens, L longest sequence, D = dim, V vocabulary, H heads, K key/value heads,
+E = head_dim.
 """
-import argparse, json, math, re, shutil, sys
+import argparse
+import json
+import math
+import re
+import shutil
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +35,7 @@ class UserError(Exception):
     """Something the user can mend; programs print its one line and no traceback."""
 
 
-# ------------------------------------------------------------------------------------------------ configuration
+# ------------------------------------------------------------------------------- configuration
 
 @dataclass
 class ModelConfig:
@@ -52,32 +59,41 @@ class ModelConfig:
     def from_folder(cls, folder):
         raw = read_json(Path(folder) / "config.json")
         arch = (raw.get("architectures") or ["?"])[0]
-        if arch not in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-            raise UserError(f"{folder}: unsupported architecture {arch}; use a Llama, Qwen2/2.5 or Qwen3 checkpoint")
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # transformers 5, or 4
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or 4
         kind = rope.get("rope_type", rope.get("type", "default"))
-        for bad, what in ((kind not in ("default", "llama3"), f"RoPE type {kind!r}"),
-                          (raw.get("hidden_act", "silu") != "silu", f"activation {raw.get('hidden_act')!r}"),
+        known = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+        for bad, what in ((arch not in known, f"{arch} (Llama, Qwen2/2.5 and Qwen3 are)"),
+                          (kind not in ("default", "llama3"), f"RoPE type {kind!r}"),
+                          (raw.get("hidden_act", "silu") != "silu", f"{raw.get('hidden_act')!r}"),
                           (raw.get("use_sliding_window"), "sliding-window attention"),
-                          (raw.get("attention_bias") or raw.get("mlp_bias"), "attention_bias / mlp_bias"),
+                          (raw.get("attention_bias") or raw.get("mlp_bias"), "attention/mlp_bias"),
                           ("quantization_config" in raw, "quantised weights")):
             if bad:
                 raise UserError(f"{folder}: unsupported architecture: {what} is not implemented")
         try:
-            n_head = raw["num_attention_heads"]
-            return cls(dim=raw["hidden_size"], n_layer=raw["num_hidden_layers"], n_head=n_head,
-                       n_kv_head=raw.get("num_key_value_heads") or n_head,
-                       head_dim=raw.get("head_dim") or raw["hidden_size"] // n_head,
-                       hidden_dim=raw["intermediate_size"], vocab_size=raw["vocab_size"],
-                       max_len=raw.get("max_position_embeddings", 2048), norm_eps=raw.get("rms_norm_eps", 1e-6),
-                       rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
-                       rope_scaling=rope if kind == "llama3" else None, tied=raw.get("tie_word_embeddings", False),
-                       qkv_bias=arch.startswith("Qwen2"), qk_norm=arch.startswith("Qwen3"), raw=raw)
+            dim, n_head = raw["hidden_size"], raw["num_attention_heads"]
+            return cls(
+                dim=dim, n_layer=raw["num_hidden_layers"], n_head=n_head,
+                n_kv_head=raw.get("num_key_value_heads") or n_head,
+                head_dim=raw.get("head_dim") or dim // n_head,
+                hidden_dim=raw["intermediate_size"], vocab_size=raw["vocab_size"],
+                max_len=raw.get("max_position_embeddings", 2048),
+                norm_eps=raw.get("rms_norm_eps", 1e-6),
+                rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
+                rope_scaling=rope if kind == "llama3" else None,
+                tied=raw.get("tie_word_embeddings", False),
+                qkv_bias=arch.startswith("Qwen2"), qk_norm=arch.startswith("Qwen3"), raw=raw)
         except KeyError as e:
             raise UserError(f"{folder}/config.json: {e} is missing") from None
 
 
-# ------------------------------------------------------------------------------------------------ the ribbon
+# ------------------------------------------------------------------------------- the ribbon
+
+def to_device(tensor, device):
+    """Copy to a device without waiting for it (from pinned memory, where that matters)."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
 
 class Ribbon:
     """Sequences of the given lengths laid end to end, T = sum(lengths) tokens.
@@ -87,21 +103,21 @@ class Ribbon:
     def __init__(self, lengths, device):
         n, self.L = len(lengths), max(lengths, default=0)
         self.shape, self.lengths = (n, self.L), lengths
-        self.even = all(l == self.L for l in lengths)  # then unrolling is a reshape
+        self.even = all(length == self.L for length in lengths)  # then unrolling is a reshape
         length = torch.tensor(lengths)
         ends = length.cumsum(0)
         row = torch.repeat_interleave(torch.arange(n), length)
         position = torch.arange(row.numel()) - (ends - length)[row]
-        move = lambda t: (t.pin_memory() if torch.device(device).type == "cuda" else t).to(device, non_blocking=True)
-        self.position = move(position)             # (T,) place within its own sequence
-        self.cell = move(row * self.L + position)  # (T,) place in the flattened (n, L) view
-        self.last = move(ends - 1)                 # (n,) index of each sequence's last token
-        self.ends = move(ends.int())               # (n,) segment offsets, as grouped_mm wants them
+        self.position = to_device(position, device)             # (T,) place in its own sequence
+        self.cell = to_device(row * self.L + position, device)  # (T,) place in the (n * L,) view
+        self.last = to_device(ends - 1, device)                 # (n,) each sequence's last token
+        self.ends = to_device(ends.int(), device)               # (n,) as grouped_mm wants them
 
     def unroll(self, x):
         """(T, ...) -> (n, L, ...), zeros to the right of each sequence."""
-        if not self.even:  # index_copy: its backward is a gather (an indexed assignment's would sort)
-            x = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.cell, x)
+        if not self.even:  # index_copy's backward is a gather; an indexed assignment's would sort
+            zeros = x.new_zeros(math.prod(self.shape), *x.shape[1:])
+            x = zeros.index_copy(0, self.cell, x)
         return x.view(*self.shape, *x.shape[1:])
 
     def roll(self, y):
@@ -112,49 +128,61 @@ class Ribbon:
     def attend(self, layer, q, k, v):
         """Causal attention within each sequence. q (T, H, E), k and v (T, K, E) -> (T, H, E)."""
         q, k, v = (self.unroll(t).transpose(1, 2) for t in (q, k, v))  # (n, H or K, L, E)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        grouped = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return self.roll(y.transpose(1, 2))
 
 
 class Cache:
-    """Keys and values of every row's tokens so far, per layer (rows, K, S, E); S grows in blocks of 256."""
+    """Keys and values of every row's tokens so far, per layer (rows, K, S, E).
+
+    S grows in blocks of 256. Rows are the ribbon's prompts, each `copies` times."""
 
     def __init__(self, ribbon, copies):
         self.ribbon, self.copies, self.kv = ribbon, copies, {}
-        self.length = torch.tensor(ribbon.lengths, device=ribbon.cell.device).repeat_interleave(copies)  # (rows,)
         self.longest = ribbon.L
-        self.size = -(-(self.longest + 1) // 256) * 256
+        self.size = round_up(self.longest + 1, 256)
+        length = torch.tensor(ribbon.lengths).repeat_interleave(copies)
+        self.length = to_device(length, ribbon.cell.device)  # (rows,) tokens so far
 
     def prefill(self, layer, q, k, v):
-        """Attend within the prompts; store each prompt's keys and values for all of its copies."""
-        pad = (0, 0, 0, self.size - self.ribbon.L)
-        self.kv[layer] = [F.pad(self.ribbon.unroll(t).transpose(1, 2), pad).repeat_interleave(self.copies, 0) for t in (k, v)]
+        """Attend within the prompts; store their keys and values once for each copy."""
+        room = (0, 0, 0, self.size - self.ribbon.L)
+        self.kv[layer] = tuple(F.pad(self.ribbon.unroll(t).transpose(1, 2), room)
+                               .repeat_interleave(self.copies, 0) for t in (k, v))
         return self.ribbon.attend(layer, q, k, v)
 
     def decode(self, layer, q, k, v):
-        """One new token per row at position `length`: store its k, v (rows, K, E), attend to all before. -> (rows, H, E)."""
+        """One new token per row: store its k, v (rows, K, E), attend to all so far -> like q."""
         K, V = self.kv[layer]
         row = torch.arange(len(q), device=q.device)
         K[row, :, self.length], V[row, :, self.length] = k, v
-        S = min(-(-(self.longest + 1) // 64) * 64, self.size)  # attend to a prefix that covers every row
+        S = min(round_up(self.longest + 1, 64), self.size)  # a prefix that covers every row
         seen = torch.arange(S, device=q.device) <= self.length[:, None]
-        q = q.view(len(q), k.shape[1], -1, q.shape[-1])  # query heads that share a key head become its L axis
-        return F.scaled_dot_product_attention(q, K[:, :, :S], V[:, :, :S], attn_mask=seen[:, None, None]).flatten(1, 2)
+        q = q.view(len(q), k.shape[1], -1, q.shape[-1])  # heads that share a key take the L axis
+        y = F.scaled_dot_product_attention(q, K[:, :, :S], V[:, :, :S], seen[:, None, None])
+        return y.flatten(1, 2)
 
     def advance(self):
+        """Every row has one token more."""
         self.length += 1
         self.longest += 1
         if self.longest == self.size:
             self.size += 256
-            self.kv = {i: [F.pad(t, (0, 0, 0, 256)) for t in kv] for i, kv in self.kv.items()}
+            grow = lambda t: F.pad(t, (0, 0, 0, 256))
+            self.kv = {layer: (grow(k), grow(v)) for layer, (k, v) in self.kv.items()}
 
     def keep(self, rows):
         """Drop all but the given rows (LongTensor)."""
         self.length = self.length[rows]
-        self.kv = {i: [t[rows] for t in kv] for i, kv in self.kv.items()}
+        self.kv = {layer: (k[rows], v[rows]) for layer, (k, v) in self.kv.items()}
 
 
-# ------------------------------------------------------------------------------------------------ the transformer
+def round_up(n, block):
+    return -(-n // block) * block
+
+
+# ------------------------------------------------------------------------------- the transformer
 
 class Linear(nn.Linear):
     """A linear layer that lora.py can add a low-rank term to: y = W x + b (+ delta(x))."""
@@ -175,18 +203,19 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(c, device):
-    """Inverse wavelengths (E/2,), in float32; 'llama3' stretches the long waves beyond the original window."""
+    """Radians per token of each pair (E/2,), in float32; 'llama3' slows those that turn too seldom
+    within the window it was first trained on."""
     f = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim)
     if s := c.rope_scaling:
-        window, low, high = s["original_max_position_embeddings"], s["low_freq_factor"], s["high_freq_factor"]
-        turns = window * f / (2 * math.pi)  # how often the wave turns within the original window
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        turns = s["original_max_position_embeddings"] * f / (2 * math.pi)
         smooth = ((turns - low) / (high - low)).clamp(0, 1)
         f = (1 - smooth) * f / s["factor"] + smooth * f
     return f
 
 
 def rotate(x, cos, sin):
-    """RoPE: turn each pair (x_i, x_{i+E/2}) by its position's angle. x (T, H, E), cos and sin (T, 1, E/2)."""
+    """RoPE: turn each pair (x_i, x_{i+E/2}) by its angle. x (T, H, E); cos, sin (T, 1, E/2)."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -199,13 +228,13 @@ class Attention(nn.Module):
         self.k_proj = Linear(c.dim, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.v_proj = Linear(c.dim, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o_proj = Linear(c.n_head * c.head_dim, c.dim, bias=False)
-        if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+        norm = (lambda: RMSNorm(c.head_dim, c.norm_eps)) if c.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x, cos, sin, attend):
-        q, k, v = (proj(x).view(len(x), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+        heads = lambda proj: proj(x).view(len(x), -1, self.head_dim)  # (T, H or K, E)
+        q, k = self.q_norm(heads(self.q_proj)), self.k_norm(heads(self.k_proj))
+        v = heads(self.v_proj)
         y = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, E)
         return self.o_proj(y.flatten(1))
 
@@ -234,7 +263,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`config` is a ModelConfig; `folder` is where the weights came from (its tokenizer files are saved along)."""
+    """`folder` is where the weights came from: its tokenizer files are saved along."""
 
     def __init__(self, config, folder=None):
         super().__init__()
@@ -244,14 +273,19 @@ class Transformer(nn.Module):
             "layers": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
             "norm": RMSNorm(config.dim, config.norm_eps)})
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        if config.tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie()
 
     device = property(lambda self: self.lm_head.weight.device)
     dtype = property(lambda self: self.lm_head.weight.dtype)
 
+    def tie(self):
+        if self.config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
     def hidden(self, ids, position, attend):
-        """The residual stream after the last norm. ids, position (T,) -> (T, D). `attend` mixes the tokens."""
+        """The residual stream after the last norm: ids, position (T,) -> (T, D).
+
+        `attend` mixes the tokens: Ribbon.attend, Cache.prefill or Cache.decode."""
         x = self.model.embed_tokens(ids)
         angle = position[:, None, None] * rope_frequencies(self.config, ids.device)  # (T, 1, E/2)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -262,30 +296,32 @@ class Transformer(nn.Module):
     def forward(self, ids):
         """ids (B, T) -> logits (B, T, V)."""
         ribbon = Ribbon([ids.shape[1]] * len(ids), ids.device)
-        return self.lm_head(self.hidden(ids.flatten(), ribbon.position, ribbon.attend)).view(*ids.shape, -1)
+        h = self.hidden(ids.flatten(), ribbon.position, ribbon.attend)
+        return self.lm_head(h).view(*ids.shape, -1)
 
     def save_pretrained(self, folder):
-        """Write a folder that load_pretrained, transformers and vLLM open. It appears whole or not at all."""
+        """Write a folder that load_pretrained, transformers and vLLM open, whole or not at all."""
         folder = Path(folder)
         if folder.exists():
             raise UserError(f"{folder} exists already; nothing was overwritten")
         tmp = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
-        name = str(self.dtype).removeprefix("torch.")
-        raw = {k: name if k in ("dtype", "torch_dtype") else v for k, v in self.config.raw.items()}
+        dtype = str(self.dtype).removeprefix("torch.")
+        raw = self.config.raw | {k: dtype for k in ("dtype", "torch_dtype") if k in self.config.raw}
         (tmp / "config.json").write_text(json.dumps(raw, indent=2))
-        save_file({k: p.detach().contiguous() for k, p in self.named_parameters()}, tmp / "model.safetensors", {"format": "pt"})
+        state = {name: p.detach().contiguous() for name, p in self.named_parameters()}
+        save_file(state, tmp / "model.safetensors", {"format": "pt"})
         for file in TOKENIZER_FILES:
             if self.folder and (Path(self.folder) / file).exists():
                 shutil.copy(Path(self.folder) / file, tmp)
         tmp.rename(folder)
 
 
-# ------------------------------------------------------------------------------------------------ weights in
+# ------------------------------------------------------------------------------- weights in
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                   "generation_config.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                   "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 
 
 def read_json(path):
@@ -298,127 +334,144 @@ def read_json(path):
 
 
 def fetch(name_or_path):
-    """A local folder as it is, or a hub id (owner/name) downloaded: config, tokenizer and safetensors only."""
+    """A local folder as it is, or a hub id (owner/name): its config, tokenizer and safetensors."""
     if (path := Path(name_or_path).expanduser()).is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
-        raise UserError(f"{name_or_path}: no such folder (and not a hub id, which looks like owner/name)")
+        raise UserError(f"{name_or_path}: no such folder (a hub id looks like owner/name)")
     import huggingface_hub as hub
+    wanted = ["config.json", "model*.safetensors*", *TOKENIZER_FILES]
     try:
-        return Path(hub.snapshot_download(name_or_path, allow_patterns=["config.json", "model*.safetensors*", *TOKENIZER_FILES]))
+        return Path(hub.snapshot_download(name_or_path, allow_patterns=wanted))
     except hub.errors.GatedRepoError:
-        raise UserError(f"{name_or_path} is gated: accept its licence on its hub page, then run `hf auth login`") from None
+        problem = "it is gated: accept its licence on its hub page, then run `hf auth login`"
     except hub.errors.RepositoryNotFoundError:
-        raise UserError(f"{name_or_path}: no such folder, and no such model on the hub") from None
+        problem = "no such folder, and no such model on the hub"
     except Exception as e:  # every transport has its own exceptions
         why = (str(e).strip().splitlines() or [""])[0][:150]
-        raise UserError(f"{name_or_path}: no such folder, and the hub can't be reached ({type(e).__name__}: {why})") from None
+        problem = f"no such folder, and the hub can't be reached ({type(e).__name__}: {why})"
+    raise UserError(f"{name_or_path}: {problem}")
 
 
 def load_pretrained(name_or_path, device=None, dtype=None):
-    """A Transformer from a local folder or a hub id. Default: CUDA in bfloat16 if there is one, else CPU in float32.
+    """A Transformer from a local folder or a hub id, frozen.
 
-    The model is built without memory (meta device) and each tensor is put in place as it is read: one copy in all."""
+    Default: bfloat16 on CUDA if there is one, else float32 on the CPU. The model is built without
+    memory (meta device) and each tensor is put in place as it is read: one copy in all."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = fetch(name_or_path)
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_folder(folder), folder)
-    want = {name: p.shape for name, p in model.named_parameters()}  # a tied lm_head is not listed twice
+    want = {name: p.shape for name, p in model.named_parameters()}  # a tied lm_head is listed once
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    shards = {"": "model.safetensors"} if not index.exists() else read_json(index)["weight_map"]
     state = {}
-    for file in files:
+    for file in sorted(set(shards.values())):
         try:
             with safe_open(folder / file, "pt", device=str(device)) as f:
                 for name in f.keys():
-                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tied):
+                    if "rotary_emb" in name or (name == "lm_head.weight" and model.config.tied):
                         continue
-                    if name not in want:
-                        raise UserError(f"{folder}/{file}: unexpected tensor {name}; do config.json and the weights belong together?")
                     tensor = f.get_tensor(name)
+                    if name not in want:
+                        raise UserError(f"{folder}/{file}: unexpected tensor {name}; "
+                                        "do config.json and the weights belong together?")
                     if tensor.shape != want[name]:
-                        raise UserError(f"{folder}/{file}: {name} has shape {list(tensor.shape)}, config.json says {list(want[name])}")
+                        raise UserError(f"{folder}/{file}: {name} has shape {list(tensor.shape)}, "
+                                        f"config.json says {list(want[name])}")
                     state[name] = tensor.to(dtype)
         except FileNotFoundError:
-            raise UserError(f"{folder}/{file} is missing; download the checkpoint again (only safetensors are read)") from None
+            raise UserError(f"{folder}/{file} is missing; download the checkpoint again "
+                            "(weights are read from safetensors only)") from None
         except SafetensorError as e:
-            raise UserError(f"{folder}/{file} is damaged ({e}); download the checkpoint again") from None
+            raise UserError(f"{folder}/{file} is damaged ({e}); download it again") from None
     if missing := want.keys() - state.keys():
-        raise UserError(f"{folder}: tensor {min(missing)} is missing ({len(missing)} in all); download the checkpoint again")
+        raise UserError(f"{folder}: tensor {min(missing)} is missing ({len(missing)} in all); "
+                        "download the checkpoint again")
     model.load_state_dict(state, strict=False, assign=True)
-    if model.config.tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    model.tie()
     return model.requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------ generation
+# ------------------------------------------------------------------------------- generation
 
 def sample(logits, temperature, top_p, u):
-    """One token per row from the nucleus: the likeliest tokens whose mass reaches top_p. logits (B, V), u (B,) uniform in [0, 1)."""
+    """One token per row from the nucleus, the likeliest tokens whose mass reaches top_p.
+
+    logits (B, V); u (B,), uniform in [0, 1), is the only randomness. Temperature 0 is greedy."""
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
-    top, index = p.topk(min(1024, p.shape[-1]))  # on a CPU ten times faster than a sort, and nearly always enough
+    top, index = p.topk(min(1024, p.shape[-1]))  # on a CPU ten times faster than sorting all
     if p.is_cuda or (top.sum(-1) < top_p).any():
         top, index = p.sort(-1, descending=True)
-    mass = top.cumsum(-1)
-    mass = (top * (mass - top < top_p)).cumsum(-1)  # drop a token if those before it already reach top_p
-    pick = (mass < u[:, None] * mass[:, -1:]).sum(-1, keepdim=True)  # invert the cumulative distribution at u
+    before = top.cumsum(-1) - top
+    mass = (top * (before < top_p)).cumsum(-1)  # cut a token if those before it reach top_p
+    pick = (mass < u[:, None] * mass[:, -1:]).sum(-1, keepdim=True)  # the inverse of the CDF, at u
     return index.gather(-1, pick)[:, 0]
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new, stop, n=1, temperature=0.0, top_p=1.0, seeds=None, late_stop=(), banned=None,
-             adapters=None, slots=None, max_rows=None, progress=lambda done, total: None):
-    """Continue each prompt (a list of ids) n times; returns len(prompts) * n lists of new ids, the stop id included.
+def generate(model, prompts, max_new, stop, n=1, temperature=0.0, top_p=1.0, seeds=None,
+             late_stop=(), banned=None, adapters=None, slots=None, max_rows=None,
+             progress=lambda done, total: None):
+    """Continue each prompt (a list of ids) n times: len(prompts) * n lists of new ids.
 
-    Greedy at temperature 0, else nucleus sampling in which row i draws from its own generator, seeded seeds[i]: its text
-    does not depend on its neighbours. `stop` ids end a row, `late_stop` ids too unless they come first. `banned` (V,)
-    marks ids that must never be drawn. With `adapters` (lora.Adapters), prompt j is read under slot slots[j] (ascending).
+    Greedy at temperature 0, else from the nucleus, and row i draws from its own generator, seeded
+    seeds[i]: its text does not depend on its neighbours. `stop` ids end a row and are part of it;
+    `late_stop` ids too, unless they come first. `banned` (V,) marks ids that must not be drawn.
+    With `adapters` (lora.Adapters), prompt j is read under slot slots[j]; slots ascend.
     `max_rows` rows are decoded at a time; `progress` hears how many have ended."""
     device, results = model.device, []
-    stop, late_stop = torch.tensor(sorted(stop), device=device), torch.tensor(sorted({*stop, *late_stop}), device=device)
+    late_stop = torch.tensor(sorted({*stop, *late_stop}), device=device)
+    stop = torch.tensor(sorted(stop), device=device)
     slots = slots or [0] * len(prompts)
-    assert all(prompts) and slots == sorted(slots), "prompts must not be empty, and come sorted by adapter"
+    assert all(prompts) and slots == sorted(slots), "empty prompt, or not sorted by adapter"
 
-    def route(counts):  # attach each adapter to its own stretch of the ribbon
-        return adapters.route([sum(c for s, c in counts if s == i) for i in range(adapters.n)]) if adapters else nullcontext()
+    def route(slots, tokens):  # each adapter attached to its own stretch of the ribbon
+        if adapters is None:
+            return nullcontext()
+        counts = [0] * adapters.n
+        for slot, count in zip(slots, tokens):
+            counts[slot] += count
+        return adapters.route(counts)
 
-    per_batch = max(1, (max_rows or (256 if device.type == "cuda" else 32)) // n)
-    for start in range(0, len(prompts), per_batch):
-        batch, slot = prompts[start:start + per_batch], slots[start:start + per_batch]
+    step_rows = max(1, (max_rows or (256 if device.type == "cuda" else 32)) // n)
+    for start in range(0, len(prompts), step_rows):
+        batch, slot = prompts[start:start + step_rows], slots[start:start + step_rows]
         ribbon = Ribbon([len(p) for p in batch], device)
         cache = Cache(ribbon, n)
-        with route(list(zip(slot, ribbon.lengths))):  # each prompt is read once, however many copies continue it
-            ids = torch.tensor([i for p in batch for i in p], device=device)
-            h = model.hidden(ids, ribbon.position, cache.prefill)[ribbon.last].repeat_interleave(n, 0)  # (rows, D)
+        ids = to_device(torch.tensor([i for p in batch for i in p]), device)
+        with route(slot, ribbon.lengths):  # a prompt is read once, however many rows continue it
+            h = model.hidden(ids, ribbon.position, cache.prefill)[ribbon.last]
+        h = h.repeat_interleave(n, 0)  # (rows, D)
         slot = [s for s in slot for _ in range(n)]
-        alive = list(range(len(slot)))  # which of the batch's rows the cache still holds
+        rows = torch.arange(len(slot), device=device)  # those the cache still holds
         out = torch.full((len(slot), max_new), -1, device=device)
-        u = torch.zeros(len(slot), max_new)
-        if temperature:
-            for row in alive:
-                u[row] = torch.rand(max_new, generator=torch.Generator().manual_seed(seeds[start * n + row]))
-        u, live = u.to(device), torch.arange(len(slot), device=device)
-        here = route([(s, 1) for s in slot])
         finished = torch.zeros(len(slot), dtype=torch.bool, device=device)
+        u = torch.zeros(len(slot), max_new)
+        for row in range(len(slot) if temperature else 0):
+            own = torch.Generator().manual_seed(seeds[start * n + row])
+            u[row] = torch.rand(max_new, generator=own)
+        u, here = to_device(u, device), route(slot, [1] * len(slot))
+
         for step in range(max_new):
-            if step % 16 == 0:  # the only wait for the device: have rows finished? then make room
-                keep = [i for i, end in enumerate(finished.tolist()) if not end]
-                if not keep:
+            if step % 16 == 0:  # the only wait for the device: have rows ended? then make room
+                live = (~finished).nonzero()[:, 0]
+                if not len(live):
                     break
-                if len(keep) <= len(alive) // 2:
-                    progress(start * n + len(out) - len(keep), len(prompts) * n)
-                    rows = torch.tensor(keep, device=device)
-                    alive, live, finished, h = [alive[i] for i in keep], live[rows], finished[rows], h[rows]
-                    cache.keep(rows)
-                    here = route([(slot[i], 1) for i in alive])
+                if len(live) <= len(rows) // 2:
+                    cache.keep(live)
+                    rows, finished, h = rows[live], finished[live], h[live]
+                    slot = [slot[i] for i in live.tolist()]
+                    here = route(slot, [1] * len(slot))
+                    progress(start * n + len(out) - len(slot), len(prompts) * n)
             logits = model.lm_head(h)
             if banned is not None:
                 logits = logits.masked_fill(banned, -torch.inf)
-            token = sample(logits, temperature, top_p, u[live, step])
-            out[live, step] = torch.where(finished, -1, token)
+            token = sample(logits, temperature, top_p, u[rows, step])
+            out[rows, step] = torch.where(finished, -1, token)
             finished |= torch.isin(token, late_stop if step else stop)
             if step + 1 < max_new:
                 with here:
@@ -428,6 +481,8 @@ def generate(model, prompts, max_new, stop, n=1, temperature=0.0, top_p=1.0, see
         results += [[i for i in row if i >= 0] for row in out.tolist()]
     return results
 
+
+# ------------------------------------------------------------------------------- command line
 
 def cli(main):
     """Run a program's main; what the user can mend is one line on stderr, with no traceback."""
@@ -445,12 +500,12 @@ def main():
     ap.add_argument("--model", required=True, help="folder or hub id")
     ap.add_argument("--prompt", default="The capital of France is")
     ap.add_argument("--max-new", type=int, default=48)
-    ap.add_argument("--device")
     args = ap.parse_args()
-    model = load_pretrained(args.model, args.device)
+    model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)
-    ids = tok.document(args.prompt)[:-1]  # as plain text, without the end-of-text
-    print(args.prompt + tok.decode(generate(model, [ids], args.max_new, tok.stop, banned=tok.banned(model))[0]))
+    prompt = tok.document(args.prompt, end=False)
+    (ids,) = generate(model, [prompt], args.max_new, tok.stop, banned=tok.banned(model))
+    print(args.prompt + tok.decode(ids))
 
 
 if __name__ == "__main__":

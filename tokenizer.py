@@ -2,21 +2,31 @@
 
     python tokenizer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --text "Hello, world"
 
-tiktoken merges the pair whose union has the lowest rank, and in these vocabularies a token's id *is* its rank: so the
-vocabulary {bytes: id} and the pre-tokenizer's regular expression are all we need; the list of merges is not.
-Text is always encoded as plain text: a special token's name inside a passage, or inside what a model wrote, stays text.
+tiktoken merges the pair whose union has the lowest rank, and in these vocabularies a token's id *is*
+its rank: so the vocabulary {bytes: id} and the pre-tokenizer's regular expression are all we need;
+the list of merges is not. Text is always encoded as plain text: a special token's name inside a
+passage, or inside what a model wrote, stays text.
 """
-import argparse, base64, json, unicodedata
-from pathlib import Path
+import argparse
+import base64
+import json
+import unicodedata
 
 import tiktoken
 import torch
 
 from model import UserError, cli, fetch, read_json
 
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-GPT2_DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"  # each digit alone (SmolLM2)
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2 = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+        r"|\s+(?!\S)|\s+")
+GPT2_DIGITS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"  # each digit alone
+               r"|\s+(?![^\s\p{N}])|\s+")
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = [  # Llama-3.1's; its rank file doesn't name them
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
 
 
 def byte_alphabet():
@@ -27,126 +37,141 @@ def byte_alphabet():
 
 
 def split_pattern(spec, where):
-    """The regular expression of a tokenizer.json's pre_tokenizer; UserError if it is one we don't know."""
-    parts = spec.get("pretokenizers", [spec]) if spec else []
-    kinds = [p["type"] for p in parts]
-    last = parts[-1] if parts else {}
-    if kinds == ["ByteLevel"] and last.get("use_regex", True):
+    """The regular expression of a tokenizer.json's pre_tokenizer; UserError if it is unknown."""
+    parts = spec.get("pretokenizers", [spec]) if spec else [{"type": None}]
+    kinds, first, last = [p["type"] for p in parts], parts[0], parts[-1]
+    own_regex = last.get("use_regex", True)
+    if kinds == ["ByteLevel"] and own_regex:
         return GPT2
-    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and last.get("use_regex", True):
+    if kinds == ["Digits", "ByteLevel"] and own_regex and first.get("individual_digits"):
         return GPT2_DIGITS
-    if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True) and "Regex" in parts[0]["pattern"] \
-            and parts[0]["behavior"] == "Isolated" and not parts[0].get("invert"):
-        return parts[0]["pattern"]["Regex"]
-    raise UserError(f"{where}: pre-tokenizer {kinds} is not implemented; use a Llama-3, Qwen2/2.5/3 or GPT-2 style tokenizer")
+    if kinds == ["Split", "ByteLevel"] and not own_regex and "Regex" in first["pattern"] \
+            and first["behavior"] == "Isolated" and not first.get("invert"):
+        return first["pattern"]["Regex"]
+    raise UserError(f"{where}: pre-tokenizer {kinds} is not implemented; "
+                    "use a Llama-3, Qwen2/2.5/3 or GPT-2 style tokenizer")
 
 
 class Tokenizer:
-    """Make one with `Tokenizer.from_pretrained(folder or hub id)`.
+    """Made with `Tokenizer.from_pretrained(folder or hub id)`.
 
-    ranks {bytes: id}; pattern: the pre-tokenizer; special {text: id}; bos: id put before every document, or None;
-    stop: ids that end a text; nfc: normalise first; template: 'chatml', 'llama3' or None (a base model);
-    no_think: the template of a hybrid reasoning model (Qwen3), answered without reasoning."""
+    eos: the id that ends a document. stop: the ids that end what the model writes, eos among them.
+    bos: the id before every document, or None. template: 'chatml', 'llama3', or None: a base model.
+    """
 
-    def __init__(self, ranks, pattern, special, bos=None, stop=(), nfc=False, template=None, no_think=False):
-        self.special, self.bos, self.stop, self.nfc, self.template = special, bos, set(stop), nfc, template
-        self.no_think, self.eos = no_think, min(self.stop, default=None)
+    def __init__(self, ranks, pattern, special, nfc=False):
+        """ranks {bytes: id}, pattern of the pre-tokenizer, special {text: id}, nfc: normalise."""
+        self.special, self.nfc = special, nfc
+        self.bos = self.eos = self.template = None
+        self.stop, self.no_think = set(), False
         self.bytes = {i: b for b, i in ranks.items()}
         self.size = max([*ranks.values(), *special.values()]) + 1
-        # tiktoken needs a token for each byte and can't take a gap: sentinels beyond the vocabulary, dropped on the way out
+        # tiktoken can't do without a token for every byte: sentinels beyond the vocabulary stand in
         absent = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+        sentinels = {b: self.size + i for i, b in enumerate(absent)}
         self.encoding = tiktoken.Encoding("nanoseal", pat_str=pattern, special_tokens={},
-                                          mergeable_ranks=ranks | {b: self.size + i for i, b in enumerate(absent)})
+                                          mergeable_ranks=ranks | sentinels)
 
     @classmethod
     def from_pretrained(cls, name_or_path):
         folder = fetch(name_or_path)
         optional = lambda name: read_json(folder / name) if (folder / name).exists() else {}
+        text = lambda t: t.get("content") if isinstance(t, dict) else t  # written in either way
         settings = optional("tokenizer_config.json")
-        text = lambda t: t.get("content") if isinstance(t, dict) else t  # tokens are written in either way
+        bos, end = text(settings.get("bos_token")), text(settings.get("eos_token"))
         if (folder / "tokenizer.json").exists():
-            spec = read_json(folder / "tokenizer.json")
-            if spec["model"].get("type", "BPE") != "BPE" or (spec.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
-                raise UserError(f"{folder}/tokenizer.json: only byte-level BPE is implemented, with NFC or no normaliser")
-            special = {t["content"]: t["id"] for t in spec["added_tokens"]}
-            alphabet = byte_alphabet()
-            try:
-                ranks = {bytes(alphabet[c] for c in token): i for token, i in spec["model"]["vocab"].items() if token not in special}
-            except KeyError as e:
-                raise UserError(f"{folder}/tokenizer.json: {e} is not in the byte-level alphabet; only byte-level BPE is implemented") from None
-            pattern, nfc = split_pattern(spec["pre_tokenizer"], folder / "tokenizer.json"), bool(spec.get("normalizer"))
-            bos = text(settings.get("bos_token"))
-            if not (settings.get("add_bos_token") or f'"{bos}"' in json.dumps(spec.get("post_processor"), ensure_ascii=False)):
-                bos = None
-        elif (folder / "tokenizer.model").exists():  # Llama-3's own file: base64 and rank on each line
-            try:
-                lines = (folder / "tokenizer.model").read_bytes().split(b"\n")
-                ranks = {base64.b64decode(t): int(i) for t, i in (line.split() for line in lines if line.strip())}
-            except ValueError:
-                raise UserError(f"{folder}/tokenizer.model is not a rank file (SentencePiece is not implemented)") from None
-            names = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-                     "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
-            special = {name: len(ranks) + i for i, name in enumerate(names)}
-            pattern, nfc, bos = LLAMA3, False, names[0]
+            tok, adds_bos = cls.from_tokenizer_json(folder / "tokenizer.json", bos)
+            adds_bos |= bool(settings.get("add_bos_token"))
+        elif (folder / "tokenizer.model").exists():
+            tok, adds_bos, bos = cls.from_ranks(folder / "tokenizer.model"), True, LLAMA3_SPECIAL[0]
         else:
             raise UserError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
-
-        stop = set()
-        for source in ("config.json", "generation_config.json"):
-            ids = optional(source).get("eos_token_id")
-            stop |= set(ids if isinstance(ids, list) else [ids])
-        end = text(settings.get("eos_token"))
-        stop = {i for i in stop | {special.get(end)} if i is not None}
-        # Base Qwens ship a chat template too; only in a model tuned for chat does a text end with the end of a turn.
-        template = {"<|im_end|>": "chatml", "<|eot_id|>": "llama3"}.get(end)
-        jinja = settings.get("chat_template") or ""
-        if (folder / "chat_template.jinja").exists():
-            jinja = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        tok = cls(ranks, pattern, special, special.get(bos), stop, nfc, template, "enable_thinking" in str(jinja))
-        tok.eos = special.get(end, tok.eos)
+        tok.bos = tok.special.get(bos) if adds_bos else None
+        for file in ("config.json", "generation_config.json"):
+            ids = optional(file).get("eos_token_id")
+            tok.stop |= set(ids if isinstance(ids, list) else [ids])
+        tok.stop = {i for i in tok.stop | {tok.special.get(end)} if i is not None}
+        tok.eos = tok.special.get(end, min(tok.stop, default=None))
+        # Base Qwens ship a chat template too; but only in a model tuned for chat does a text end
+        # with the end of a turn. Hybrid reasoning models (Qwen3) are asked not to think aloud.
+        tok.template = {"<|im_end|>": "chatml", "<|eot_id|>": "llama3"}.get(end)
+        jinja = folder / "chat_template.jinja"
+        template = jinja.read_text("utf-8") if jinja.exists() else settings.get("chat_template")
+        tok.no_think = "enable_thinking" in str(template) and "<think>" in tok.special
         return tok
 
+    @classmethod
+    def from_tokenizer_json(cls, path, bos):
+        """(Tokenizer, whether its post-processor adds a BOS)."""
+        spec, alphabet = read_json(path), byte_alphabet()
+        normaliser = spec.get("normalizer")
+        nfc = normaliser is None or normaliser["type"] == "NFC"
+        if spec["model"].get("type", "BPE") != "BPE" or not nfc:
+            raise UserError(f"{path}: only byte-level BPE with NFC or no normaliser is implemented")
+        special = {t["content"]: t["id"] for t in spec["added_tokens"]}
+        try:
+            ranks = {bytes(alphabet[c] for c in token): i
+                     for token, i in spec["model"]["vocab"].items() if token not in special}
+        except KeyError as e:
+            raise UserError(f"{path}: {e} is not in the byte-level alphabet; "
+                            "only byte-level BPE is implemented") from None
+        tok = cls(ranks, split_pattern(spec["pre_tokenizer"], path), special, nfc=bool(normaliser))
+        return tok, f'"{bos}"' in json.dumps(spec.get("post_processor"), ensure_ascii=False)
+
+    @classmethod
+    def from_ranks(cls, path):
+        """Llama-3's own file: base64 and rank on each line."""
+        try:
+            pairs = (line.split() for line in path.read_bytes().split(b"\n") if line.strip())
+            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        except ValueError:
+            raise UserError(f"{path}: not a rank file (SentencePiece is not implemented)") from None
+        return cls(ranks, LLAMA3, {t: len(ranks) + i for i, t in enumerate(LLAMA3_SPECIAL)})
+
     def encode(self, text):
-        """Plain text to ids; names of special tokens are text like any other, and no BOS is added."""
+        """Plain text to ids; special tokens' names are text like any other; no BOS is added."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         return [i for i in self.encoding.encode_ordinary(text) if i < self.size]
 
     def decode(self, ids):
-        """Ids to text. Special tokens, and ids that the vocabulary doesn't have, are left out; broken UTF-8 becomes U+FFFD."""
+        """Ids to text, without special tokens and unknown ids; broken UTF-8 becomes U+FFFD."""
         return b"".join(self.bytes.get(i, b"") for i in ids).decode("utf-8", errors="replace")
 
-    def document(self, text):
-        """What a training document looks like: BOS (if the model has one), the text, EOS."""
-        return [i for i in (self.bos, *self.encode(text), self.eos) if i is not None]
+    def document(self, text, end=True):
+        """A training document: BOS (if the model has one), the text, EOS."""
+        ids = [self.bos, *self.encode(text), self.eos if end else None]
+        return [i for i in ids if i is not None]
 
     def prompt(self, text):
-        """What the model reads before it writes: the text itself for a base model, one user turn for a chat model."""
-        return self.chat([("user", text)]) if self.template else self.document(text)[:-1 if self.eos is not None else None]
+        """What a model reads before it writes: the text itself, or a chat model's user turn."""
+        return self.chat([("user", text)]) if self.template else self.document(text, end=False)
 
     def chat(self, turns):
-        """(role, text) turns and the opening of the assistant's, by the model's template; no default system prompt is added."""
-        s, newline = self.special, self.encode("\n")
-        ids = []
-        for role, text in [*turns, ("assistant", None)]:
+        """(role, text) turns and the opening of the assistant's; no system prompt is added."""
+        s, encode, ids = self.special, self.encode, [self.bos] if self.bos is not None else []
+        for role, text in turns:
             if self.template == "llama3":
-                ids += [s["<|start_header_id|>"], *self.encode(role), s["<|end_header_id|>"], *self.encode("\n\n")]
-                ids += [] if text is None else [*self.encode(text.strip()), s["<|eot_id|>"]]
+                ids += [s["<|start_header_id|>"], *encode(role), s["<|end_header_id|>"]]
+                ids += [*encode("\n\n"), *encode(text.strip()), s["<|eot_id|>"]]
             else:
-                ids += [s["<|im_start|>"], *self.encode(f"{role}\n")]
-                ids += [] if text is None else [*self.encode(text), s["<|im_end|>"], *newline]
-        if self.no_think and {"<think>", "</think>"} <= s.keys():
-            ids += [s["<think>"], *self.encode("\n\n"), s["</think>"], *self.encode("\n\n")]
-        return ([self.bos] if self.bos is not None else []) + ids
+                ids += [s["<|im_start|>"], *encode(f"{role}\n{text}"), s["<|im_end|>"]]
+                ids += encode("\n")
+        if self.template == "llama3":
+            ids += [s["<|start_header_id|>"], *encode("assistant"), s["<|end_header_id|>"]]
+            return ids + encode("\n\n")
+        ids += [s["<|im_start|>"], *encode("assistant\n")]
+        if self.no_think:
+            ids += [s["<think>"], *encode("\n\n"), s["</think>"], *encode("\n\n")]
+        return ids
 
     def newlines(self):
         """Ids of the tokens that hold a line break."""
         return {i for i, b in self.bytes.items() if b"\n" in b}
 
     def banned(self, model):
-        """(V,) bool: ids that the model's output layer has and the vocabulary doesn't: they must never be sampled."""
+        """(V,) bool: ids that the output layer has and the vocabulary hasn't, never to be drawn."""
         mask = torch.ones(model.config.vocab_size, dtype=torch.bool)
-        known = torch.tensor([i for i in (*self.bytes, *self.special.values()) if i < len(mask)])
-        mask[known] = False
+        mask[[i for i in (*self.bytes, *self.special.values()) if i < len(mask)]] = False
         return mask.to(model.device)
 
 
@@ -158,7 +183,8 @@ def main():
     tok = Tokenizer.from_pretrained(args.model)
     ids = tok.encode(args.text)
     print(" ".join(f"{i}:{tok.decode([i])!r}" for i in ids))
-    print(f"{len(ids)} tokens; vocabulary {tok.size}, template {tok.template}, bos {tok.bos}, stop {sorted(tok.stop)}")
+    print(f"{len(ids)} tokens; vocabulary {tok.size}, template {tok.template}, bos {tok.bos}, "
+          f"stop {sorted(tok.stop)}")
 
 
 if __name__ == "__main__":

@@ -155,8 +155,9 @@ def test_slots_fit_the_work(tiny):
 # ------------------------------------------------------------------------------------------------ reward
 
 def make_task(name="Town", questions=("Q0?", "Q1?"), answers=("a", "b")):
-    return Task(name, f"Read {name}.", list(questions), [f"{q} of {name}" for q in questions], list(answers),
-                lambda q, gold, prediction: gold in prediction, lambda text: ([text] if text else [], {}), [name])
+    return Task(name=name, prompt=f"Read {name}.", context=[name], questions=list(questions), answers=list(answers),
+                queries=[f"{q} of {name}" for q in questions], grade=lambda q, gold, prediction: gold in prediction,
+                read=lambda text: ([text] if text else [], {}))
 
 
 def test_answers_of_many_adapters_equal_one_at_a_time(tiny, tok):
