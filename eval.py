@@ -1,11 +1,11 @@
-"""Measure a model: its accuracy with and without adaptation, and how far the rule judges can be trusted.
+"""Measure a model: accuracy with and without adaptation; and how far to trust the rule judges.
 
-    python eval.py accuracy --model DIR_OR_HUB_ID --eval-data FILE   # none, passage only, self-edits
+    python eval.py accuracy --model DIR_OR_HUB_ID --eval-data FILE
     python eval.py judges FILE                     # agreement with GPT-4.1 on released verdicts
 
-`accuracy` takes outer_loop.py's flags and trains an adapter per passage (the paper's Table 2, single
-passage). What it did is kept in --run-dir like any run: read its rollouts.jsonl; the same command
-resumes it.
+`accuracy` takes outer_loop.py's flags and trains an adapter per passage (the paper's Table 2,
+single passage): on nothing, the passage, a self-edit too. What it did is kept in --run-dir like any
+run: read its rollouts.jsonl; the same command resumes it.
 """
 import argparse
 import sys
@@ -19,7 +19,7 @@ from selfedit import SelfEdit
 
 
 def accuracy(argv):
-    """Print the accuracy of the model as it is, adapted on the passage, and with a self-edit too."""
+    """Print accuracy without adaptation, on the passage alone, and with a self-edit too."""
     cfg = parse_args(["--run-dir", "runs/eval", *argv], accuracy.__doc__, ("model", "eval_data"))
     run = Run(cfg)
     tasks, model = run.tasks(cfg.eval_data)[:cfg.eval_tasks], run.load(0)
@@ -29,8 +29,9 @@ def accuracy(argv):
     rows = {"no adaptation": without} | {
         name: run.rewards(model, tasks, edits, 0, name, without, cfg.seeds)
         for name, edits in arms.items()}
-    run.log(f"\n{len(tasks)} passages, {sum(len(t.questions) for t in tasks)} questions, {cfg.seeds} "
-            "seeds; accuracy and gain, the mean over passages [95 % CI]")
+    questions = sum(len(task.questions) for task in tasks)
+    run.log(f"\n{len(tasks)} passages, {questions} questions, {cfg.seeds} seeds; "
+            "accuracy and gain, the mean over passages [95 % CI]")
     interval = lambda x: "{:.3f} [{:.3f}, {:.3f}]".format(x.mean(), *bootstrap_ci(x))
     for name, values in rows.items():
         values = np.reshape(values, len(tasks))
@@ -54,11 +55,12 @@ def judges(argv):
     file = ap.parse_args(argv).file
     records = read_json(file)
     try:
-        methods = {method: [(x["question"], x["gold"], x[arm], x[f"{arm}_ok"]) for r in records
-                            for x in r["released"][method]["answers"] for arm in ("baseline", "adapter")]
+        methods = {method: [(x["question"], x["gold"], x[arm], x[f"{arm}_ok"])
+                            for r in records for x in r["released"][method]["answers"]
+                            for arm in ("baseline", "adapter")]
                    for method in records[0]["released"]}
     except (KeyError, TypeError, IndexError) as e:
-        raise UserError(f"{file}: not a file of released verdicts ({type(e).__name__}: {e})") from None
+        raise UserError(f"{file}: no released verdicts ({type(e).__name__}: {e})") from None
     methods["all"] = [x for rows in methods.values() for x in rows]
     print(f"{'answers of':>12} {'n':>6} {'GPT-4.1':>8}"
           + "".join(f" | {name:>10} says right, agrees, kappa" for name in JUDGES))

@@ -3,10 +3,10 @@
     python inner_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/example_eval.json
 
 `sft` is the only trainer here. A job is one adapter to train: the inner loop gives it hundreds of
-small ones, the M-step of the outer loop a single larger one. At every step the next micro-batches of
-n jobs lie in one ribbon; when a job ends, its slot takes the next one, longest job first: continuous
-batching, for training. Each adapter gets exactly the gradient, clipping and AdamW step it would get
-alone, with its own learning rate, number of steps and loss mask.
+small ones, the M-step of the outer loop a single larger one. At every step the next micro-batches
+of n jobs lie in one ribbon; when a job ends, its slot takes the next one, longest job first:
+continuous batching, for training. Each adapter gets exactly the gradient, clipping and AdamW step
+it would get alone, with its own learning rate, number of steps and loss mask.
 
 Shapes: n slots, T tokens in a step, N of them with a label, D = dim, V vocabulary, P parameters per
 adapter.
@@ -83,10 +83,10 @@ class Running:
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Cross-entropy through a frozen output layer: h (N, D), weight (V, D), labels (N,) -> nll (N,).
+    """Cross-entropy through a frozen output layer: h (N, D), W (V, D), labels (N,) -> nll (N,).
 
-    The logits (N, V) never exist at once. The gradient d nll / dh = (softmax - onehot) W is computed
-    in the forward pass, chunk by chunk; the backward pass only scales it."""
+    The logits (N, V) never exist at once. The gradient d nll / dh = (softmax - onehot) W is
+    computed in the forward pass, chunk by chunk; the backward pass only scales it."""
 
     @staticmethod
     def forward(ctx, h, weight, labels):
@@ -137,9 +137,9 @@ def auto_slots(model, jobs, recipe):
 def pack(running, device):
     """Lay the next micro-batch of every running job end to end, sorted by slot.
 
-    Returns the ribbon, the tokens per slot, and, as tensors on the device: ids (T,), source (N,) the
-    positions that predict a label, labels (N,), weight (N,) one over its adapter's number of labels,
-    owner (N,) its slot. On the host there is no work per token."""
+    Returns the ribbon, the tokens per slot, and, as tensors on the device: ids (T,), source (N,)
+    the positions that predict a label, labels (N,), weight (N,) one over its adapter's number of
+    labels, owner (N,) its slot. On the host there is no work per token."""
     ids, source, labels, weight, owner = columns = [], [], [], [], []
     lengths, counts, begin = [], [0] * len(running), 0
     for slot, run in enumerate(running):
@@ -187,8 +187,9 @@ def sft(model, jobs, recipe, progress=lambda done, total: None):
             nll = FrozenHeadLoss.apply(h, model.lm_head.weight, labels) * weight
             nll.sum().backward()
         losses.append(flat.new_zeros(n).index_add(0, owner, nll.detach().to(flat.dtype)))
-        lr_t = [[r.job.lr * (1 - r.step / r.job.steps), r.step + 1] if r else [0, 1] for r in running]
-        lr, t = to_device(torch.tensor(lr_t, dtype=flat.dtype), model.device).split(1, dim=1)
+        lr_t = torch.tensor([[r.job.lr * (1 - r.step / r.job.steps), r.step + 1] if r else [0, 1]
+                             for r in running], dtype=flat.dtype)
+        lr, t = to_device(lr_t, model.device).split(1, dim=1)
         adamw_(flat, flat.grad, m, v, lr, t, recipe.clip, recipe.weight_decay)
 
         for run in filter(None, running):
@@ -196,8 +197,9 @@ def sft(model, jobs, recipe, progress=lambda done, total: None):
         progress(done, total)
         for slot, run in enumerate(running):
             if run and run.step == run.job.steps:
-                weights, curve = flat.detach()[slot].clone(), torch.stack(losses[run.first:])[:, slot]
-                yield run.index, Trained(weights, curve.tolist(), time.time() - run.begin,
+                weights = flat.detach()[slot].clone()
+                curve = torch.stack(losses[run.first:])[:, slot].tolist()
+                yield run.index, Trained(weights, curve, time.time() - run.begin,
                                          diverged=not weights.isfinite().all())
                 running[slot] = None
                 with torch.no_grad():  # an empty slot has no tokens, and stays at zero
@@ -233,7 +235,7 @@ def grade(task, predictions):
 
 @dataclass
 class Outcome:
-    """What a self-edit was worth: an entry for each seed of the inner loop; the reward is the mean."""
+    """What a self-edit was worth: an entry for each seed of the inner loop, and their mean."""
     reward: float = 0.0
     accuracy: list = field(default_factory=list)
     answers: list = field(default_factory=list)     # a list of the answers, per seed
@@ -259,7 +261,7 @@ def update_and_score(model, tok, tasks, edits, seeds, recipe,
     """theta' <- SFT(theta, SE); Ans ~ LM_theta'(. | tau); r(Ans, tau), for many self-edits at once.
 
     edits[i] is a self-edit of tasks[i]; it is tried once per seed in seeds[i]. Yields (i, Outcome)
-    as they are known. Nothing to learn from, or a diverging adapter, is a reward of 0 and a note."""
+    when known. Nothing to learn from, or a diverging adapter, is a reward of 0 and a note."""
     outcomes, jobs, owner = defaultdict(Outcome), [], []
     for i, edit in enumerate(edits):
         if not edit.documents:

@@ -26,7 +26,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 class Adapters:
-    """n adapters of rank r on every linear layer whose last name is in `targets` ('q_proj', ...)."""
+    """n adapters of rank r on every linear layer whose last name is in `targets`."""
 
     def __init__(self, model, n, rank, alpha, targets):
         if unknown := set(targets) - set(PROJECTIONS):

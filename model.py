@@ -1,4 +1,4 @@
-"""The transformer (Llama 3, Qwen2/2.5, Qwen3), its weights in and out of safetensors, and `generate`.
+"""The transformer (Llama 3, Qwen2/2.5, Qwen3), weights in and out of safetensors, `generate`.
 
     python model.py --model HuggingFaceTB/SmolLM2-135M-Instruct --prompt "The capital of France is"
 
@@ -11,8 +11,8 @@ Modules keep Hugging Face's names: loading is a `load_state_dict`, and what we s
 Simplified: RoPE 'default' or 'llama3', no sliding window, no biases but Qwen2's, no dropout;
 a checkpoint that needs more is refused.
 
-Shapes: B sequences, T tokens, L longest sequence, D = dim, V vocabulary, H heads, K key/value heads,
-E = head_dim.
+Shapes: B sequences, T tokens, L longest sequence, D = dim, V vocabulary, H heads, K key/value
+heads, E = head_dim.
 """
 import argparse
 import json

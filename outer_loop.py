@@ -4,8 +4,8 @@
 
 Algorithm 1 of the paper (arXiv 2506.10943) is `rest_em` below. A run is a folder: config.json;
 edits.jsonl, what was sampled; rollouts.jsonl, a line per self-edit with its text, answers, verdicts
-and reward; metrics.jsonl, a line per iteration; iter_N/, the weights after round N, which any Hugging
-Face program opens. The same command resumes it. Simplified: one process on one device.
+and reward; metrics.jsonl, a line per iteration; iter_N/, the weights after round N, which any
+Hugging Face program opens. The same command resumes it. Simplified: one process on one device.
 """
 import argparse
 import dataclasses
@@ -45,7 +45,7 @@ class Config:
     seed: int = 0                   # of everything that is drawn at random
     device: str = ""                # cuda or cpu; default: cuda if there is one
     dtype: str = ""                 # of the weights; default: bfloat16 on cuda, else float32
-    prompt: str = "implications"    # asks for a self-edit: also -long, -very-long, rewrite, self-qa, none
+    prompt: str = "implications"    # also -long, -very-long, rewrite, self-qa, none
     temperature: float = 1.0        # of sampling self-edits
     top_p: float = 0.95             # nucleus of sampling self-edits
     max_edit_tokens: int = 2048     # longest self-edit
@@ -65,7 +65,7 @@ class Config:
     clip: float = 1.0               # gradient norm, in both loops
     weight_decay: float = 0.0       # AdamW's, in both loops
     max_answer_tokens: int = 64     # longest answer
-    stop: str = "newline"           # an answer ends at EOS or a line break; eos: at EOS only (official)
+    stop: str = "newline"           # an answer ends at a line break; eos: at EOS only (official)
     judge: str = "rule"             # rule: .8 of the gold answer's words are there; or substring
     strict: bool = False            # keep a self-edit only if it beats the un-adapted model (Eq. 2)
     restart: bool = False           # every M-step starts from the base model, as in Singh et al.
@@ -88,15 +88,15 @@ def rest_em(cfg, run):
         run.log(f"note: {cfg.iterations} rounds of {cfg.tasks} passages, but there are "
                 f"{len(train)}: some will be seen again")
     for t in range(run.last_checkpoint(), cfg.iterations + 1):
-        model = run.load(t)                                                         # theta_t
+        model = run.load(t)                                                      # theta_t
         evaluate(cfg, run, model, held_out, t)
         if t == cfg.iterations:
             return run.metrics
         batch = [i % len(train) for i in range(t * cfg.tasks, (t + 1) * cfg.tasks)]
-        tasks = [train[i] for i in batch]                                           # (C, tau) ~ D
-        edits = run.sample(model, tasks, t, "train", cfg.edits)                     # SE ~ LM(. | C)
-        without = run.unadapted(model, tasks)                                       # theta alone
-        rewards = run.rewards(model, tasks, edits, t, "train", without, cfg.seeds)  # r(SE, tau, theta)
+        tasks = [train[i] for i in batch]                                        # (C, tau) ~ D
+        edits = run.sample(model, tasks, t, "train", cfg.edits)                  # SE ~ LM(. | C)
+        without = run.unadapted(model, tasks)                                    # theta on tau
+        rewards = run.rewards(model, tasks, edits, t, "train", without, cfg.seeds)  # theta' on tau
         kept = select(rewards, edits, without if cfg.strict else None)
         run.log(f"round {t + 1}: mean reward {np.mean(rewards):.3f}, un-adapted "
                 f"{np.mean(without):.3f}; kept {len(kept)} self-edits with mean reward "
@@ -104,7 +104,7 @@ def rest_em(cfg, run):
         if cfg.restart:
             del model  # never two copies of the weights
             model = run.load(0)
-        m_step(cfg, run, model, [(tasks[i], edits[i][j]) for i, j in kept], t)      # theta_t+1
+        m_step(cfg, run, model, [(tasks[i], edits[i][j]) for i, j in kept], t)   # theta_t+1
         run.save(t + 1, model)
 
 
@@ -112,8 +112,8 @@ def select(rewards, edits, floor=None):
     """(task, edit) indices of each task's best self-edit, the first of equals.
 
     NOTE(paper): Eq. 2 gives a reward of 1 only if the update improves the model; the official code
-    keeps the best of K regardless, and so do we, unless there is a `floor` for each task (--strict).
-    A self-edit with nothing to learn from is never kept."""
+    keeps the best of K regardless, and so do we, unless each task has a `floor` (--strict). A
+    self-edit with nothing to learn from is never kept."""
     kept = []
     for i, row in enumerate(rewards):
         usable = [j for j in range(len(row)) if edits[i][j].documents]
@@ -145,12 +145,12 @@ def m_step(cfg, run, model, kept, t):
     adapters = Adapters(model, 1, recipe.rank, recipe.alpha, recipe.targets)
     adapters.flat[0] = trained.weights
     adapters.merge(0)
-    run.log(f"M-step: {len(kept)} self-edits, {len(trained.losses)} steps, {trained.seconds:.0f} s, "
-            f"loss {trained.losses[0]:.3f} -> {trained.losses[-1]:.3f}")
+    run.log(f"M-step: {len(kept)} self-edits, {len(trained.losses)} steps, "
+            f"{trained.seconds:.0f} s, loss {trained.losses[0]:.3f} -> {trained.losses[-1]:.3f}")
 
 
 def evaluate(cfg, run, model, tasks, t):
-    """Held-out reward of theta_t, a self-edit and an inner loop per passage: adds to the metrics."""
+    """Held-out reward of theta_t, a self-edit and an inner loop per passage: a line of metrics."""
     if any(m["iteration"] == t for m in run.metrics):
         return  # a resumed run has it already
     edits = run.sample(model, tasks, t, "eval", 1)
@@ -175,14 +175,16 @@ def bootstrap_ci(values, level=0.95, draws=10_000):
 def describe(m):
     """A line of metrics.jsonl, for people."""
     low, high = m["eval_ci"]
-    line = (f"iteration {m['iteration']}: held-out reward {m['eval_reward']:.3f} [{low:.3f}, {high:.3f}]"
-            f" on {m['eval_tasks']} passages, un-adapted {m['eval_unadapted']:.3f}")
+    line = (f"iteration {m['iteration']}: held-out reward {m['eval_reward']:.3f} "
+            f"[{low:.3f}, {high:.3f}] on {m['eval_tasks']} passages, "
+            f"un-adapted {m['eval_unadapted']:.3f}")
     return line + (f", training reward before {m['train_reward']:.3f}" if m["train_reward"] else "")
 
 
 def make_recipe(cfg, loop):
     """The Recipe of the 'inner' or the 'outer' loop: the fields that begin with its name."""
-    own = {f: getattr(cfg, f"{loop}_{f}") for f in ("rank", "alpha", "targets", "lr", "epochs", "batch")}
+    names = ("rank", "alpha", "targets", "lr", "epochs", "batch")
+    own = {name: getattr(cfg, f"{loop}_{name}") for name in names}
     return Recipe(**own, clip=cfg.clip, weight_decay=cfg.weight_decay, slots=cfg.slots)
 
 
@@ -217,7 +219,7 @@ def replace_file(path, text):
 
 
 class Meter:
-    """Progress of a long step: a bar on a terminal, else a line every ten seconds; `eta` seconds."""
+    """Progress of a long step: a bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, what):
         self.what, self.begin, self.said, self.eta = what, time.time(), time.time(), 0.0
@@ -326,10 +328,11 @@ class Run:
         return [float(np.mean(grade(task, row))) for task, row in zip(tasks, answers)]
 
     def rewards(self, model, tasks, edits, t, split, without, n_seeds):
-        """The reward of every self-edit, rows of floats. Each is on disk as soon as it is known, and
-        those on disk are not computed again."""
+        """The reward of every self-edit, rows of floats. Each is on disk as soon as it is known,
+        and those on disk are not computed again."""
         known = {(r["task"], r["edit"]): r["reward"] for r in self.rollouts.of(t, split)}
-        todo = [(i, j) for i, row in enumerate(edits) for j in range(len(row)) if (i, j) not in known]
+        every = [(i, j) for i, row in enumerate(edits) for j in range(len(row))]
+        todo = [at for at in every if at not in known]
         seeds = [[seed_for(self.cfg.seed, t, split, i, j, s, "adapter") for s in range(n_seeds)]
                  for i, j in todo]
         meter = Meter("optimiser steps")
@@ -358,8 +361,9 @@ class Run:
 
 CHOICES = {"stop": ("newline", "eos"), "judge": tuple(knowledge.JUDGES), "prompt": tuple(PROMPTS),
            "dtype": ("", "float32", "bfloat16", "float64")}
-POSITIVE = ("tasks edits seeds eval_tasks top_p max_edit_tokens inner_rank inner_alpha inner_epochs "
-            "inner_batch outer_rank outer_alpha outer_epochs outer_batch clip max_answer_tokens").split()
+POSITIVE = ("tasks edits seeds eval_tasks top_p max_edit_tokens max_answer_tokens clip "
+            "inner_rank inner_alpha inner_epochs inner_batch "
+            "outer_rank outer_alpha outer_epochs outer_batch").split()
 
 
 def parse_args(argv=None, description=__doc__.split("\n")[0],
@@ -371,11 +375,11 @@ def parse_args(argv=None, description=__doc__.split("\n")[0],
     flag = lambda name: "--" + name.replace("_", "-")
     for f in dataclasses.fields(Config):
         kind = {"type": f.type, "metavar": f.type.__name__.upper()}
-        default = f.default if f.default is not dataclasses.MISSING else " ".join(f.default_factory())
+        default = f.default
         if f.type is bool:
             kind, default = {"action": "store_true"}, ""
         elif f.type is list:
-            kind = {"nargs": "+", "metavar": "NAME"}
+            kind, default = {"nargs": "+", "metavar": "NAME"}, " ".join(f.default_factory())
         shown = comments[f.name] + (f" (default: {default})" if default != "" else "")
         ap.add_argument(flag(f.name), default=None, help=shown.replace("%", "%%"), **kind)
     args = {k: v for k, v in vars(ap.parse_args(argv)).items() if v is not None}

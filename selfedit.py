@@ -3,8 +3,8 @@ documents and update directives.
 
     python selfedit.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/example_eval.json
 
-Paper, section 3.1 and appendix B. A domain (data/knowledge.py is the first) is a list of `Task`s; the
-loops ask nothing else of it.
+Paper, section 3.1 and appendix B. A domain (data/knowledge.py is the first) is a list of `Task`s;
+the loops ask nothing else of it.
 """
 import argparse
 import hashlib
@@ -44,8 +44,8 @@ PROMPTS = {
     "implications": _PROMPT.format(_LIST.format(""), "Implications:\n"),
     "implications-long": _PROMPT.format(_LIST.format("long "), "Implications:\n"),
     "implications-very-long": _PROMPT.format(_LIST.format("very long "), "Implications:\n"),
-    "rewrite": _PROMPT.format("rewrite it in a few different ways, each one separated by a newline.",
-                              "Rewritten passages:\n"),
+    "rewrite": _PROMPT.format("rewrite it in a few different ways, each one separated by a "
+                              "newline.", "Rewritten passages:\n"),
     "self-qa": _PROMPT.format("rewrite it in a question-answer format.", "Question 1: "),
     "none": "Passage:\n{title}\n{context}\n\n",
 }

@@ -2,10 +2,10 @@
 
     python tokenizer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --text "Hello, world"
 
-tiktoken merges the pair whose union has the lowest rank, and in these vocabularies a token's id *is*
-its rank: so the vocabulary {bytes: id} and the pre-tokenizer's regular expression are all we need;
-the list of merges is not. Text is always encoded as plain text: a special token's name inside a
-passage, or inside what a model wrote, stays text.
+tiktoken merges the pair whose union has the lowest rank, and in these vocabularies a token's id
+*is* its rank: so the vocabulary {bytes: id} and the pre-tokenizer's regular expression are all we
+need; the list of merges is not. Text is always encoded as plain text: a special token's name
+inside a passage, or inside what a model wrote, stays text.
 """
 import argparse
 import base64

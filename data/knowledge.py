@@ -1,8 +1,8 @@
 """Domain A, knowledge incorporation: passages to learn, and questions asked without them.
 
-A data file is a JSON list of {"title", "context", "questions": [{"question", "answer"}]}; other keys
-are ignored. The paper's passages are SQuAD's. The judges say whether an answer is right: the paper
-asks GPT-4.1, a rule stands in for it here (`python eval.py judges FILE` measures how well).
+A data file is a JSON list of {"title", "context", "questions": [{"question", "answer"}]}; other
+keys are ignored. The paper's passages are SQuAD's. The judges say whether an answer is right: the
+paper asks GPT-4.1, a rule stands in for it here (`python eval.py judges FILE` measures how well).
 """
 import re
 import string
@@ -34,7 +34,7 @@ JUDGES = {"rule": recall_judge, "substring": substring_judge}
 
 
 def load(path, prompt="implications", judge="rule", max_documents=0, log=print):
-    """Read a data file as Tasks; malformed: UserError; a passage without questions: a line in the log.
+    """Read a data file as Tasks. Malformed: UserError. No questions: skipped, and the log says so.
 
     NOTE(paper): max_documents 0 keeps all documents of a self-edit, as v1 of the paper; v2 keeps 30
     (--max-documents 30)."""
