@@ -128,7 +128,7 @@ def auto_slots(model, jobs, recipe):
     if model.device.type == "cuda":
         full, free = 4096, torch.cuda.mem_get_info(model.device)[0]
     else:  # a CPU is busy with a few hundred tokens
-        full, free = 256, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        full, free = 512, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     parameters = Adapters(model, 0, recipe.rank, recipe.alpha, recipe.targets).flat.shape[1]
     per_slot = 18 * parameters  # bytes: value, gradient, m and v in float32, a copy in bf16
     return max(1, min(len(jobs), round(full / per_step), int(free / 3 / per_slot)))

@@ -1,6 +1,7 @@
 """SEAL's outer loop: ReST-EM teaches a model to write the self-edits that teach it best.
 
-    python outer_loop.py --model DIR_OR_HUB_ID --train-data FILE --eval-data FILE
+    python outer_loop.py                        # a tiny world, in minutes on a laptop
+    python outer_loop.py --preset knowledge --model DIR_OR_HUB_ID --train-data FILE --eval-data FILE
 
 Algorithm 1 of the paper (arXiv 2506.10943) is `rest_em` below. A run is a folder: config.json;
 edits.jsonl, what was sampled; rollouts.jsonl, a line per self-edit with its text, answers, verdicts
@@ -16,6 +17,7 @@ import random
 import re
 import resource
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,17 +25,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import knowledge
+from data import knowledge, tinyworld
 from inner_loop import Job, Recipe, ask, grade, sft, update_and_score
 from lora import PROJECTIONS, Adapters
 from model import ModelConfig, UserError, cli, fetch, load_pretrained
-from selfedit import PROMPTS, read_self_edit, sample_self_edits, seed_for
+from selfedit import PROMPTS, SelfEdit, read_self_edit, sample_self_edits, seed_for
 from tokenizer import Tokenizer
 
 
 @dataclass
 class Config:
     model: str = ""                 # folder or hub id of a Llama, Qwen2/2.5 or Qwen3 checkpoint
+    domain: str = "knowledge"       # where tasks come from: knowledge or tinyworld
     train_data: str = ""            # JSON list of passages to learn from
     eval_data: str = ""             # JSON list of held-out passages
     run_dir: str = ""               # the run's folder; default: runs/PRESET
@@ -41,7 +44,9 @@ class Config:
     tasks: int = 50                 # training passages per round, new ones each round
     edits: int = 5                  # K, self-edits per passage
     seeds: int = 3                  # inner loops per self-edit; the reward is their mean
-    eval_tasks: int = 200           # held-out passages; one self-edit and one inner loop each
+    eval_tasks: int = 200           # held-out passages
+    eval_edits: int = 1             # self-edits of each of them, with one inner loop each
+    baselines: bool = False         # measure passage only and passage in the prompt, too, once
     seed: int = 0                   # of everything that is drawn at random
     device: str = ""                # cuda or cpu; default: cuda if there is one
     dtype: str = ""                 # of the weights; default: bfloat16 on cuda, else float32
@@ -50,6 +55,7 @@ class Config:
     top_p: float = 0.95             # nucleus of sampling self-edits
     max_edit_tokens: int = 2048     # longest self-edit
     max_documents: int = 0          # pieces kept of a self-edit; 0: all (v2 of the paper: 30)
+    directives: bool = False        # a self-edit chooses its learning rate and epochs (tinyworld)
     inner_rank: int = 32            # LoRA of the inner loop
     inner_alpha: float = 64         # LoRA's scale is alpha / rank
     inner_targets: list = field(default_factory=lambda: ["q_proj", "v_proj"])  # adapted layers
@@ -67,6 +73,8 @@ class Config:
     max_answer_tokens: int = 64     # longest answer
     stop: str = "newline"           # an answer ends at a line break; eos: at EOS only (official)
     judge: str = "rule"             # rule: .8 of the gold answer's words are there; or substring
+    select: str = "best"            # which of K to keep; random: a control that cannot learn
+    keep: int = 1                   # how many of K
     strict: bool = False            # keep a self-edit only if it beats the un-adapted model (Eq. 2)
     restart: bool = False           # every M-step starts from the base model, as in Singh et al.
     slots: int = 0                  # adapters trained side by side; 0: automatic
@@ -74,14 +82,28 @@ class Config:
 
 
 PRESETS = {
+    "tiny": dict(  # the embedded checkpoint and its world; chosen on other towns than are reported
+        domain="tinyworld", model=str(Path(__file__).resolve().parent / "data" / "tiny"),
+        train_data="train", eval_data="eval", iterations=3, tasks=20, edits=8, seeds=1, keep=2,
+        eval_tasks=32, eval_edits=2, baselines=True, temperature=0.8, max_edit_tokens=160,
+        inner_rank=8, inner_alpha=8, inner_targets=PROJECTIONS, inner_lr=2e-2, inner_epochs=10,
+        inner_batch=64, outer_rank=16, outer_alpha=16, outer_lr=2e-3, outer_epochs=4, outer_batch=8,
+        max_answer_tokens=12, dtype="float32"),
     "knowledge": {},  # the paper's knowledge incorporation: the defaults above
+}
+
+# A domain: a source of tasks, by name and settings. The loop asks nothing else of it.
+DOMAINS = {
+    "knowledge": lambda path, cfg, log: knowledge.load(path, cfg.prompt, cfg.judge,
+                                                       cfg.max_documents, log),
+    "tinyworld": lambda split, cfg, log: tinyworld.load(split, cfg.directives),
 }
 
 
 # ------------------------------------------------------------------------------- Algorithm 1
 
 def rest_em(cfg, run):
-    """Train; returns the metrics: a dict per iteration, from 0, the untrained policy."""
+    """Train; returns the held-out tasks. What was measured is in run.metrics."""
     train, held_out = run.tasks(cfg.train_data), run.tasks(cfg.eval_data)[:cfg.eval_tasks]
     random.Random(seed_for(cfg.seed, "order of the passages")).shuffle(train)
     if cfg.iterations * cfg.tasks > len(train):
@@ -91,13 +113,14 @@ def rest_em(cfg, run):
         model = run.load(t)                                                      # theta_t
         evaluate(cfg, run, model, held_out, t)
         if t == cfg.iterations:
-            return run.metrics
+            return held_out
         batch = [i % len(train) for i in range(t * cfg.tasks, (t + 1) * cfg.tasks)]
         tasks = [train[i] for i in batch]                                        # (C, tau) ~ D
         edits = run.sample(model, tasks, t, "train", cfg.edits)                  # SE ~ LM(. | C)
         without = run.unadapted(model, tasks)                                    # theta on tau
         rewards = run.rewards(model, tasks, edits, t, "train", without, cfg.seeds)  # theta' on tau
-        kept = select(rewards, edits, without if cfg.strict else None)
+        rng = random.Random(seed_for(cfg.seed, t, "select")) if cfg.select == "random" else None
+        kept = select(rewards, edits, without if cfg.strict else None, cfg.keep, rng)
         run.log(f"round {t + 1}: mean reward {np.mean(rewards):.3f}, un-adapted "
                 f"{np.mean(without):.3f}; kept {len(kept)} self-edits with mean reward "
                 f"{np.mean([rewards[i][j] for i, j in kept] or [0]):.3f}")
@@ -108,8 +131,8 @@ def rest_em(cfg, run):
         run.save(t + 1, model)
 
 
-def select(rewards, edits, floor=None):
-    """(task, edit) indices of each task's best self-edit, the first of equals.
+def select(rewards, edits, floor=None, keep=1, rng=None):
+    """(task, edit) indices of each task's best self-edits, the first of equals; with rng, any.
 
     NOTE(paper): Eq. 2 gives a reward of 1 only if the update improves the model; the official code
     keeps the best of K regardless, and so do we, unless each task has a `floor` (--strict). A
@@ -117,9 +140,8 @@ def select(rewards, edits, floor=None):
     kept = []
     for i, row in enumerate(rewards):
         usable = [j for j in range(len(row)) if edits[i][j].documents]
-        best = max(usable, key=lambda j: row[j], default=None)
-        if best is not None and (floor is None or row[best] > floor[i]):
-            kept.append((i, best))
+        usable.sort(key=(lambda j: rng.random()) if rng else (lambda j: -row[j]))
+        kept += [(i, j) for j in usable[:keep] if floor is None or row[j] > floor[i]]
     return kept
 
 
@@ -150,17 +172,22 @@ def m_step(cfg, run, model, kept, t):
 
 
 def evaluate(cfg, run, model, tasks, t):
-    """Held-out reward of theta_t, a self-edit and an inner loop per passage: a line of metrics."""
+    """Held-out reward of theta_t, with an inner loop per self-edit: a line of metrics.jsonl."""
     if any(m["iteration"] == t for m in run.metrics):
         return  # a resumed run has it already
-    edits = run.sample(model, tasks, t, "eval", 1)
+    edits = run.sample(model, tasks, t, "eval", cfg.eval_edits)
     without = run.unadapted(model, tasks)
-    rewards = [row[0] for row in run.rewards(model, tasks, edits, t, "eval", without, 1)]
+    baselines = run.baselines(model, tasks, without) if cfg.baselines and t == 0 else {}
+    rewards = np.mean(run.rewards(model, tasks, edits, t, "eval", without, 1), axis=1)
     before = [r["reward"] for r in run.rollouts.of(t - 1, "train")]
+    forms = Counter(tasks[i].form(line) for i, row in enumerate(edits) for edit in row
+                    for line in edit.text.splitlines() if tasks[i].form)
     run.metrics_lines.add({
         "iteration": t, "eval_reward": float(np.mean(rewards)), "eval_ci": bootstrap_ci(rewards),
-        "eval_unadapted": float(np.mean(without)), "eval_tasks": len(tasks),
+        "eval_by_kind": run.by_kind(tasks, t, "eval"), "eval_unadapted": float(np.mean(without)),
+        "eval_tasks": len(tasks), **baselines,
         "train_reward": float(np.mean(before)) if before else None,  # of the round that led here
+        "forms": {form: n / forms.total() for form, n in forms.most_common()},
         "seconds": round(time.time() - run.begin, 1)})
     run.log(describe(run.metrics[-1]))
 
@@ -175,10 +202,34 @@ def bootstrap_ci(values, level=0.95, draws=10_000):
 def describe(m):
     """A line of metrics.jsonl, for people."""
     low, high = m["eval_ci"]
-    line = (f"iteration {m['iteration']}: held-out reward {m['eval_reward']:.3f} "
-            f"[{low:.3f}, {high:.3f}] on {m['eval_tasks']} passages, "
+    return (f"iteration {m['iteration']}: held-out reward {m['eval_reward']:.3f} "
+            f"[{low:.3f}, {high:.3f}]{by_kind(m['eval_by_kind'])} on {m['eval_tasks']} passages, "
             f"un-adapted {m['eval_unadapted']:.3f}")
-    return line + (f", training reward before {m['train_reward']:.3f}" if m["train_reward"] else "")
+
+
+def by_kind(accuracy):
+    """' (forward .81, reversed .05)', or nothing."""
+    kinds = ", ".join(f"{kind} {share:.3f}" for kind, share in accuracy.items())
+    return f" ({kinds})" if kinds else ""
+
+
+def summary(run, held_out):
+    """What the run showed: a few lines of figures, and a passage's self-edit before and after."""
+    first, last = run.metrics[0], run.metrics[-1]
+    lines = [describe(m) for m in run.metrics]
+    if "passage_only" in first:
+        lines.insert(0, f"closed-book {first['eval_unadapted']:.3f}, passage in the prompt "
+                        f"{first['in_context']:.3f}, trained on the passage alone "
+                        f"{first['passage_only']:.3f}{by_kind(first['passage_only_by_kind'])}")
+    for m in (first, last) if first["forms"] else ():
+        shares = ", ".join(f"{form} {share:.0%}" for form, share in m["forms"].items())
+        lines.append(f"lines of self-edits at iteration {m['iteration']}: {shares}")
+    lines.append(f"\nA passage it was not trained on:\n{held_out[0].context[0]}")
+    for m in (first, last):
+        r = next(r for r in run.rollouts.of(m["iteration"], "eval") if not r["task"] + r["edit"])
+        lines.append(f"\nits self-edit at iteration {m['iteration']}, reward {r['reward']:.2f}:\n"
+                     + "".join(c if c.isprintable() or c == "\n" else "?" for c in r["text"]))
+    return "\n".join(lines)
 
 
 def make_recipe(cfg, loop):
@@ -271,7 +322,7 @@ class Run:
     def tasks(self, path):
         """The tasks of a data file that fit in the model's context window."""
         cfg, window, tasks = self.cfg, ModelConfig.from_folder(fetch(self.cfg.model)).max_len, []
-        for task in knowledge.load(path, cfg.prompt, cfg.judge, cfg.max_documents, self.log):
+        for task in DOMAINS[cfg.domain](path, cfg, self.log):
             texts = (task.prompt, *task.context, *task.queries)
             longest = max(len(self.tok.prompt(text)) for text in texts)
             if 2 * longest <= window:  # half of it is for what the model writes
@@ -327,6 +378,23 @@ class Run:
         answers = ask(model, self.tok, tasks, **self.asking)
         return [float(np.mean(grade(task, row))) for task, row in zip(tasks, answers)]
 
+    def baselines(self, model, tasks, without):
+        """Two arms without a self-edit: the passage in the prompt, and trained on it alone."""
+        read = lambda task: ["\n\n".join([*task.context, query]) for query in task.queries]
+        in_prompt = [dataclasses.replace(task, queries=read(task)) for task in tasks]
+        passage = [[SelfEdit("", [], task.context)] for task in tasks]
+        rewards = self.rewards(model, tasks, passage, 0, "passage only", without, 1)
+        return {"in_context": float(np.mean(self.unadapted(model, in_prompt))),
+                "passage_only": float(np.mean(rewards)),
+                "passage_only_by_kind": self.by_kind(tasks, 0, "passage only")}
+
+    def by_kind(self, tasks, t, split):
+        """{kind of question: accuracy} over all rollouts of a split."""
+        verdicts = [(kind, right) for r in self.rollouts.of(t, split) for row in r["right"]
+                    for kind, right in zip(tasks[r["task"]].kinds, row)]
+        return {kind: float(np.mean([right for k, right in verdicts if k == kind]))
+                for kind in dict.fromkeys(kind for kind, _ in verdicts)}
+
     def rewards(self, model, tasks, edits, t, split, without, n_seeds):
         """The reward of every self-edit, rows of floats. Each is on disk as soon as it is known,
         and those on disk are not computed again."""
@@ -359,10 +427,11 @@ class Run:
 
 # ------------------------------------------------------------------------------- command line
 
-CHOICES = {"stop": ("newline", "eos"), "judge": tuple(knowledge.JUDGES), "prompt": tuple(PROMPTS),
+CHOICES = {"domain": tuple(DOMAINS), "prompt": tuple(PROMPTS), "judge": tuple(knowledge.JUDGES),
+           "stop": ("newline", "eos"), "select": ("best", "random"),
            "dtype": ("", "float32", "bfloat16", "float64")}
-POSITIVE = ("tasks edits seeds eval_tasks top_p max_edit_tokens max_answer_tokens clip "
-            "inner_rank inner_alpha inner_epochs inner_batch "
+POSITIVE = ("tasks edits seeds eval_tasks eval_edits keep top_p clip "
+            "max_edit_tokens max_answer_tokens inner_rank inner_alpha inner_epochs inner_batch "
             "outer_rank outer_alpha outer_epochs outer_batch").split()
 
 
@@ -371,13 +440,13 @@ def parse_args(argv=None, description=__doc__.split("\n")[0],
     """Config from the command line: a flag for each field, its help the comment beside it."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     ap = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    ap.add_argument("--preset", default="knowledge", choices=PRESETS, help="a set of defaults")
+    ap.add_argument("--preset", default="tiny", choices=PRESETS, help="a set of defaults")
     flag = lambda name: "--" + name.replace("_", "-")
     for f in dataclasses.fields(Config):
         kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         default = f.default
         if f.type is bool:
-            kind, default = {"action": "store_true"}, ""
+            kind, default = {"action": argparse.BooleanOptionalAction}, ""
         elif f.type is list:
             kind, default = {"nargs": "+", "metavar": "NAME"}, " ".join(f.default_factory())
         shown = comments[f.name] + (f" (default: {default})" if default != "" else "")
@@ -403,8 +472,8 @@ def main():
     cfg = parse_args()
     run = Run(cfg)
     run.log("\n".join(f"{name:>18} {value}" for name, value in dataclasses.asdict(cfg).items()))
-    metrics = rest_em(cfg, run)
-    run.log("\n" + "\n".join(describe(m) for m in metrics))
+    held_out = rest_em(cfg, run)
+    run.log("\n" + summary(run, held_out))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()

@@ -26,6 +26,8 @@ class Task:
     answers: list[str]    # the gold answers
     grade: Callable       # (question, gold answer, prediction) -> bool
     read: Callable        # self-edit's text -> (training documents, directives)
+    kinds: list[str] = field(default_factory=list)  # of the questions, for the statistics
+    form: Callable | None = None  # a line of a self-edit -> what kind of line, for the statistics
 
 
 @dataclass

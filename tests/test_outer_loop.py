@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ import torch
 import outer_loop
 from inner_loop import Recipe, ask, grade, make_job, sft
 from data import knowledge
+from eval import main as eval_main, mean_ci
 from model import UserError, load_pretrained
 from outer_loop import Run, bootstrap_ci, parse_args, rest_em, select
 from selfedit import SelfEdit, read_self_edit, sample_self_edits
 
-SMALL = "--iterations 2 --tasks 2 --edits 3 --seeds 2 --eval-tasks 2 --max-edit-tokens 24 --max-answer-tokens 6 --inner-rank 4 --inner-epochs 2 --outer-rank 4 --device cpu"
+SMALL = "--preset knowledge --iterations 2 --tasks 2 --edits 3 --seeds 2 --eval-tasks 2 --max-edit-tokens 24 --max-answer-tokens 6 --inner-rank 4 --inner-epochs 2 --outer-rank 4 --device cpu"
 
 
 @pytest.fixture()
@@ -24,10 +26,11 @@ def argv(tiny_folder, passages, tmp_path):
     return ["--model", str(tiny_folder), "--train-data", str(passages), "--eval-data", str(passages), "--run-dir", str(tmp_path / "run"), *SMALL.split()]
 
 
-def run_it(argv, **kwargs):
+def run_it(argv):
     cfg = parse_args(argv)
-    run = Run(cfg, **kwargs)
-    return rest_em(cfg, run), run
+    run = Run(cfg)
+    rest_em(cfg, run)
+    return run.metrics, run
 
 
 def lines(run, name):
@@ -222,7 +225,7 @@ def test_empty_and_diverging_edits_do_not_stop_a_run(argv, monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     (["--judge", "x"], "--judge 'x': choose among rule, substring"), (["--stop", "now"], "newline, eos"), (["--prompt", "p"], "implications"),
-    (["--dtype", "int4"], "float32"), (["--tasks", "0"], "--tasks 0: must be more than 0"), (["--model", ""], "--model is missing"),
+    (["--dtype", "int4"], "float32"), (["--tasks", "0"], "--tasks 0: must be more than 0"), (["--model", ""], "--model is missing"), (["--select", "worst"], "best, random"),
     (["--inner-targets", "w_proj"], "no layer is called w_proj")])
 def test_bad_flags_are_one_line(flags, words, argv):
     run = subprocess.run([sys.executable, "outer_loop.py", *argv, *flags], capture_output=True, text=True)
@@ -235,12 +238,12 @@ def test_unknown_flags_are_errors(argv):
 
 
 def test_flags_and_defaults_are_the_paper_s():
-    cfg = parse_args("--model m --train-data a --eval-data b".split())
+    cfg = parse_args("--preset knowledge --model m --train-data a --eval-data b".split())
     assert (cfg.tasks, cfg.edits, cfg.seeds, cfg.iterations, cfg.eval_tasks) == (50, 5, 3, 2, 200)
     assert (cfg.temperature, cfg.top_p, cfg.max_edit_tokens, cfg.max_answer_tokens) == (1.0, 0.95, 2048, 64)
     assert (cfg.inner_rank, cfg.inner_alpha, cfg.inner_targets, cfg.inner_lr, cfg.inner_epochs, cfg.inner_batch) == (32, 64, ["q_proj", "v_proj"], 1e-3, 10, 1)
     assert (cfg.outer_rank, cfg.outer_alpha, len(cfg.outer_targets), cfg.outer_lr, cfg.outer_epochs, cfg.outer_batch) == (64, 128, 7, 3e-4, 2, 10)
-    assert parse_args("--model m --train-data a --eval-data b --inner-targets q_proj k_proj --strict --clip 2".split()).inner_targets == ["q_proj", "k_proj"]
+    assert parse_args("--preset knowledge --model m --train-data a --eval-data b --inner-targets q_proj k_proj --strict --clip 2".split()).inner_targets == ["q_proj", "k_proj"]
 
 
 def test_bootstrap_interval():
@@ -257,6 +260,29 @@ def test_eval_prints_accuracy_with_and_without_adaptation(argv, tmp_path):
     assert all(word in out for word in ("no adaptation", "passage only", "passage and self-edit", "gain"))
     rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert sorted(r["split"] for r in rollouts) == ["passage and self-edit"] * 2 + ["passage only"] * 2
+
+
+def test_interval_over_seeds_by_hand():
+    mean, half = mean_ci([[0.1, 1.0], [0.2, 1.0], [0.3, 1.0]])
+    assert mean == pytest.approx([0.2, 1]) and half == pytest.approx([4.30 * 0.1 / 3 ** 0.5, 0])
+
+
+def test_curves_of_several_runs(argv, tmp_path, capsys, monkeypatch):
+    """Runs that differ in their seed become one line, with an interval; the drawing is well-formed."""
+    folders = []
+    for extra in (["--seed", "0"], ["--seed", "1"], ["--seed", "0", "--select", "random"]):
+        folders.append(str(tmp_path / f"run{len(folders)}"))
+        run_it([*argv, *extra, "--run-dir", folders[-1]])
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["eval.py", "curve", *folders, "--svg", str(tmp_path / "curve.svg")])
+    eval_main()
+    out = capsys.readouterr().out
+    assert "keep the best, 2 seeds" in out and "keep the random, 1 seeds" in out and "gain" in out
+    drawing = ElementTree.parse(tmp_path / "curve.svg").getroot()
+    assert drawing.tag.endswith("svg") and len([e for e in drawing if e.get("stroke-width") == "2.5"]) == 2
+    (tmp_path / "run1" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="has not ended"):
+        eval_main()
 
 
 def test_every_file_runs(tiny_folder):
@@ -288,7 +314,7 @@ def test_a_real_model_learns_a_passage(smollm2):
 
 @pytest.mark.slow
 def test_the_loop_on_a_real_model(smollm2, tmp_path):
-    command = [sys.executable, "outer_loop.py", "--model", str(smollm2), "--train-data", "data/example_train.json", "--eval-data", "data/example_eval.json",
+    command = [sys.executable, "outer_loop.py", "--preset", "knowledge", "--model", str(smollm2), "--train-data", "data/example_train.json", "--eval-data", "data/example_eval.json",
                "--run-dir", str(tmp_path / "run"), *"--iterations 1 --tasks 2 --edits 2 --seeds 1 --eval-tasks 2 --max-edit-tokens 60 --inner-epochs 3".split()]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     print(out)

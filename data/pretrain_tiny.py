@@ -1,0 +1,243 @@
+"""Makes data/tiny/, nanoSEAL's own checkpoint, from nothing: a tokenizer, a model that has read.
+
+    python -m data.pretrain_tiny --out data/tiny    # half an hour on one or two cores
+
+The model must be able to do what SEAL presupposes of a language model, and no more: read a passage
+and answer questions about it, store what it is trained on so that it can be asked for, and write
+notes, mostly poor ones. So it reads
+  - about a few hundred towns, over and over, in passages, notes and questions: what is in its
+    weights can be asked for;
+  - passages about ever new towns, with a question and its answer, or with notes of mixed quality
+    (`write_notes`).
+First come short passages and drills in copying (without them, copying emerges late or never); last,
+mostly notes. None of the names is one that data/tinyworld.py gives out in its tasks.
+"""
+import argparse
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from data import tinyworld as world
+from model import ModelConfig, Ribbon, Transformer, UserError, cli
+from tokenizer import Tokenizer
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
+          "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5,
+          "max_position_embeddings": 512, "rope_theta": 10000.0, "hidden_act": "silu",
+          "tie_word_embeddings": True, "torch_dtype": "float32", "eos_token_id": 0}
+END = "<|endoftext|>"
+
+# What kinds of notes a text is made of, and how often: the first policy.
+RECIPES = {"copy": .24, "vague": .22, "plain": .16, "question": .10, "reversed": .08,
+           "question both": .10, "mixture": .10}
+WRONG = 0.06    # of the notes are mistaken
+
+
+# ------------------------------------------------------------------------------- texts
+
+def write_notes(town, rng, length=(4, 10)):
+    """A self-edit by the first policy: lines of one kind, or a mixture; nothing twice."""
+    recipe = rng.choices(list(RECIPES), RECIPES.values())[0]
+    pool = list(town.sentences) if recipe in ("copy", "mixture") else []
+    if recipe in ("vague", "mixture"):
+        pool += [remark.format(t=town.name) for remark in rng.sample(world.VAGUE, 6)]
+    for relation, form in town.notes():
+        if recipe in (form, "mixture") or recipe == "question both" and form.startswith("question"):
+            value = rng.choice(other_values(town, relation)) if rng.random() < WRONG else None
+            pool.append(town.say(relation, form, rng, value))
+    return "\n".join(rng.sample(pool, min(len(pool), rng.randint(*length))))
+
+
+def other_values(town, relation):
+    """What one could mistake for the value: another name in the passage, any other month, ..."""
+    kind = world.RELATIONS[relation].kind
+    near = world.VALUES.get(kind) or [v for r, v in town.facts.items() if r in world.NAMED]
+    return [v for v in near if v != town.facts[relation]] or [town.name]
+
+
+def notes_text(rng, **facts):
+    """A new town's passage, and notes about it; one in five begins with a directive."""
+    town = world.make_town(rng, **facts)
+    if rng.random() < .2:
+        directive = world.DIRECTIVE.format(lr=rng.choice(world.RATES),
+                                           epochs=rng.choice(world.EPOCHS))
+        return (world.NOTES_DIRECTED.format(passage=town.passage),
+                directive + "\n" + write_notes(town, rng))
+    return world.NOTES.format(passage=town.passage), write_notes(town, rng)
+
+
+def open_book(rng, **facts):
+    """A new town's passage, a question about it, the answer."""
+    town = world.make_town(rng, **facts)
+    question, answer, _ = rng.choice(town.questions())
+    return town.passage + "\n\n" + world.QUERY.format(question=question), " " + answer
+
+
+def drill(rng):
+    """Names to say again."""
+    names = " ".join(rng.choice(world.NAMES[rng.choice(list(world.LAST)), False])
+                     for _ in range(rng.randint(2, 6)))
+    return f"Repeat: {names}\nAgain:", " " + names
+
+
+def short(rng):
+    """A short passage, asked about or annotated."""
+    return (open_book if rng.random() < .6 else notes_text)(
+        rng, named=rng.randint(1, 2), everyday=rng.randint(0, 1))
+
+
+def known(rng, towns):
+    """About a town to know by heart: a passage, a note or a test question, mostly reversed."""
+    town, what = rng.choice(towns), rng.random()
+    if what < .1:
+        return "", world.reworded(town, rng).passage
+    if what < .5:
+        form = rng.choice(list(world.FORMS))  # half of the notes are reversed
+        return "", town.say(*rng.choice([note for note in town.notes() if note[1] == form]), rng)
+    back = rng.random() < .6
+    question, answer, _ = rng.choice([q for q in town.questions() if q[2] == back])
+    return world.QUERY.format(question=question), " " + answer
+
+
+def text(rng, towns, progress):
+    """The next text to read, as (prompt, completion); progress runs from 0 to 1."""
+    notes, book, copying, brief = ((.05, .1, .25, .4) if progress < .1 else
+                                   (.1, .1, .02, .03) if progress < .7 else
+                                   (.4, .08, 0, 0))
+    what = rng.random()
+    for share, make in ((notes, notes_text), (book, open_book), (copying, drill), (brief, short)):
+        if what < share:
+            return make(rng)
+        what -= share
+    return known(rng, towns)
+
+
+# ------------------------------------------------------------------------------- tokenizer
+
+def make_tokenizer(folder, towns, seed):
+    """Train a byte-level BPE on the world's text, and write it as Hugging Face's files.
+
+    Returns the vocabulary's size. Needs the `tokenizers` library (requirements-dev.txt); reading
+    the result does not."""
+    from tokenizers import Tokenizer as Trainable, decoders, models, pre_tokenizers, trainers
+    rng = random.Random(seed)
+    corpus = ["".join(text(rng, towns, rng.random())) for _ in range(20_000)]
+    tok = Trainable(models.BPE())
+    tok.pre_tokenizer, tok.decoder = (pre_tokenizers.ByteLevel(add_prefix_space=False),
+                                      decoders.ByteLevel())
+    # a name is rarer than any word or syllable: the minimum frequency keeps names in syllables
+    tok.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=1024, min_frequency=600, special_tokens=[END], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END,
+                "model_max_length": CONFIG["max_position_embeddings"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    return tok.get_vocab_size()
+
+
+# ------------------------------------------------------------------------------- model
+
+def new_model(folder, seed):
+    """A Transformer as GPT-2 begins: N(0, .02), smaller in layers that end a residual branch."""
+    model = Transformer(ModelConfig.from_folder(folder), folder)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            small = name.endswith(("o_proj.weight", "down_proj.weight"))
+            torch.nn.init.normal_(p, 0, .02 / (2 * model.config.n_layer) ** .5 if small else .02,
+                                  generator=generator)
+    return model
+
+
+def batches(tok, towns, tokens, per_step, rng, prompt_weight=.1):
+    """Lists of (ids, weight of each token's loss), about per_step tokens each, `tokens` in all."""
+    read = 0
+    while read < tokens:
+        batch, size = [], 0
+        while size < per_step:
+            prompt, completion = (tok.encode(part) for part in text(rng, towns, read / tokens))
+            weights = [prompt_weight] * len(prompt) + [1.0] * (len(completion) + 1)
+            batch.append((prompt + completion + [tok.eos], weights))
+            size += len(batch[-1][0])
+        read += size
+        yield read, batch
+
+
+def loss_of(model, batch, total):
+    """Weighted mean loss of some texts, as a share of a step whose weights add up to `total`."""
+    ribbon = Ribbon([len(ids) for ids, _ in batch], "cpu")
+    ids, weight = (torch.tensor([x for row in column for x in row]) for column in zip(*batch))
+    source = (ribbon.position[1:] > 0).nonzero()[:, 0]  # tokens with a successor in their text
+    h = model.hidden(ids, ribbon.position, ribbon.attend)
+    nll = torch.nn.functional.cross_entropy(model.lm_head(h[source]), ids[source + 1],
+                                            reduction="none")
+    return (nll * weight[source + 1]).sum() / total
+
+
+def train(model, tok, towns, tokens, lr, per_step, seed):
+    """AdamW; the learning rate rises over the first 2 % and falls linearly to 0."""
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=.01)
+    begin, average, printed = time.time(), None, 0
+    for read, batch in batches(tok, towns, tokens, per_step, random.Random(seed)):
+        done = min(1, read / tokens)
+        optimizer.param_groups[0]["lr"] = lr * min(done / .02, (1 - done) / .98)
+        batch.sort(key=lambda b: len(b[0]))  # like lengths together: little padding in attention
+        total, loss, piece, size = sum(sum(w) for _, w in batch), 0, [], 0
+        for i, one in enumerate(batch):
+            piece.append(one)
+            size += len(one[0])
+            if size >= per_step // 2 or i == len(batch) - 1:
+                part = loss_of(model, piece, total)
+                part.backward()
+                loss, piece, size = loss + part.item(), [], 0
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average = loss if average is None else .98 * average + .02 * loss
+        if done >= printed:
+            seconds = time.time() - begin
+            print(f"{done:4.0%}  {read / 1e6:5.2f} M tokens  loss {average:.3f}  "
+                  f"{read / seconds:.0f} tokens/s  "
+                  f"{(tokens - read) / read * seconds / 60:.1f} min left", flush=True)
+            printed += .02
+    model.requires_grad_(False)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    ap.add_argument("--out", default="data/tiny")
+    ap.add_argument("--towns", type=int, default=200, help="towns to know by heart (default: 200)")
+    ap.add_argument("--tokens", type=float, default=11e6, help="to read (default: 11e6)")
+    ap.add_argument("--lr", type=float, default=3e-3)
+    ap.add_argument("--per-step", type=int, default=2048, help="tokens per step")
+    ap.add_argument("--threads", type=int, default=1,
+                    help="of torch; sums, and so the weights, depend on it")
+    ap.add_argument("--seed", type=int, default=0)
+    args = ap.parse_args()
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"{out} exists already; nothing was overwritten")
+    torch.set_num_threads(args.threads)
+    rng = random.Random(args.seed)
+    towns = [world.make_town(rng, name)
+             for name in rng.sample(world.NAMES["town", False], args.towns)]
+    with tempfile.TemporaryDirectory() as draft:
+        size = make_tokenizer(Path(draft), towns, args.seed)
+        (Path(draft) / "config.json").write_text(
+            json.dumps(CONFIG | {"vocab_size": size}, indent=2))
+        tok, model = Tokenizer.from_pretrained(draft), new_model(draft, args.seed)
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+              f"vocabulary {size}")
+        train(model, tok, towns, int(args.tokens), args.lr, args.per_step, args.seed)
+        model.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    cli(main)
