@@ -97,6 +97,7 @@ def test_what_the_checkpoint_can_do(tmp_path):
     assert kinds["forward"] > 0.5 and kinds["reversed"] < 0.15
 
 
+@pytest.mark.slow
 def test_pretraining_starts_as_it_did(tmp_path):
     """A few steps of the script that made the checkpoint: it learns, and is deterministic."""
     run = lambda name: subprocess.run([sys.executable, "-m", "data.pretrain_tiny", "--tokens", "20000", "--out", str(tmp_path / name)],
