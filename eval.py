@@ -96,7 +96,8 @@ def curve(argv):
         cfg, metrics = read_json(folder / "config.json"), Lines(folder / "metrics.jsonl").records
         if len(metrics) <= cfg["iterations"]:
             raise UserError(f"{folder}: this run has not ended; repeat its command to resume it")
-        name = f"keep the {cfg['select']}" + (", with directives" if cfg["directives"] else "")
+        name = {"best": "keep the best", "random": "keep any (control)"}[cfg["select"]]
+        name += ", with directives" if cfg["directives"] else ""
         groups.setdefault(name, []).append(metrics)
     lines = {}
     for name, runs in groups.items():
