@@ -462,6 +462,8 @@ def parse_args(argv=None, description=__doc__.split("\n")[0],
     for name in needed:
         if not getattr(cfg, name):
             raise UserError(f"{flag(name)} is missing (-h explains)")
+    if cfg.directives and cfg.domain != "tinyworld":
+        raise UserError("--directives: only the tiny world's self-edits can choose lr and epochs")
     for name in POSITIVE:
         if getattr(cfg, name) <= 0:
             raise UserError(f"{flag(name)} {getattr(cfg, name)}: must be more than 0")

@@ -226,6 +226,7 @@ def test_empty_and_diverging_edits_do_not_stop_a_run(argv, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     (["--judge", "x"], "--judge 'x': choose among rule, substring"), (["--stop", "now"], "newline, eos"), (["--prompt", "p"], "implications"),
     (["--dtype", "int4"], "float32"), (["--tasks", "0"], "--tasks 0: must be more than 0"), (["--model", ""], "--model is missing"), (["--select", "worst"], "best, random"),
+    (["--directives"], "--directives: only the tiny world's"),
     (["--inner-targets", "w_proj"], "no layer is called w_proj")])
 def test_bad_flags_are_one_line(flags, words, argv):
     run = subprocess.run([sys.executable, "outer_loop.py", *argv, *flags], capture_output=True, text=True)

@@ -110,7 +110,7 @@ def test_pretraining_starts_as_it_did(tmp_path):
     assert (tmp_path / "a" / "tokenizer.json").read_text() == (TINY / "tokenizer.json").read_text()
 
 
-FEW = "--device cpu --iterations 1 --tasks 4 --edits 4 --eval-tasks 4 --eval-edits 1".split()
+FEW = "--device cpu --iterations 1 --tasks 4 --edits 4 --eval-tasks 4 --eval-edits 1 --keep 1".split()
 
 
 def test_the_loop_end_to_end(tmp_path, capsys):
