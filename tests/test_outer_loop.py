@@ -164,6 +164,7 @@ def test_a_write_that_is_cut_short_is_made_again(moment, argv, tmp_path, monkeyp
     assert content(again) == content(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_result(argv, tiny_folder, tmp_path):
     """SIGKILL at several moments; then the same command; against a run that was left alone."""
     command = [sys.executable, "outer_loop.py", *argv]

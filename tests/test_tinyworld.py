@@ -135,6 +135,7 @@ def test_the_loop_end_to_end(tmp_path, capsys):
     assert "closed-book" in text and held_out[0].context[0] in text and "its self-edit at iteration 1" in text
 
 
+@pytest.mark.slow
 def test_random_selection_keeps_any(tmp_path, capsys):
     cfg = parse_args([*FEW, "--run-dir", str(tmp_path / "run"), "--select", "random"])
     run = Run(cfg)
