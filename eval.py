@@ -91,14 +91,19 @@ def curve(argv):
     ap.add_argument("runs", nargs="+", help="run folders, of several seeds")
     ap.add_argument("--svg", help="file to draw to")
     args = ap.parse_args(argv)
-    groups = {}
+    runs = []
     for folder in map(Path, args.runs):
         cfg, metrics = read_json(folder / "config.json"), Lines(folder / "metrics.jsonl").records
         if len(metrics) <= cfg["iterations"]:
             raise UserError(f"{folder}: this run has not ended; repeat its command to resume it")
-        name = {"best": "keep the best", "random": "keep any (control)"}[cfg["select"]]
-        name += ", with directives" if cfg["directives"] else ""
-        groups.setdefault(name, []).append(metrics)
+        runs.append((cfg, metrics))
+    differ = [key for key in runs[0][0] if key not in ("seed", "run_dir", "model")
+              and any(cfg[key] != runs[0][0][key] for cfg, _ in runs)]
+    groups = {}
+    for cfg, metrics in runs:  # runs that differ in the seed alone belong together
+        said = {key: cfg[key] for key in differ if cfg[key] is not False}
+        name = ", ".join(key if value is True else f"{key} {value}" for key, value in said.items())
+        groups.setdefault(name or "all runs", []).append(metrics)
     lines = {}
     for name, runs in groups.items():
         reward, half = mean_ci([[m["eval_reward"] for m in run] for run in runs])
@@ -112,9 +117,10 @@ def curve(argv):
         for kind in runs[0][0]["eval_by_kind"]:
             by_kind = [[m["eval_by_kind"][kind] for m in run] for run in runs]
             print(f"    {kind} questions: {arrows(*mean_ci(by_kind))}")
-        for form in dict.fromkeys(form for run in runs for m in run for form in m["forms"]):
-            shares = np.mean([[m["forms"].get(form, 0) for m in run] for run in runs], axis=0)
-            print(f"    {form} lines: {' -> '.join(f'{share:.0%}' for share in shares)}")
+        for what, key in ("lines", "forms"), ("chosen", "directives"):
+            for item in dict.fromkeys(item for run in runs for m in run for item in m[key]):
+                shares = np.mean([[m[key].get(item, 0) for m in run] for run in runs], axis=0)
+                print(f"    {item} {what}: {' -> '.join(f'{share:.0%}' for share in shares)}")
     if args.svg:
         floor = [run[0]["passage_only"] for runs in groups.values() for run in runs
                  if "passage_only" in run[0]]

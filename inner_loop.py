@@ -12,7 +12,6 @@ Shapes: n slots, T tokens in a step, N of them with a label, D = dim, V vocabula
 adapter.
 """
 import argparse
-import os
 import random
 import time
 from collections import defaultdict
@@ -22,7 +21,7 @@ from typing import Iterator
 import torch
 
 from lora import Adapters
-from model import Ribbon, cli, generate, load_pretrained, to_device
+from model import Ribbon, UserError, cli, free_memory, generate, load_pretrained, to_device
 from selfedit import pick, sample_self_edits, seed_for
 
 # ------------------------------------------------------------------------------- SFT
@@ -114,24 +113,34 @@ def adamw_(p, g, m, v, lr, t, clip, weight_decay, betas=(0.9, 0.999), eps=1e-8):
     """One AdamW step (arXiv 1711.05101) of n adapters, in place.
 
     p, g, m, v (n, P); lr and the step's number t, from 1, (n, 1): each adapter has its own."""
-    g = g * (clip / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
+    g.mul_((clip / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1))
     m.lerp_(g, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
-    p.sub_(lr * (m_hat / (v_hat.sqrt() + eps) + weight_decay * p))
+    if weight_decay:
+        p.mul_(1 - lr * weight_decay)
+    p.sub_(m_hat.div_(v_hat.sqrt_().add_(eps)).mul_(lr))
+
+
+compiled_adamw_ = torch.compile(adamw_, dynamic=False)  # compiled at its first call, on CUDA only
+
+
+def step_memory(model, recipe, slots, tokens):
+    """Bytes of a training step: per adapter parameter 18 (value, gradient, m and v in float32, a
+    copy in bfloat16), and per token what a block keeps for its backward pass."""
+    c, parameters = model.config, Adapters(model, 0, recipe.rank, 1, recipe.targets).flat.shape[1]
+    kept = 5 * c.dim + 2 * (c.n_head + c.n_kv_head) * c.head_dim + 4 * c.hidden_dim
+    kept = kept if not model.recompute else c.dim
+    return 18 * slots * parameters + tokens * c.n_layer * kept * model.dtype.itemsize
 
 
 def auto_slots(model, jobs, recipe):
     """How many adapters to train side by side: enough to fill a step, few enough to fit."""
     tokens = sum(len(ids) * job.epochs for job in jobs for ids, _ in job.examples)
     per_step = tokens / sum(job.steps for job in jobs)
-    if model.device.type == "cuda":
-        full, free = 4096, torch.cuda.mem_get_info(model.device)[0]
-    else:  # a CPU is busy with a few hundred tokens
-        full, free = 512, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    parameters = Adapters(model, 0, recipe.rank, recipe.alpha, recipe.targets).flat.shape[1]
-    per_slot = 18 * parameters  # bytes: value, gradient, m and v in float32, a copy in bf16
-    return max(1, min(len(jobs), round(full / per_step), int(free / 3 / per_slot)))
+    full = 4096 if model.device.type == "cuda" else 1024  # tokens that keep the device busy
+    one = step_memory(model, recipe, 1, 2 * per_step)     # twice: some steps are longer
+    return max(1, min(len(jobs), round(full / per_step), int(free_memory(model.device) / 2 / one)))
 
 
 def pack(running, device):
@@ -160,17 +169,37 @@ def pack(running, device):
 def sft(model, jobs, recipe, progress=lambda done, total: None):
     """Train an adapter for every job: yields (index, Trained) as jobs end.
 
+    The model stays as it is. `progress` hears of the optimiser steps. When memory runs out, it goes
+    on with half the slots: jobs under way begin again, and end the same."""
+    waiting = sorted((i for i, job in enumerate(jobs) if job.steps), key=lambda i: -jobs[i].steps)
+    slots, total = recipe.slots, sum(job.steps for job in jobs)
+    while waiting:
+        slots = min(slots or auto_slots(model, jobs, recipe), len(waiting))
+        try:
+            for i, trained in fill_slots(model, jobs, list(waiting), slots, recipe,
+                                         lambda left: progress(total - left, total)):
+                waiting.remove(i)
+                yield i, trained
+        except torch.OutOfMemoryError:
+            if slots == 1:
+                raise UserError("out of memory with a single adapter; try --recompute, a smaller "
+                                "batch or shorter documents") from None
+            slots //= 2
+            print(f"out of memory: going on with {slots} adapters side by side", flush=True)
+
+
+def fill_slots(model, jobs, waiting, n, recipe, progress):
+    """Train the waiting jobs, n side by side, the first ones first: yields (index, Trained).
+
     An adapter's loss is the mean over its micro-batch's labels. The sum over adapters is
     back-propagated; as an adapter's parameters touch its own tokens only, each gets the gradient it
-    would get alone. The model stays as it is. `progress` hears of the optimiser steps."""
-    waiting = sorted((i for i, job in enumerate(jobs) if job.steps), key=lambda i: -jobs[i].steps)
-    if not waiting:
-        return
-    n = min(recipe.slots or auto_slots(model, jobs, recipe), len(waiting))
+    would get alone. `progress` hears how many optimiser steps are left."""
     adapters = Adapters(model, n, recipe.rank, recipe.alpha, recipe.targets)
     flat = adapters.flat.requires_grad_()                   # (n, P)
     m, v = torch.zeros_like(flat), torch.zeros_like(flat)   # AdamW's moments
-    running, losses, done, total = [None] * n, [], 0, sum(job.steps for job in jobs)
+    running, losses, left = [None] * n, [], sum(jobs[i].steps for i in waiting)
+    # A GPU updates all adapters in one compiled kernel, a CPU one by one, within its cache.
+    update, rows = (compiled_adamw_, n) if model.device.type == "cuda" else (adamw_, 1)
     while waiting or any(running):
         for slot in range(n):
             if waiting and not running[slot]:  # continuous batching: an empty slot takes a new job
@@ -190,11 +219,12 @@ def sft(model, jobs, recipe, progress=lambda done, total: None):
         lr_t = torch.tensor([[r.job.lr * (1 - r.step / r.job.steps), r.step + 1] if r else [0, 1]
                              for r in running], dtype=flat.dtype)
         lr, t = to_device(lr_t, model.device).split(1, dim=1)
-        adamw_(flat, flat.grad, m, v, lr, t, recipe.clip, recipe.weight_decay)
+        for state in zip(*(x.split(rows) for x in (flat.detach(), flat.grad, m, v, lr, t))):
+            update(*state, recipe.clip, recipe.weight_decay)
 
         for run in filter(None, running):
-            run.step, done = run.step + 1, done + 1
-        progress(done, total)
+            run.step, left = run.step + 1, left - 1
+        progress(left)
         for slot, run in enumerate(running):
             if run and run.step == run.job.steps:
                 weights = flat.detach()[slot].clone()

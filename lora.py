@@ -40,10 +40,14 @@ class Adapters:
                       for width in (m.in_features, m.out_features)]
         self.flat = torch.zeros(n, sum(self.sizes), device=model.device,
                                 dtype=torch.promote_types(model.dtype, torch.float32))
-        # One fused kernel for all segments exists for bf16 on Hopper and later; elsewhere a padded
-        # batched matmul does the same job.
-        self.fused = (model.dtype == torch.bfloat16 and model.device.type == "cuda"
-                      and torch.cuda.get_device_capability(model.device) >= (9, 0))
+        # grouped_mm takes the segments as they lie: one kernel in bfloat16 on Hopper and later, a
+        # loop in C++ on a CPU. Elsewhere a padded batched matmul does the same job.
+        fast = (model.dtype == torch.bfloat16 and
+                torch.cuda.get_device_capability(model.device) >= (9, 0)
+                if model.device.type == "cuda" else model.dtype != torch.float64)
+        aligned = all(width % 8 == 0 for m in self.layers.values()
+                      for width in (rank, m.in_features, m.out_features))
+        self.grouped = fast and aligned
 
     @torch.no_grad()
     def init(self, slot, seed):
@@ -72,7 +76,7 @@ class Adapters:
             m.weight.copy_(m.weight.to(a.dtype) + self.scale * b[0] @ a[0])
 
     def save(self, slot, folder):
-        """Write one adapter as a folder that PEFT and vLLM open."""
+        """Write one adapter as a folder that PEFT opens."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {f"base_model.model.{name}.lora_{which}.weight": t[0].detach().clone()
@@ -90,14 +94,14 @@ class Route:
 
     def __init__(self, adapters, counts):
         assert len(counts) == adapters.n
-        segments, scale = Ribbon(counts, adapters.model.device), adapters.scale
+        segments, scale = Ribbon(counts, adapters.model.device, split=False), adapters.scale
 
         def low_rank(A, B):
             """x (T, in) -> (alpha / r) B A x (T, out), each token under its own segment's A, B."""
-            if adapters.fused:
+            if adapters.grouped:
                 mm = lambda x, w: F.grouped_mm(x, w, offs=segments.ends)
                 return lambda x: mm(mm(x, A.mT) * scale, B.mT)
-            return lambda x: segments.roll((segments.unroll(x) @ A.mT * scale) @ B.mT)
+            return lambda x: segments.roll([(segments.unroll(x)[0] @ A.mT * scale) @ B.mT])
 
         pairs = adapters.pairs(adapters.flat.to(adapters.model.dtype))
         self.deltas = [(m, low_rank(A, B)) for m, (A, B) in zip(adapters.layers.values(), pairs)]

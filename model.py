@@ -17,9 +17,11 @@ heads, E = head_dim.
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import sys
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 
 class UserError(Exception):
@@ -100,82 +103,93 @@ class Ribbon:
 
     Also used for the token segments of stacked adapters (lora.py): a segment may be empty."""
 
-    def __init__(self, lengths, device):
-        n, self.L = len(lengths), max(lengths, default=0)
-        self.shape, self.lengths = (n, self.L), lengths
-        self.even = all(length == self.L for length in lengths)  # then unrolling is a reshape
+    def __init__(self, lengths, device, split=True):
+        """With `split`, sequences are unrolled in groups of like lengths (within a factor of four):
+        one long sequence must not pad a hundred short ones."""
+        groups = {}
+        for i, n in enumerate(lengths):
+            groups.setdefault((max(n, 16) - 1).bit_length() // 2 if split else 0, []).append(i)
+        self.lengths, self.shapes, self.cells = lengths, [], 0
+        begin = torch.zeros(len(lengths), dtype=torch.long)     # each sequence's first cell
+        for members in groups.values():
+            L = max(lengths[i] for i in members)
+            begin[members] = self.cells + L * torch.arange(len(members))
+            self.shapes.append((len(members), L))
+            self.cells += len(members) * L
         length = torch.tensor(lengths)
         ends = length.cumsum(0)
-        row = torch.repeat_interleave(torch.arange(n), length)
+        row = torch.repeat_interleave(torch.arange(len(lengths)), length)
         position = torch.arange(row.numel()) - (ends - length)[row]
-        self.position = to_device(position, device)             # (T,) place in its own sequence
-        self.cell = to_device(row * self.L + position, device)  # (T,) place in the (n * L,) view
+        self.even = len(groups) == 1 and self.cells == row.numel()  # then unrolling is a reshape
+        self.row = to_device(row, device)                       # (T,) the sequence of each token
+        self.position = to_device(position, device)             # (T,) its place in that sequence
+        self.cell = to_device(begin[row] + position, device)    # (T,) its place when unrolled
         self.last = to_device(ends - 1, device)                 # (n,) each sequence's last token
         self.ends = to_device(ends.int(), device)               # (n,) as grouped_mm wants them
 
     def unroll(self, x):
-        """(T, ...) -> (n, L, ...), zeros to the right of each sequence."""
+        """(T, ...) -> [(n, L, ...) of each group], zeros to the right of each sequence."""
         if not self.even:  # index_copy's backward is a gather; an indexed assignment's would sort
-            zeros = x.new_zeros(math.prod(self.shape), *x.shape[1:])
-            x = zeros.index_copy(0, self.cell, x)
-        return x.view(*self.shape, *x.shape[1:])
+            x = x.new_zeros(self.cells, *x.shape[1:]).index_copy(0, self.cell, x)
+        views = x.split([n * L for n, L in self.shapes])
+        return [view.view(*shape, *x.shape[1:]) for view, shape in zip(views, self.shapes)]
 
-    def roll(self, y):
-        """(n, L, ...) -> (T, ...)."""
-        y = y.reshape(-1, *y.shape[2:])
+    def roll(self, views):
+        """[(n, L, ...) of each group] -> (T, ...)."""
+        views = [view.reshape(-1, *view.shape[2:]) for view in views]
+        y = torch.cat(views) if len(views) > 1 else views[0]
         return y if self.even else y.index_select(0, self.cell)
 
     def attend(self, layer, q, k, v):
         """Causal attention within each sequence. q (T, H, E), k and v (T, K, E) -> (T, H, E)."""
-        q, k, v = (self.unroll(t).transpose(1, 2) for t in (q, k, v))  # (n, H or K, L, E)
         grouped = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return self.roll(y.transpose(1, 2))
+        views = zip(*(self.unroll(t) for t in (q, k, v)))
+        return self.roll([F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in view), is_causal=True, enable_gqa=grouped  # (n, H, L, E)
+        ).transpose(1, 2) for view in views])
 
 
 class Cache:
-    """Keys and values of every row's tokens so far, per layer (rows, K, S, E).
+    """Keys and values of so many rows, per layer (rows, K, size, E)."""
 
-    S grows in blocks of 256. Rows are the ribbon's prompts, each `copies` times."""
+    def __init__(self, model, rows, size):
+        c, self.size = model.config, round_up(size, 256)
+        zeros = lambda: torch.zeros(rows, c.n_kv_head, self.size, c.head_dim,
+                                    dtype=model.dtype, device=model.device)
+        self.kv = [(zeros(), zeros()) for _ in range(c.n_layer)]
+        self.length = torch.zeros(rows, dtype=torch.long, device=model.device)  # tokens so far
 
-    def __init__(self, ribbon, copies):
-        self.ribbon, self.copies, self.kv = ribbon, copies, {}
-        self.longest = ribbon.L
-        self.size = round_up(self.longest + 1, 256)
-        length = torch.tensor(ribbon.lengths).repeat_interleave(copies)
-        self.length = to_device(length, ribbon.cell.device)  # (rows,) tokens so far
+    def prefill(self, ribbon, places):
+        """An `attend` that stores prompt i's keys and values in the rows places[i] (n, copies)."""
+        self.length[places] = ribbon.last.diff(prepend=ribbon.last.new_tensor([-1]))[:, None]
+        rows, position = places[ribbon.row], ribbon.position[:, None]  # (T, copies), (T, 1)
 
-    def prefill(self, layer, q, k, v):
-        """Attend within the prompts; store their keys and values once for each copy."""
-        room = (0, 0, 0, self.size - self.ribbon.L)
-        self.kv[layer] = tuple(F.pad(self.ribbon.unroll(t).transpose(1, 2), room)
-                               .repeat_interleave(self.copies, 0) for t in (k, v))
-        return self.ribbon.attend(layer, q, k, v)
+        def attend(layer, q, k, v):
+            for cache, new in zip(self.kv[layer], (k, v)):
+                cache[rows, :, position] = new[:, None]
+            return ribbon.attend(layer, q, k, v)
+        return attend
 
-    def decode(self, layer, q, k, v):
-        """One new token per row: store its k, v (rows, K, E), attend to all so far -> like q."""
-        K, V = self.kv[layer]
-        row = torch.arange(len(q), device=q.device)
-        K[row, :, self.length], V[row, :, self.length] = k, v
-        S = min(round_up(self.longest + 1, 64), self.size)  # a prefix that covers every row
-        seen = torch.arange(S, device=q.device) <= self.length[:, None]
-        q = q.view(len(q), k.shape[1], -1, q.shape[-1])  # heads that share a key take the L axis
-        y = F.scaled_dot_product_attention(q, K[:, :, :S], V[:, :, :S], seen[:, None, None])
-        return y.flatten(1, 2)
+    def step(self):
+        """An `attend` for one new token per row: store its k, v (rows, K, E), attend to all so far.
+        """
+        row = torch.arange(len(self.length), device=self.length.device)
+        unseen = torch.arange(self.size, device=row.device) > self.length[:, None]
+        mask = torch.zeros(unseen.shape, dtype=self.kv[0][0].dtype, device=row.device)
+        mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (rows, 1, 1, size)
 
-    def advance(self):
-        """Every row has one token more."""
-        self.length += 1
-        self.longest += 1
-        if self.longest == self.size:
-            self.size += 256
-            grow = lambda t: F.pad(t, (0, 0, 0, 256))
-            self.kv = {layer: (grow(k), grow(v)) for layer, (k, v) in self.kv.items()}
+        def attend(layer, q, k, v):
+            K, V = self.kv[layer]
+            K[row, :, self.length], V[row, :, self.length] = k, v
+            q = q.view(len(q), k.shape[1], -1, q.shape[-1])  # heads that share a key: the L axis
+            return F.scaled_dot_product_attention(q, K, V, mask).flatten(1, 2)
+        return attend
 
-    def keep(self, rows):
-        """Drop all but the given rows (LongTensor)."""
-        self.length = self.length[rows]
-        self.kv = {layer: (k[rows], v[rows]) for layer, (k, v) in self.kv.items()}
+    def keep(self, rows, size):
+        """Drop all but the given rows (LongTensor); make room for `size` tokens in each."""
+        more = max(0, round_up(size, 256) - self.size)
+        self.size, self.length = self.size + more, self.length[rows]
+        self.kv = [tuple(F.pad(t[rows], (0, 0, 0, more)) for t in kv) for kv in self.kv]
 
 
 def round_up(n, block):
@@ -190,7 +204,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
-        return y if self.delta is None else y + self.delta(x)
+        return y if self.delta is None else y.add_(self.delta(x))
 
 
 class RMSNorm(nn.Module):
@@ -264,6 +278,7 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """`folder` is where the weights came from: its tokenizer files are saved along."""
+    recompute = False   # a block's activations in the backward pass: less memory, a third more time
 
     def __init__(self, config, folder=None):
         super().__init__()
@@ -285,12 +300,15 @@ class Transformer(nn.Module):
     def hidden(self, ids, position, attend):
         """The residual stream after the last norm: ids, position (T,) -> (T, D).
 
-        `attend` mixes the tokens: Ribbon.attend, Cache.prefill or Cache.decode."""
+        `attend` mixes the tokens: Ribbon.attend, or what Cache.prefill or Cache.step returns."""
         x = self.model.embed_tokens(ids)
         angle = position[:, None, None] * rope_frequencies(self.config, ids.device)  # (T, 1, E/2)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for block in self.model.layers:
-            x = block(x, cos, sin, attend)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, attend)
         return self.model.norm(x)
 
     def forward(self, ids):
@@ -300,7 +318,7 @@ class Transformer(nn.Module):
         return self.lm_head(h).view(*ids.shape, -1)
 
     def save_pretrained(self, folder):
-        """Write a folder that load_pretrained, transformers and vLLM open, whole or not at all."""
+        """Write a folder that load_pretrained and transformers open, whole or not at all."""
         folder = Path(folder)
         if folder.exists():
             raise UserError(f"{folder} exists already; nothing was overwritten")
@@ -412,6 +430,71 @@ def sample(logits, temperature, top_p, u):
     return index.gather(-1, pick)[:, 0]
 
 
+class Rows:
+    """The rows being decoded. All that a step reads and writes is in tensors that stay where they
+    are: on CUDA it is recorded once as a graph, and then launched whole, not kernel by kernel."""
+
+    def __init__(self, model, n, size, total, max_new, choose, ends):
+        """n rows of `size` tokens at first. choose: (logits, output row, age) -> token;
+        ends: (token, age) -> bool."""
+        new = lambda *shape, value=0: torch.full(shape, value, device=model.device)
+        self.model, self.choose, self.ends = model, choose, ends
+        self.cache, self.graph, self.warm = Cache(model, n, size), None, False
+        self.out = new(total + 1, max_new, value=-1)  # the last row takes what idle rows write
+        self.row = new(n, value=total)                # (n,) where in `out` a row writes
+        self.age, self.token = new(n), new(n)         # (n,) tokens written, the last of them
+
+    def write(self, at, h):
+        """Choose a token in the rows `at` from their last hidden states h (rows, D)."""
+        row, age = self.row[at], self.age[at]
+        token = self.choose(self.model.lm_head(h), row, age)
+        self.out[row, age] = self.token[at] = token
+        over = self.ends(token, age)
+        self.row[at] = row.masked_fill(over, len(self.out) - 1)
+        self.age[at] = (age + 1).masked_fill(over, 0)
+
+    def prefill(self, ids, ribbon, places, row):
+        """Read prompts, and write the first token of each into its `places` (prompts, n)."""
+        h = self.model.hidden(ids, ribbon.position, self.cache.prefill(ribbon, places))
+        at = places.flatten()
+        self.row[at], self.age[at] = row, torch.zeros_like(row)
+        self.write(at, h[ribbon.last].repeat_interleave(places.shape[1], 0))
+
+    def forward(self):
+        h = self.model.hidden(self.token, self.cache.length, self.cache.step())
+        self.cache.length.add_(1).clamp_(max=self.cache.size - 1)  # idle rows go on and on
+        self.write(slice(None), h)
+
+    def step(self):
+        """One token more in every row."""
+        if self.model.device.type == "cuda" and self.warm and not self.graph:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, and runs nothing
+                self.forward()
+        self.graph.replay() if self.graph else self.forward()
+        self.warm = True
+
+    def keep(self, rows, size):
+        """Drop all but the given rows (LongTensor); make room for `size` tokens in each."""
+        self.cache.keep(rows, size)
+        self.row, self.age, self.token = self.row[rows], self.age[rows], self.token[rows]
+        self.graph, self.warm = None, False
+
+
+def auto_rows(model, length):
+    """How many rows of `length` tokens to decode side by side: a third of the free memory."""
+    c, cuda = model.config, model.device.type == "cuda"
+    per_row = 2 * c.n_layer * c.n_kv_head * c.head_dim * length * model.dtype.itemsize  # bytes
+    return max(1, min(256 if cuda else 64, free_memory(model.device) // 3 // per_row))
+
+
+def free_memory(device):
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 @torch.inference_mode()
 def generate(model, prompts, max_new, stop, n=1, temperature=0.0, top_p=1.0, seeds=None,
              late_stop=(), banned=None, adapters=None, slots=None, max_rows=None,
@@ -421,65 +504,73 @@ def generate(model, prompts, max_new, stop, n=1, temperature=0.0, top_p=1.0, see
     Greedy at temperature 0, else from the nucleus, and row i draws from its own generator, seeded
     seeds[i]: its text does not depend on its neighbours. `stop` ids end a row and are part of it;
     `late_stop` ids too, unless they come first. `banned` (V,) marks ids that must not be drawn.
-    With `adapters` (lora.Adapters), prompt j is read under slot slots[j]; slots ascend.
-    `max_rows` rows are decoded at a time; `progress` hears how many have ended."""
-    device, results = model.device, []
-    late_stop = torch.tensor(sorted({*stop, *late_stop}), device=device)
-    stop = torch.tensor(sorted(stop), device=device)
-    slots = slots or [0] * len(prompts)
-    assert all(prompts) and slots == sorted(slots), "empty prompt, or not sorted by adapter"
+    With `adapters` (lora.Adapters), prompt j is read under slot slots[j].
+    About `max_rows` rows are decoded at a time; one that has ended gives its place to a waiting
+    prompt: continuous batching. `progress` hears how many have ended."""
+    assert all(prompts), "empty prompt"
+    if not prompts:
+        return []
+    device, total, longest = model.device, len(prompts) * n, max(map(len, prompts))
+    is_stop, is_late = (to_device(torch.zeros(model.config.vocab_size, dtype=torch.bool).index_fill(
+        0, torch.tensor(list(ids), dtype=torch.long), True), device) for ids in (stop, late_stop))
+    u = torch.zeros(total + 1, max_new)
+    for i in range(total if temperature else 0):
+        u[i] = torch.rand(max_new, generator=torch.Generator().manual_seed(seeds[i]))
+    u = to_device(u, device)
 
-    def route(slots, tokens):  # each adapter attached to its own stretch of the ribbon
-        if adapters is None:
-            return nullcontext()
-        counts = [0] * adapters.n
-        for slot, count in zip(slots, tokens):
-            counts[slot] += count
-        return adapters.route(counts)
+    def choose(logits, row, age):
+        logits = logits if banned is None else logits.masked_fill(banned, -torch.inf)
+        return sample(logits, temperature, top_p, u[row, age])
 
-    step_rows = max(1, (max_rows or (256 if device.type == "cuda" else 32)) // n)
-    for start in range(0, len(prompts), step_rows):
-        batch, slot = prompts[start:start + step_rows], slots[start:start + step_rows]
-        ribbon = Ribbon([len(p) for p in batch], device)
-        cache = Cache(ribbon, n)
-        ids = to_device(torch.tensor([i for p in batch for i in p]), device)
-        with route(slot, ribbon.lengths):  # a prompt is read once, however many rows continue it
-            h = model.hidden(ids, ribbon.position, cache.prefill)[ribbon.last]
-        h = h.repeat_interleave(n, 0)  # (rows, D)
-        slot = [s for s in slot for _ in range(n)]
-        rows = torch.arange(len(slot), device=device)  # those the cache still holds
-        out = torch.full((len(slot), max_new), -1, device=device)
-        finished = torch.zeros(len(slot), dtype=torch.bool, device=device)
-        u = torch.zeros(len(slot), max_new)
-        for row in range(len(slot) if temperature else 0):
-            own = torch.Generator().manual_seed(seeds[start * n + row])
-            u[row] = torch.rand(max_new, generator=own)
-        u, here = to_device(u, device), route(slot, [1] * len(slot))
+    def ends(token, age):
+        return is_stop[token] | is_late[token] & (age > 0) | (age == max_new - 1)
 
-        for step in range(max_new):
-            if step % 16 == 0:  # the only wait for the device: have rows ended? then make room
-                live = (~finished).nonzero()[:, 0]
-                if not len(live):
-                    break
-                if len(live) <= len(rows) // 2:
-                    cache.keep(live)
-                    rows, finished, h = rows[live], finished[live], h[live]
-                    slot = [slot[i] for i in live.tolist()]
-                    here = route(slot, [1] * len(slot))
-                    progress(start * n + len(out) - len(slot), len(prompts) * n)
-            logits = model.lm_head(h)
-            if banned is not None:
-                logits = logits.masked_fill(banned, -torch.inf)
-            token = sample(logits, temperature, top_p, u[rows, step])
-            out[rows, step] = torch.where(finished, -1, token)
-            finished |= torch.isin(token, late_stop if step else stop)
-            if step + 1 < max_new:
-                with here:
-                    h = model.hidden(token, cache.length, cache.decode)
-                cache.advance()
-        progress(start * n + len(out), len(prompts) * n)
-        results += [[i for i in row if i >= 0] for row in out.tolist()]
-    return results
+    # The rows are a grid: `per` for each adapter, side by side.
+    waiting = [deque() for _ in range(adapters.n if adapters else 1)]
+    for j, slot in enumerate(slots or [0] * len(prompts)):
+        waiting[slot].append(j)
+    per = (max_rows or auto_rows(model, longest + max_new)) // len(waiting) // n
+    per = n * max(1, min(per, max(map(len, waiting))))
+    route = lambda counts: adapters.route(counts) if adapters else nullcontext()
+    every, most = (16, 16384) if device.type == "cuda" else (1, 2048)
+    rows = Rows(model, per * len(waiting), longest + every, total, max_new, choose, ends)
+    here = route([per] * len(waiting))
+    while True:
+        state = torch.stack((rows.row, rows.cache.length)).tolist()  # the one wait for the device
+        length = {p: length for p, (row, length) in enumerate(zip(*state)) if row < total}
+        if done := total - len(length) - n * sum(map(len, waiting)):
+            progress(done, total)
+        if done == total:
+            return [[i for i in row if i >= 0] for row in rows.out[:total].tolist()]
+        batch, tokens = [], 0               # (slot, prompt, its places) to be read now
+        for slot, queue in enumerate(waiting):
+            idle = [p for p in range(slot * per, slot * per + per) if p not in length]
+            while queue and idle and (not batch or tokens + len(prompts[queue[0]]) <= most):
+                j, places, idle = queue.popleft(), idle[:n], idle[n:]
+                batch.append((slot, j, places))
+                length |= dict.fromkeys(places, len(prompts[j]))
+                tokens += len(prompts[j])
+        if batch:
+            ids, places, row = (to_device(torch.tensor(x), device) for x in (
+                [i for _, j, _ in batch for i in prompts[j]], [places for *_, places in batch],
+                [j * n + k for _, j, _ in batch for k in range(n)]))
+            ribbon = Ribbon([len(prompts[j]) for _, j, _ in batch], device)
+            with route([sum(len(prompts[j]) for slot, j, _ in batch if slot == s)
+                        for s in range(len(waiting))]):
+                rows.prefill(ids, ribbon, places, row)
+        # Make room for the next tokens; fold the grid when half of it is idle for good.
+        room = max(length.values()) + every + 1
+        most_live = max(sum(p // per == s for p in length) for s in range(len(waiting)))
+        folds = most_live <= per // 2 and not any(waiting)
+        if folds or room > rows.cache.size:
+            grid = [sorted(range(s * per, s * per + per), key=lambda p: p not in length)
+                    for s in range(len(waiting))]
+            per = most_live if folds else per
+            rows.keep(to_device(torch.tensor([p for at in grid for p in at[:per]]), device), room)
+            here = route([per] * len(waiting))
+        with here:
+            for _ in range(every):
+                rows.step()
 
 
 # ------------------------------------------------------------------------------- command line

@@ -78,7 +78,8 @@ class Config:
     strict: bool = False            # keep a self-edit only if it beats the un-adapted model (Eq. 2)
     restart: bool = False           # every M-step starts from the base model, as in Singh et al.
     slots: int = 0                  # adapters trained side by side; 0: automatic
-    rows: int = 0                   # sequences decoded side by side; 0: 256 on cuda, else 32
+    rows: int = 0                   # sequences decoded side by side; 0: automatic
+    recompute: bool = False         # activations in the backward pass: less memory, slower
 
 
 PRESETS = {
@@ -182,12 +183,15 @@ def evaluate(cfg, run, model, tasks, t):
     before = [r["reward"] for r in run.rollouts.of(t - 1, "train")]
     forms = Counter(tasks[i].form(line) for i, row in enumerate(edits) for edit in row
                     for line in edit.text.splitlines() if tasks[i].form)
+    chosen = Counter(f"{name} {value}" for row in edits for edit in row
+                     for name, value in edit.directives.items())
+    shares = lambda counter, n: {name: count / n for name, count in counter.most_common()}
     run.metrics_lines.add({
         "iteration": t, "eval_reward": float(np.mean(rewards)), "eval_ci": bootstrap_ci(rewards),
         "eval_by_kind": run.by_kind(tasks, t, "eval"), "eval_unadapted": float(np.mean(without)),
         "eval_tasks": len(tasks), **baselines,
         "train_reward": float(np.mean(before)) if before else None,  # of the round that led here
-        "forms": {form: n / forms.total() for form, n in forms.most_common()},
+        "forms": shares(forms, forms.total()), "directives": shares(chosen, np.size(edits)),
         "seconds": round(time.time() - run.begin, 1)})
     run.log(describe(run.metrics[-1]))
 
@@ -214,16 +218,22 @@ def by_kind(accuracy):
 
 
 def summary(run, held_out):
-    """What the run showed: a few lines of figures, and a passage's self-edit before and after."""
-    first, last = run.metrics[0], run.metrics[-1]
-    lines = [describe(m) for m in run.metrics]
+    """What the run showed: a line of figures each for the baselines, the reward, what self-edits
+    are made of and what they choose; then a passage's self-edit before and after."""
+    first, last, lines = run.metrics[0], run.metrics[-1], []
+    arrows = lambda values: " -> ".join(f"{value:.3f}" for value in values)
     if "passage_only" in first:
-        lines.insert(0, f"closed-book {first['eval_unadapted']:.3f}, passage in the prompt "
-                        f"{first['in_context']:.3f}, trained on the passage alone "
-                        f"{first['passage_only']:.3f}{by_kind(first['passage_only_by_kind'])}")
-    for m in (first, last) if first["forms"] else ():
-        shares = ", ".join(f"{form} {share:.0%}" for form, share in m["forms"].items())
-        lines.append(f"lines of self-edits at iteration {m['iteration']}: {shares}")
+        lines.append(f"closed-book {first['eval_unadapted']:.3f}, passage in the prompt "
+                     f"{first['in_context']:.3f}, trained on the passage alone "
+                     f"{first['passage_only']:.3f}{by_kind(first['passage_only_by_kind'])}")
+    kinds = ", ".join(f"{kind} {arrows(m['eval_by_kind'][kind] for m in run.metrics)}"
+                      for kind in first["eval_by_kind"])
+    lines.append(f"with a self-edit {arrows(m['eval_reward'] for m in run.metrics)}"
+                 + f" ({kinds})" * bool(kinds))
+    for what, key in ("lines of self-edits", "forms"), ("directives", "directives"):
+        shares = ", ".join(f"{name} {first[key].get(name, 0):.0%} -> {last[key].get(name, 0):.0%}"
+                           for name in dict.fromkeys([*first[key], *last[key]]))
+        lines += [f"{what}: {shares}"] if shares else []
     lines.append(f"\nA passage it was not trained on:\n{held_out[0].context[0]}")
     for m in (first, last):
         r = next(r for r in run.rollouts.of(m["iteration"], "eval") if not r["task"] + r["edit"])
@@ -341,6 +351,7 @@ class Run:
             source = self.folder / f"iter_{t}" if t else self.cfg.model
             dtype = getattr(torch, self.cfg.dtype) if self.cfg.dtype else None
             self.loaded = t, load_pretrained(source, self.cfg.device, dtype)
+            self.loaded[1].recompute = self.cfg.recompute
         return self.loaded[1]
 
     def save(self, t, model):
