@@ -545,7 +545,7 @@ def generate(model, prompts, max_new, stop, n=1, temperature=0.0, top_p=1.0, see
         batch, tokens = [], 0               # (slot, prompt, its places) to be read now
         for slot, queue in enumerate(waiting):
             idle = [p for p in range(slot * per, slot * per + per) if p not in length]
-            while queue and idle and (not batch or tokens + len(prompts[queue[0]]) <= most):
+            while queue and len(idle) >= n and tokens < most:
                 j, places, idle = queue.popleft(), idle[:n], idle[n:]
                 batch.append((slot, j, places))
                 length |= dict.fromkeys(places, len(prompts[j]))
