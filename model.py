@@ -422,7 +422,7 @@ def sample(logits, temperature, top_p, u):
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
     top, index = p.topk(min(1024, p.shape[-1]))  # on a CPU ten times faster than sorting all
-    if p.is_cuda or (top.sum(-1) < top_p).any():
+    if top.shape[-1] < p.shape[-1] and (p.is_cuda or (top.sum(-1) < top_p).any()):
         top, index = p.sort(-1, descending=True)
     before = top.cumsum(-1) - top
     mass = (top * (before < top_p)).cumsum(-1)  # cut a token if those before it reach top_p
@@ -467,7 +467,7 @@ class Rows:
 
     def step(self):
         """One token more in every row."""
-        if self.model.device.type == "cuda" and self.warm and not self.graph:
+        if has_graphs(self.model.device) and self.warm and not self.graph:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):  # records, and runs nothing
                 self.forward()
@@ -479,6 +479,10 @@ class Rows:
         self.cache.keep(rows, size)
         self.row, self.age, self.token = self.row[rows], self.age[rows], self.token[rows]
         self.graph, self.warm = None, False
+
+
+def has_graphs(device):
+    return device.type == "cuda"
 
 
 def auto_rows(model, length):

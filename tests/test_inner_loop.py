@@ -6,14 +6,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from transformers import AutoModelForCausalLM
 
-from inner_loop import FrozenHeadLoss, Job, Recipe, ask, auto_slots, sft, update_and_score
+import inner_loop
+from inner_loop import FrozenHeadLoss, Job, Recipe, ask, auto_slots, sft, step_memory, update_and_score
 from lora import Adapters
-from model import load_pretrained
+from model import Ribbon, UserError, load_pretrained
 from selfedit import SelfEdit, Task
 from tests.test_model import CASES
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RECIPE = Recipe(rank=4, alpha=8, targets=ALL, lr=1e-2, epochs=3, batch=2)
+RECIPE = Recipe(rank=8, alpha=16,  # a multiple of 8: float32 takes the grouped matmul, float64 the padded one
+                 targets=ALL, lr=1e-2, epochs=3, batch=2)
 
 
 def mixed_jobs(seed=0, n=7, shortest=3):
@@ -150,6 +152,56 @@ def test_slots_fit_the_work(tiny):
     assert 1 <= auto_slots(tiny, jobs, RECIPE) <= len(jobs)
     long = [Job([([1] * 1000, [True] * 1000)], 0, 1e-3, 1, 1)] * 5
     assert auto_slots(tiny, long, RECIPE) == 1
+
+
+def test_out_of_memory_halves_the_slots_and_changes_nothing(model64, monkeypatch, capsys):
+    jobs, pack = mixed_jobs(), inner_loop.pack
+    expected = run(model64, jobs, slots=4)
+
+    def small_memory(running, device, most=2):
+        if sum(r is not None for r in running) > most and any(r and r.step == 3 for r in running):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pack(running, device)
+    monkeypatch.setattr(inner_loop, "pack", small_memory)
+    heard = []
+    recipe = Recipe(**vars(RECIPE) | {"slots": 4})
+    got = dict(sft(model64, jobs, recipe, lambda done, total: heard.append((done, total))))
+    assert "going on with 2 adapters" in capsys.readouterr().out
+    assert got.keys() == expected.keys() and worst(got, expected) <= 1e-12
+    assert heard[-1] == (sum(job.steps for job in jobs),) * 2
+    monkeypatch.setattr(inner_loop, "pack", lambda running, device: small_memory(running, device, most=0))
+    with pytest.raises(UserError, match="--recompute"):
+        run(model64, jobs)
+
+
+def test_recomputed_activations_train_the_same(model64):
+    jobs = mixed_jobs()
+    expected = run(model64, jobs, slots=3)
+    model64.recompute = True
+    try:
+        assert worst(run(model64, jobs, slots=3), expected) <= 1e-12
+    finally:
+        model64.recompute = False
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ALL])
+def test_the_memory_formula_counts_what_autograd_keeps(case, targets, tmp_path):
+    torch.manual_seed(4)
+    CASES[case]().save_pretrained(tmp_path / "base")
+    model, kept = load_pretrained(tmp_path / "base", "cpu"), {}
+    adapters, tokens = Adapters(model, 1, 8, 16, targets), 256
+    ids, ribbon = torch.randint(0, 320, (tokens,)), Ribbon([tokens], "cpu")
+    adapters.flat.requires_grad_()
+
+    def keep(t):
+        if t.shape[:1] == (tokens,) or t.shape[-2:-1] == (tokens,) or tokens in t.shape:  # not the weights
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), adapters.route([tokens]):
+        h = model.hidden(ids, ribbon.position, ribbon.attend)
+        estimate = step_memory(model, RECIPE, 1, tokens) - step_memory(model, RECIPE, 1, 0)
+        assert 0.6 < estimate / sum(kept.values()) < 1.6 and h.requires_grad
 
 
 # ------------------------------------------------------------------------------------------------ reward

@@ -53,6 +53,24 @@ def test_each_segment_has_its_own_adapter_and_the_base_comes_back(folder):
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 
+def test_both_ways_of_multiplying_agree(folder):
+    """grouped_mm over the segments as they lie, or a padded batched matmul: values and gradients."""
+    model, found = load_pretrained(folder, "cpu"), []
+    ids, ribbon = torch.randint(0, 320, (24,)), Ribbon([5, 11, 8], "cpu")
+    for grouped in (True, False):
+        adapters = trained(model, n=4, rank=8)
+        assert adapters.grouped  # rank and widths are multiples of 8, and this is float32
+        adapters.grouped = grouped
+        adapters.flat.requires_grad_()
+        with adapters.route([16, 0, 8, 0]):
+            h = model.hidden(ids, ribbon.position, ribbon.attend)
+            h.square().sum().backward()
+        found.append((h.detach(), adapters.flat.grad))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    assert not Adapters(model, 1, 4, 8, ALL).grouped
+
+
 def test_merged_equals_adapted(folder):
     model, ids = load_pretrained(folder, "cpu"), torch.randint(0, 320, (1, 30))
     adapters = trained(model)

@@ -6,9 +6,13 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
                           Qwen3ForCausalLM)
 
+import model
+from lora import Adapters
 from model import Ribbon, UserError, generate, load_pretrained, sample
 
 COMMON = dict(vocab_size=320, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -94,6 +98,76 @@ def test_finished_rows_make_room(tiny):
     full = [naive_greedy(tiny, p, 60, set()) for p in prompts]
     stop = {row[i] for i, row in zip((1, 3, 20, 40), full)}
     assert generate(tiny, prompts, 60, stop) == [naive_greedy(tiny, p, 60, stop) for p in prompts]
+
+
+def test_ended_rows_give_their_place_to_waiting_prompts(tiny, monkeypatch):
+    """Two rows a prompt, six at a time: the same as one by one, and in far fewer steps than batch after batch."""
+    prompts = [[i, 3 * i + 1] * (1 + i % 5) for i in range(20)]
+    sampling = dict(temperature=1.0, top_p=0.9, stop={i for i in range(0, 264, 12)})
+    steps, forward = [], model.Rows.forward
+    monkeypatch.setattr(model.Rows, "forward", lambda self: (steps.append(len(self.row)), forward(self))[1])
+    rows = generate(tiny, prompts, 60, n=2, seeds=range(40), max_rows=7, **sampling)
+    taken = len(steps)
+    assert max(steps) == 6
+    assert rows == [generate(tiny, [prompts[i // 2]], 60, seeds=[i], **sampling)[0] for i in range(40)]
+    longest = sum(max(map(len, rows[i:i + 6])) for i in range(0, 40, 6))
+    assert min(map(len, rows)) < 5 and taken < 0.8 * longest and sum(map(len, rows)) <= 6 * taken + 40
+
+
+def test_questions_of_many_adapters_in_few_rows(tiny):
+    """Adapters with one to four prompts, two rows for each: a grid with holes, refilled and folded."""
+    adapters = Adapters(tiny, 3, 8, 16, ["q_proj", "up_proj"])
+    adapters.flat.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    slots, stop = [0, 1, 1, 1, 1, 2, 2], set(range(0, 264, 9))
+    prompts = [[i, 5, 9 * i] for i in range(7)]
+    together = generate(tiny, prompts, 40, stop, adapters=adapters, slots=slots, max_rows=6)
+    for prompt, slot, row in zip(prompts, slots, together):
+        own = Adapters(tiny, 1, 8, 16, ["q_proj", "up_proj"])
+        own.flat[0] = adapters.flat[slot]
+        assert generate(tiny, [prompt], 40, stop, adapters=own, slots=[0]) == [row]
+    assert together != generate(tiny, prompts, 40, stop)
+
+
+class Recorded(TorchDispatchMode):
+    """A CUDA graph on a CPU: records every operation with its tensors, and replays just that."""
+    made = 0
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.fresh = [], True
+        Recorded.made += 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "waits for the device"
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        if not self.fresh:  # recording ran it once already
+            for func, args, kwargs, out in self.calls:
+                for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+        self.fresh = False
+
+
+def test_a_step_can_be_a_graph(tiny, monkeypatch):
+    """All that changes from step to step lies in tensors that stay where they are: replaying what one step did, also when
+    rows are refilled and dropped and the cache grows, gives what running it gives."""
+    prompts, seeds = [[i, i + 1] for i in range(9)] + [[7] * 240], range(20)
+    adapters = Adapters(tiny, 2, 8, 16, ["q_proj", "v_proj"])
+    adapters.flat.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    with_adapters = dict(n=1, adapters=adapters, slots=[0] * 5 + [1] * 5, max_rows=6)
+    for more in (dict(n=2, temperature=1.0, top_p=0.9, seeds=seeds, max_rows=8), with_adapters):
+        expected = generate(tiny, prompts, 50, set(range(0, 264, 8)), **more)
+        monkeypatch.setattr(model, "has_graphs", lambda device: True)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+        Recorded.made = 0
+        assert generate(tiny, prompts, 50, set(range(0, 264, 8)), **more) == expected
+        assert Recorded.made > 1
+        monkeypatch.undo()
 
 
 def test_late_stop_does_not_end_a_row_at_once(tiny):

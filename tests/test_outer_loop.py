@@ -279,7 +279,7 @@ def test_curves_of_several_runs(argv, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["eval.py", "curve", *folders, "--svg", str(tmp_path / "curve.svg")])
     eval_main()
     out = capsys.readouterr().out
-    assert "keep the best, 2 seeds" in out and "keep any (control), 1 seeds" in out and "gain" in out
+    assert "select best, 2 seeds" in out and "select random, 1 seeds" in out and "gain" in out
     drawing = ElementTree.parse(tmp_path / "curve.svg").getroot()
     assert drawing.tag.endswith("svg") and len([e for e in drawing if e.get("stroke-width") == "2.5"]) == 2
     (tmp_path / "run1" / "metrics.jsonl").write_text("")
