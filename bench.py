@@ -104,12 +104,14 @@ class Peer:
         import peft
         import transformers
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         auto, kind = transformers.AutoModelForCausalLM, {"dtype": model.dtype}
         base = auto.from_pretrained(model.folder, **kind) if pretrained else auto.from_config(
             transformers.AutoConfig.from_pretrained(model.folder), **kind)
         self.lora = peft.LoraConfig(r=RECIPE.rank, lora_alpha=RECIPE.alpha, lora_dropout=0,
                                     target_modules=RECIPE.targets, task_type="CAUSAL_LM")
-        self.model, self.device = peft.get_peft_model(base.to(model.device), self.lora), model.device
+        self.device = model.device
+        self.model = peft.get_peft_model(base.to(model.device), self.lora)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         for p in self.weights:
             p.data = p.data.float()
@@ -137,15 +139,16 @@ class Peer:
     def trainer(self, jobs, pad_to, steps):
         """The official way, a few steps of it: Trainer, rows padded and learned to `pad_to`."""
         import transformers
-        rows = [{"input_ids": (ids + [0] * pad_to)[:pad_to], "labels": (ids + [0] * pad_to)[:pad_to]}
-                for job in jobs for ids, _ in job.examples][:steps]
+        texts = [(ids + [0] * pad_to)[:pad_to] for job in jobs for ids, _ in job.examples][:steps]
+        rows = [{"input_ids": ids, "labels": ids} for ids in texts]
         with tempfile.TemporaryDirectory() as out:
-            transformers.Trainer(self.model, transformers.TrainingArguments(
+            trainer = transformers.Trainer(self.model, transformers.TrainingArguments(
                 out, per_device_train_batch_size=1, max_steps=steps, learning_rate=RECIPE.lr,
                 report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
                 use_cpu=self.device.type == "cpu", dataloader_pin_memory=False,
-                bf16=self.model.dtype == torch.bfloat16), train_dataset=rows).train()
-        return sum(min(len(ids), pad_to) for job in jobs for ids, _ in job.examples[:steps])
+                bf16=self.model.dtype == torch.bfloat16), train_dataset=rows)
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
 
     def answer(self, n, prompts, n_new):
         """Adapter after adapter, the questions of each in one left-padded batch."""
@@ -216,7 +219,7 @@ def main():
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--dtype", choices=("float32", "bfloat16"),
                     help="of the weights (default: bfloat16 on cuda, else float32)")
-    ap.add_argument("--jobs", type=int, default=12, help="adapters to train (default: 12)")
+    ap.add_argument("--jobs", type=int, default=24, help="adapters to train (default: 24)")
     ap.add_argument("--epochs", type=int, default=1, help="passes; the paper's are 10 (default: 1)")
     ap.add_argument("--slots", type=int, default=0, help="side by side; 0: automatic")
     ap.add_argument("--repeats", type=int, default=5)
@@ -248,8 +251,8 @@ def bench(args, model, device):
         f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.shape or model.folder}, {model.dtype}, {what}, torch {torch.__version__}\n"
           f"N {body / 1e6:.2f} M weights in matmuls, P {parameters / 1e6:.2f} M per adapter: "
-          f"4 N + 6 P = {flops / 1e6:.1f} MFLOP a token; a matmul runs at {rate / 1e9:.0f} GFLOP/s: "
-          f"floor {rate / flops:.0f} tokens/s\n"
+          f"4 N + 6 P = {flops / 1e6:.1f} MFLOP a token; a matmul runs at {rate / 1e9:.0f} "
+          f"GFLOP/s: floor {rate / flops:.0f} tokens/s\n"
           f"formula: a step of {slots} slots needs "
           f"{step_memory(model, RECIPE, slots, slots * tokens / steps) / 2 ** 30:.2f} GiB "
           "beside the weights")
@@ -296,21 +299,23 @@ def bench(args, model, device):
         ratio = median["transformers + PEFT, one by one"] / median["ours, together"]
         print(f"  ours over the peer: {ratio:.2f} x")
 
-    print("\na round (8 self-edits a prompt, of 64 tokens; SFT; 4 answers each, of 8 tokens)")
-    for n in args.scaling:
-        again = make_jobs(model, [pick(4)[i % 4] for i in range(n)], 1)
+    print("\na round: 8 self-edits of 64 tokens a prompt; their SFT; 4 answers of 8 tokens each")
+    four = pick(4)
+    for n in args.scaling:  # the same four self-edits, again and again
+        again = make_jobs(model, [four[i % 4] for i in range(n)], 1)
 
-        def round_of():
-            generate(model, prompts[:-(-n // 8)] * -(-n // 256), 64, (), 8, 1.0, .95, list(range(n + 256)))
-            trained = [weights for _, weights in sft(model, again, replace(RECIPE, slots=args.slots))]
+        def one_round():
+            contexts = [prompts[i % len(prompts)] for i in range(-(-n // 8))]
+            generate(model, contexts, 64, (), 8, 1.0, 0.95, range(8 * len(contexts)))
+            trained = [t for _, t in sft(model, again, replace(RECIPE, slots=args.slots))]
             for i in range(0, n, 8):
-                few = Adapters(model, len(trained[i:i + 8]), RECIPE.rank, RECIPE.alpha, RECIPE.targets)
-                for slot, t in enumerate(trained[i:i + 8]):
-                    few.flat[slot] = t.weights
-                answer(model, few, prompts[:4 * few.n], 8)
-        seconds, peak = timed(device, round_of)
+                few = trained[i:i + 8]
+                stack = Adapters(model, len(few), RECIPE.rank, RECIPE.alpha, RECIPE.targets)
+                torch.stack([t.weights for t in few], out=stack.flat)
+                answer(model, stack, prompts[:4 * len(few)], 8)
+        seconds, peak = timed(device, one_round)
         print(f"  {n:4} self-edits {seconds:8.2f} s, {seconds / n * 1000:7.1f} ms each, "
-              f"{peak / 2 ** 30:.2f} GiB", flush=True)
+              f"{peak / 2 ** 30:6.2f} GiB", flush=True)
 
 
 if __name__ == "__main__":

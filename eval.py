@@ -1,46 +1,189 @@
-"""Measure a model: accuracy with and without adaptation; and how far to trust the rule judges.
+"""The paper's tables and figures, with the statistics they lack.
 
-    python eval.py accuracy --model DIR_OR_HUB_ID --eval-data FILE
+    python eval.py single --preset knowledge --model DIR_OR_HUB_ID --eval-data FILE [--run RUN_DIR]
+    python eval.py reliability RUN_DIR             # how far a reward, and best-of-K, can be trusted
     python eval.py judges FILE                     # agreement with GPT-4.1 on released verdicts
     python eval.py curve RUN_DIR [RUN_DIR ...] --svg FILE   # held-out reward over iterations
 
-`accuracy` takes outer_loop.py's flags and trains an adapter per passage (the paper's Table 2,
-single passage): on nothing, the passage, a self-edit too. What it did is kept in --run-dir like any
-run: read its rollouts.jsonl; the same command resumes it.
+`single` takes outer_loop.py's flags, --preset tiny being the default there as well, and keeps what
+it did in --run-dir like any run: read its rollouts.jsonl; the same command resumes it. The table is
+printed, and written as JSON beside them.
 """
 import argparse
 import html
+import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from data.knowledge import JUDGES
+from inner_loop import make_job
 from model import UserError, cli, read_json
-from outer_loop import Lines, Run, bootstrap_ci, parse_args
-from selfedit import SelfEdit
+from outer_loop import Lines, Run, bootstrap_ci, in_prompt, parse_args, replace_file
+from selfedit import SelfEdit, read_self_edit
 
 
-def accuracy(argv):
-    """Print accuracy without adaptation, on the passage alone, and with a self-edit too."""
-    cfg = parse_args(["--run-dir", "runs/eval", *argv], accuracy.__doc__, ("model", "eval_data"))
-    run = Run(cfg)
-    tasks, model = run.tasks(cfg.eval_data)[:cfg.eval_tasks], run.load(0)
-    without = run.unadapted(model, tasks)
-    arms = {"passage only": [[SelfEdit("", [], task.context)] for task in tasks],
-            "passage and self-edit": run.sample(model, tasks, 0, "eval", 1)}
-    rows = {"no adaptation": without} | {
-        name: run.rewards(model, tasks, edits, 0, name, without, cfg.seeds)
-        for name, edits in arms.items()}
-    questions = sum(len(task.questions) for task in tasks)
-    run.log(f"\n{len(tasks)} passages, {questions} questions, {cfg.seeds} seeds; "
-            "accuracy and gain, the mean over passages [95 % CI]")
-    interval = lambda x: "{:.3f} [{:.3f}, {:.3f}]".format(x.mean(), *bootstrap_ci(x))
-    for name, values in rows.items():
-        values = np.reshape(values, len(tasks))
-        gain = "" if name == "no adaptation" else f"  gain {interval(values - without)}"
-        run.log(f"{name:>22}  {interval(values)}{gain}")
+# ------------------------------------------------------------------------------- one passage
 
+def single(argv):
+    """One adapter per passage (the paper's Table 2, left). --run RUN_DIR adds a row for each of its
+    checkpoints, --edits-from FILE [FILE ...] one for each kind of self-edit in JSON files (a record
+    has "title", "context" and "edits": {kind: text}, or the "released" ones of the authors)."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--run")
+    own.add_argument("--edits-from", nargs="+", default=[])
+    mine, rest = own.parse_known_args(argv)
+    cfg = parse_args(["--run-dir", "runs/single", *rest], single.__doc__, ("model", "eval_data"))
+    run, known = Run(cfg), {}
+    tasks = run.tasks(cfg.eval_data)[:cfg.eval_tasks]
+    model = run.load(0)
+    base = run.verdicts(model, tasks)
+    without = [np.mean(row) for row in base]
+
+    def trained(name, edits, t=0):
+        """A row: an adapter per passage, trained on its self-edit."""
+        run.rewards(run.load(t), tasks, [[edit] for edit in edits], t, name, without, cfg.seeds)
+        return row_of(name, run.rollouts.of(t, name), base)
+
+    own_edits = [row[0] for row in run.sample(model, tasks, 0, "eval", 1)]
+    passage = [SelfEdit("", [], task.context) for task in tasks]
+    steps = [max(1, make_job(model, run.tok, edit, 0, run.recipe).steps) for edit in own_edits]
+    matched = [SelfEdit("", [], task.context, {"epochs": n}) for task, n in zip(tasks, steps)]
+    rows = [{"row": "no adaptation", "accuracy": without},
+            trained("passage only", passage),
+            trained("passage only, step-matched", matched),
+            trained("its own self-edits", own_edits)]
+    for name, texts in imported(mine.edits_from, tasks).items():
+        rows.append(trained(name, [read_self_edit(*pair) for pair in zip(tasks, texts)]))
+    rows.append({"row": "passage in the prompt",
+                 "accuracy": run.unadapted(run.load(0), in_prompt(tasks))})
+    if mine.run:
+        run.checkpoints = Path(mine.run)
+        rounds = len(list(run.checkpoints.glob("iter_*[0-9]")))
+        if not rounds:
+            raise UserError(f"{mine.run}: no checkpoint iter_1 there")
+        for t in range(1, rounds + 1):
+            edits = [row[0] for row in run.sample(run.load(t), tasks, t, "eval", 1)]
+            rows.append(trained(f"self-edits after round {t}", edits, t))
+    report(run, "single", argv, rows, rows[2], len(tasks), sum(map(len, base)))
+
+
+def row_of(name, records, base):
+    """A row of the table, from the rollouts of one self-edit per passage; `base` are the verdicts
+    without adaptation."""
+    records = sorted(records, key=lambda r: r["task"])
+    pairs = [(before, after) for r, own in zip(records, base) for right in r["right"]
+             for before, after in zip(own, right)]
+    share = lambda among, of: float(np.mean([after == of for before, after in pairs
+                                             if before == among] or [np.nan]))
+    answers = sum(len(row) for r in records for row in r["answers"])
+    return {"row": name, "accuracy": [r["reward"] for r in records],
+            "gained": share(False, True), "lost": share(True, False),
+            "cut": sum(r["cut"] for r in records) / max(1, answers),
+            "documents": float(np.mean([r["documents"] for r in records])),
+            "tokens": float(np.mean([len(r["token_ids"]) for r in records])),
+            "seconds": float(np.mean([r["seconds"] / max(1, len(r["right"])) for r in records]))}
+
+
+def imported(files, tasks):
+    """{kind: [a text per task]} of the self-edits that JSON files hold for these passages."""
+    found = defaultdict(dict)
+    for file in files:
+        for record in read_json(file):
+            kinds = record.get("edits") or {
+                kind: x["edit"] for kind, x in record.get("released", {}).items() if x.get("edit")}
+            for kind, text in kinds.items():
+                found[kind][record["title"] + "\n" + record["context"]] = text
+    for kind, texts in found.items():
+        if lacking := [task.name for task in tasks if task.context[0] not in texts]:
+            raise UserError(f"no {kind} self-edit of {lacking[0]!r} in {', '.join(files)}")
+    return {kind: [texts[task.context[0]] for task in tasks] for kind, texts in found.items()}
+
+
+def report(run, name, argv, rows, reference, passages, questions):
+    """Print a table, differences from the `reference` row in pairs, and write it as JSON."""
+    head = (f"{'':>32}  {'accuracy [95 % CI]':<24}   {'over ' + reference['row']:<31}"
+            "gained   lost    cut  docs  tokens  s/adapter")
+    run.log(f"\n{passages} passages, {questions} questions, {run.cfg.seeds} seeds; means over "
+            f"passages, differences in pairs\n{head}")
+    interval = lambda x: "{:6.3f} [{:6.3f}, {:6.3f}]".format(np.mean(x), *bootstrap_ci(x))
+    for row in rows:
+        row["mean"], row["ci"] = float(np.mean(row["accuracy"])), bootstrap_ci(row["accuracy"])
+        line = f"{row['row']:>32}  {interval(row['accuracy'])}  "
+        if row is not reference:
+            difference = np.subtract(row["accuracy"], reference["accuracy"])
+            row["difference"] = float(difference.mean())
+            row["difference_ci"] = bootstrap_ci(difference)
+            line += f" {interval(difference)}"
+        if "gained" in row:
+            line = (f"{line:<90}{row['gained']:6.3f} {row['lost']:6.3f} {row['cut']:6.3f} "
+                    f"{row['documents']:5.1f} {row['tokens']:7.0f} {row['seconds']:10.1f}")
+        run.log(line)
+    replace_file(run.folder / f"{name}.json", json.dumps(
+        {"command": ["eval.py", name, *argv], "seed": run.cfg.seed, "rows": rows}, indent=1))
+    run.log("gained: of the questions missed without adaptation; lost: of those known; "
+            f"cut: answers at the cap. Also in {run.folder / name}.json")
+
+
+# ------------------------------------------------------------------------------- reliability
+
+def reliability(argv):
+    """Print how far a run's rewards can be trusted: between the seeds of the inner loop, and what
+    the best of K is worth by seeds that did not choose it."""
+    ap = argparse.ArgumentParser(description=reliability.__doc__)
+    ap.add_argument("run", help="a run's folder")
+    rollouts = Lines(Path(ap.parse_args(argv).run) / "rollouts.jsonl").records
+    rows = defaultdict(dict)  # (iteration, passage) -> {self-edit: record}
+    for r in rollouts:
+        if r["split"] == "train" and r["right"]:
+            rows[r["iteration"], r["task"]][r["edit"]] = r
+    groups = [list(edits.values()) for edits in rows.values()]
+    if not groups:
+        raise UserError("no rewards of training self-edits in this run")
+    accuracy = [np.array([[np.mean(right) for right in r["right"]] for r in group])
+                for group in groups]  # per passage (K, seeds)
+    seeds = min(a.shape[1] for a in accuracy)
+    print(f"{len(groups)} passages, {sum(map(len, groups))} self-edits, {seeds} seeds each")
+    if seeds > 1:
+        values = split_half(accuracy)
+        for what, value in values.items():
+            print(f"  {what:<66} {value:6.3f}")
+    everything = [r for group in groups for r in group]
+    reward = [r["reward"] for r in everything]
+    for what, x in (("tokens", [len(r["token_ids"]) for r in everything]),
+                    ("documents", [r["documents"] for r in everything])):
+        print(f"  correlation of the reward with the number of {what:<18} "
+              f"{np.corrcoef(reward, x)[0, 1] if np.std(x) and np.std(reward) else np.nan:10.3f}")
+
+
+def split_half(accuracy):
+    """Statistics of rewards; accuracy: per passage (K, seeds).
+
+    The variance between the self-edits of a passage is measured by the covariance of two seeds, in
+    which the seeds' own noise is absent (the mean square between minus within, over all pairs).
+    Reliability is that of the mean over all seeds (Spearman-Brown)."""
+    noise, true, chosen, held = [], [], [], []
+    for a in accuracy:
+        k, n = a.shape
+        noise.append(a.var(axis=1, ddof=1).mean())
+        if k > 1:
+            true.append(a.mean(axis=1).var(ddof=1) - noise[-1] / n)
+        chosen.append(a.mean(axis=1).max())
+        for out in range(n):  # choose without one seed, and ask that seed what the choice is worth
+            held.append(a[np.delete(a, out, axis=1).mean(axis=1).argmax(), out])
+    within, between, n = np.mean(noise), max(0.0, np.mean(true or [0])), accuracy[0].shape[1]
+    return {"standard deviation of one inner loop, over seeds": within ** 0.5,
+            "true standard deviation between the self-edits of a passage": between ** 0.5,
+            f"reliability of a {n}-seed mean, among the edits of a passage":
+                between / (between + within / n) if between + within else np.nan,
+            "mean reward": np.mean([a.mean() for a in accuracy]),
+            "the best of K, by the seeds that chose it": np.mean(chosen),
+            "the best of K, chosen without one seed, by that seed": np.mean(held)}
+
+
+# ------------------------------------------------------------------------------- judges
 
 def agreement(a, b):
     """(share of equal verdicts, Cohen's kappa: how far that is beyond chance)."""
@@ -162,9 +305,9 @@ def draw(lines, floor):
 
 
 def main():
-    commands = {"accuracy": accuracy, "judges": judges, "curve": curve}
+    commands = {f.__name__: f for f in (single, reliability, judges, curve)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
-        raise UserError("usage: python eval.py {accuracy,judges,curve} ... (-h after any explains)")
+        raise UserError(f"usage: python eval.py {{{','.join(commands)}}} ... (-h explains each)")
     commands[sys.argv[1]](sys.argv[2:])
 
 

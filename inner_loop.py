@@ -16,6 +16,7 @@ import random
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Iterator
 
 import torch
@@ -122,7 +123,9 @@ def adamw_(p, g, m, v, lr, t, clip, weight_decay, betas=(0.9, 0.999), eps=1e-8):
     p.sub_(m_hat.div_(v_hat.sqrt_().add_(eps)).mul_(lr))
 
 
-compiled_adamw_ = torch.compile(adamw_, dynamic=False)  # compiled at its first call, on CUDA only
+@cache
+def compiled_adamw_():
+    return torch.compile(adamw_, dynamic=False)  # pointwise, and its shapes stay: a kernel or two
 
 
 def step_memory(model, recipe, slots, tokens):
@@ -199,7 +202,7 @@ def fill_slots(model, jobs, waiting, n, recipe, progress):
     m, v = torch.zeros_like(flat), torch.zeros_like(flat)   # AdamW's moments
     running, losses, left = [None] * n, [], sum(jobs[i].steps for i in waiting)
     # A GPU updates all adapters in one compiled kernel, a CPU one by one, within its cache.
-    update, rows = (compiled_adamw_, n) if model.device.type == "cuda" else (adamw_, 1)
+    update, rows = (compiled_adamw_(), n) if model.device.type == "cuda" else (adamw_, 1)
     while waiting or any(running):
         for slot in range(n):
             if waiting and not running[slot]:  # continuous batching: an empty slot takes a new job
@@ -239,7 +242,8 @@ def fill_slots(model, jobs, waiting, n, recipe, progress):
 # ------------------------------------------------------------------------------- reward
 
 def ask(model, tok, tasks, weights=None, recipe=None, max_new=64, newline=True, max_rows=None):
-    """Greedy answers to each task's questions, without its context: a list of strings per task.
+    """Greedy answers to each task's questions, without its context: a list of strings per task, and
+    how many of them were cut off at max_new tokens.
 
     With `weights`, task i is answered under the adapter weights[i] (P,), all of them in one batch.
     NOTE(paper): generation stops at EOS and, with `newline`, also at a line break after the first
@@ -252,9 +256,12 @@ def ask(model, tok, tasks, weights=None, recipe=None, max_new=64, newline=True, 
     prompts = [tok.prompt(query) for task in tasks for query in task.queries]
     rows = generate(model, prompts, max_new, tok.stop, late_stop=tok.newlines() if newline else (),
                     banned=tok.banned(model), adapters=adapters, slots=slots, max_rows=max_rows)
+    ended = {*tok.stop, *(tok.newlines() if newline else ())}
     texts = (tok.decode(row).strip() for row in rows)
-    texts = (text.split("\n")[0] if newline else text for text in texts)
-    return [[next(texts) for _ in task.queries] for task in tasks]
+    texts = iter([text.split("\n")[0] if newline else text for text in texts])
+    cut = iter([len(row) == max_new and row[-1] not in ended for row in rows])
+    return ([[next(texts) for _ in task.queries] for task in tasks],
+            [sum(next(cut) for _ in task.queries) for task in tasks])
 
 
 def grade(task, predictions):
@@ -272,6 +279,7 @@ class Outcome:
     right: list = field(default_factory=list)       # a list of verdicts, per seed
     losses: list = field(default_factory=list)      # [first, last], per seed
     seconds: float = 0.0
+    cut: int = 0            # answers that ran to the cap, of all seeds
     note: str = ""
 
 
@@ -299,18 +307,20 @@ def update_and_score(model, tok, tasks, edits, seeds, recipe,
             continue
         jobs += [make_job(model, tok, edit, seed, recipe) for seed in seeds[i]]
         owner += [i] * len(seeds[i])
-    at_once = 64 if model.device.type == "cuda" else 8  # adapters that answer together
+    at_once = 64 if model.device.type == "cuda" else 16  # adapters that answer together
     ready = []
     for count, (j, trained) in enumerate(sft(model, jobs, recipe, progress), 1):
         ready.append((owner[j], trained))
         if len(ready) < at_once and count < len(jobs):
             continue
         sound = [(i, trained.weights) for i, trained in ready if not trained.diverged]
-        answers = iter(ask(model, tok, [tasks[i] for i, _ in sound], [w for _, w in sound], recipe,
-                           **asking) if sound else [])
+        answers = zip(*ask(model, tok, [tasks[i] for i, _ in sound], [w for _, w in sound], recipe,
+                           **asking)) if sound else iter([])
         for i, trained in ready:
             o, task = outcomes[i], tasks[i]
-            o.answers.append([""] * len(task.questions) if trained.diverged else next(answers))
+            answer, cut = ([""] * len(task.questions), 0) if trained.diverged else next(answers)
+            o.answers.append(answer)
+            o.cut += cut
             o.right.append(grade(task, o.answers[-1]))
             o.accuracy.append(sum(o.right[-1]) / len(task.questions))
             o.losses.append([round(loss, 4) for loss in (trained.losses[0], trained.losses[-1])])
@@ -339,9 +349,9 @@ def main():
     recipe = Recipe(rank=32, alpha=64, targets=["q_proj", "v_proj"], lr=1e-3, epochs=10, batch=1)
     ((edit,),) = sample_self_edits(model, tok, [task], 1, [[seed_for(0)]], max_new=args.max_new)
     print(f"{task.context[0]}\n\n--- self-edit\n{edit.text}\n")
-    (before,) = ask(model, tok, [task])
+    (before,), _ = ask(model, tok, [task])
     ((_, trained),) = sft(model, [make_job(model, tok, edit, 0, recipe)], recipe)
-    (after,) = ask(model, tok, [task], [trained.weights], recipe)
+    (after,), _ = ask(model, tok, [task], [trained.weights], recipe)
     print(f"--- {len(trained.losses)} steps in {trained.seconds:.0f} s, "
           f"loss {trained.losses[0]:.2f} -> {trained.losses[-1]:.2f}")
     for question, gold, old, new in zip(task.questions, task.answers, before, after):

@@ -98,7 +98,7 @@ class Route:
 
         def low_rank(A, B):
             """x (T, in) -> (alpha / r) B A x (T, out), each token under its own segment's A, B."""
-            if adapters.grouped:
+            if adapters.grouped and not segments.even:
                 mm = lambda x, w: F.grouped_mm(x, w, offs=segments.ends)
                 return lambda x: mm(mm(x, A.mT) * scale, B.mT)
             return lambda x: segments.roll([(segments.unroll(x)[0] @ A.mT * scale) @ B.mT])

@@ -153,7 +153,7 @@ class Cache:
     """Keys and values of so many rows, per layer (rows, K, size, E)."""
 
     def __init__(self, model, rows, size):
-        c, self.size = model.config, round_up(size, 256)
+        c, self.size = model.config, round_up(size, 64)
         zeros = lambda: torch.zeros(rows, c.n_kv_head, self.size, c.head_dim,
                                     dtype=model.dtype, device=model.device)
         self.kv = [(zeros(), zeros()) for _ in range(c.n_layer)]
@@ -187,7 +187,9 @@ class Cache:
 
     def keep(self, rows, size):
         """Drop all but the given rows (LongTensor); make room for `size` tokens in each."""
-        more = max(0, round_up(size, 256) - self.size)
+        more = 0
+        if size > self.size:
+            more = round_up(max(size, self.size * 5 // 4), 64) - self.size
         self.size, self.length = self.size + more, self.length[rows]
         self.kv = [tuple(F.pad(t[rows], (0, 0, 0, more)) for t in kv) for kv in self.kv]
 
@@ -487,9 +489,9 @@ def has_graphs(device):
 
 def auto_rows(model, length):
     """How many rows of `length` tokens to decode side by side: a third of the free memory."""
-    c, cuda = model.config, model.device.type == "cuda"
+    c = model.config
     per_row = 2 * c.n_layer * c.n_kv_head * c.head_dim * length * model.dtype.itemsize  # bytes
-    return max(1, min(256 if cuda else 64, free_memory(model.device) // 3 // per_row))
+    return max(1, min(256, free_memory(model.device) // 3 // per_row))
 
 
 def free_memory(device):

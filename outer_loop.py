@@ -242,6 +242,12 @@ def summary(run, held_out):
     return "\n".join(lines)
 
 
+def in_prompt(tasks):
+    """The same tasks with their context in front of every question: an upper bound."""
+    read = lambda task: ["\n\n".join([*task.context, query]) for query in task.queries]
+    return [dataclasses.replace(task, queries=read(task)) for task in tasks]
+
+
 def make_recipe(cfg, loop):
     """The Recipe of the 'inner' or the 'outer' loop: the fields that begin with its name."""
     names = ("rank", "alpha", "targets", "lr", "epochs", "batch")
@@ -311,7 +317,7 @@ class Run:
         self.tok, self.recipe = Tokenizer.from_pretrained(cfg.model), make_recipe(cfg, "inner")
         self.asking = dict(max_new=cfg.max_answer_tokens, newline=cfg.stop == "newline",
                            max_rows=cfg.rows or None)
-        self.loaded = None, None
+        self.loaded, self.checkpoints = (None, None), self.folder
 
     metrics = property(lambda self: self.metrics_lines.records)
 
@@ -348,7 +354,7 @@ class Run:
         """theta_t; theta_0 is the base. One model is held at a time."""
         if self.loaded[0] != t:
             self.loaded = None, None
-            source = self.folder / f"iter_{t}" if t else self.cfg.model
+            source = self.checkpoints / f"iter_{t}" if t else self.cfg.model
             dtype = getattr(torch, self.cfg.dtype) if self.cfg.dtype else None
             self.loaded = t, load_pretrained(source, self.cfg.device, dtype)
             self.loaded[1].recompute = self.cfg.recompute
@@ -384,18 +390,20 @@ class Run:
         edits = [read_self_edit(tasks[r["task"]], r["text"], r["token_ids"]) for r in saved]
         return [edits[i:i + k] for i in range(0, len(edits), k)]
 
+    def verdicts(self, model, tasks):
+        """Which questions the model as it is answers rightly: a list per task."""
+        answers, _ = ask(model, self.tok, tasks, **self.asking)
+        return [grade(task, row) for task, row in zip(tasks, answers)]
+
     def unadapted(self, model, tasks):
         """Accuracy of the model as it is, on each task."""
-        answers = ask(model, self.tok, tasks, **self.asking)
-        return [float(np.mean(grade(task, row))) for task, row in zip(tasks, answers)]
+        return [float(np.mean(right)) for right in self.verdicts(model, tasks)]
 
     def baselines(self, model, tasks, without):
         """Two arms without a self-edit: the passage in the prompt, and trained on it alone."""
-        read = lambda task: ["\n\n".join([*task.context, query]) for query in task.queries]
-        in_prompt = [dataclasses.replace(task, queries=read(task)) for task in tasks]
         passage = [[SelfEdit("", [], task.context)] for task in tasks]
         rewards = self.rewards(model, tasks, passage, 0, "passage only", without, 1)
-        return {"in_context": float(np.mean(self.unadapted(model, in_prompt))),
+        return {"in_context": float(np.mean(self.unadapted(model, in_prompt(tasks)))),
                 "passage_only": float(np.mean(rewards)),
                 "passage_only_by_kind": self.by_kind(tasks, 0, "passage only")}
 
@@ -428,7 +436,7 @@ class Run:
                 "token_ids": edit.token_ids, "directives": edit.directives,
                 "documents": len(edit.documents), "questions": task.questions, "gold": task.answers,
                 "answers": o.answers, "right": o.right, "losses": o.losses,
-                "seconds": round(o.seconds, 2), "note": o.note})
+                "cut": o.cut, "seconds": round(o.seconds, 2), "note": o.note})
             loss = "loss {:.2f} -> {:.2f}".format(*o.losses[0]) if o.losses else ""
             self.log(f"  {count}/{len(todo)} eta {meter.eta:.0f}s | {task.name[:24]} {i}.{j}: "
                      f"reward {o.reward:.2f} (un-adapted {without[i]:.2f}), {len(edit.documents)} "
