@@ -76,11 +76,11 @@ def lockstep(model, jobs, slots):
 
     def padded(running, device):
         batches = [next(run.batches) if run else [] for run in running]
-        longest = max(len(run.examples[e][0]) for run, at in zip(running, batches) for e in at)
-        fill = lambda ids: torch.nn.functional.pad(ids, (0, longest - len(ids)))
-        return pack([run and replace(run, batches=iter([range(len(at))]), examples=[
-            (fill(run.examples[e][0]), run.examples[e][1]) for e in at])
-            for run, at in zip(running, batches)], device)
+        longest = max(len(run.examples[e].ids) for run, at in zip(running, batches) for e in at)
+        fill = lambda x: replace(x, ids=torch.nn.functional.pad(x.ids, (0, longest - len(x.ids))))
+        return pack([run and replace(run, batches=iter([range(len(at))]),
+                                     examples=[fill(run.examples[e]) for e in at])
+                     for run, at in zip(running, batches)], device)
     inner_loop.pack = padded
     try:
         for i in range(0, len(jobs), slots):
@@ -209,7 +209,7 @@ def matmul_rate(device, dtype):
     """FLOP/s of a large square matrix product: what the floor is reckoned with."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n ** 3 / min(timed(device, lambda: a @ b)[0] for _ in range(8))
+    return 2 * n ** 3 / min(timed(device, lambda: a @ b.T)[0] for _ in range(8))
 
 
 def main():
@@ -220,6 +220,7 @@ def main():
     ap.add_argument("--dtype", choices=("float32", "bfloat16"),
                     help="of the weights (default: bfloat16 on cuda, else float32)")
     ap.add_argument("--jobs", type=int, default=24, help="adapters to train (default: 24)")
+    ap.add_argument("--documents", type=int, help="at most so many of a self-edit's")
     ap.add_argument("--epochs", type=int, default=1, help="passes; the paper's are 10 (default: 1)")
     ap.add_argument("--slots", type=int, default=0, help="side by side; 0: automatic")
     ap.add_argument("--repeats", type=int, default=5)
@@ -239,7 +240,8 @@ def main():
 
 def bench(args, model, device):
     window = model.config.max_len
-    lengths = random.Random(1).sample(LENGTHS, len(LENGTHS))
+    rng = random.Random(1)
+    lengths = [rng.sample(x, len(x))[:args.documents] for x in rng.sample(LENGTHS, len(LENGTHS))]
     pick = lambda n: [[min(x, window) for x in lengths[i % len(lengths)]] for i in range(n)]
     jobs = make_jobs(model, pick(args.jobs), args.epochs)
     tokens = sum(len(ids) for job in jobs for ids, _ in job.examples) * args.epochs
@@ -307,12 +309,14 @@ def bench(args, model, device):
         def one_round():
             contexts = [prompts[i % len(prompts)] for i in range(-(-n // 8))]
             generate(model, contexts, 64, (), 8, 1.0, 0.95, range(8 * len(contexts)))
-            trained = [t for _, t in sft(model, again, replace(RECIPE, slots=args.slots))]
-            for i in range(0, n, 8):
-                few = trained[i:i + 8]
-                stack = Adapters(model, len(few), RECIPE.rank, RECIPE.alpha, RECIPE.targets)
-                torch.stack([t.weights for t in few], out=stack.flat)
-                answer(model, stack, prompts[:4 * len(few)], 8)
+            ready = []
+            for i, (_, t) in enumerate(sft(model, again, replace(RECIPE, slots=args.slots)), 1):
+                ready.append(t.weights)
+                if len(ready) == 8 or i == n:
+                    stack = Adapters(model, len(ready), RECIPE.rank, RECIPE.alpha, RECIPE.targets)
+                    torch.stack(ready, out=stack.flat)
+                    answer(model, stack, prompts[:4 * len(ready)], 8)
+                    ready = []
         seconds, peak = timed(device, one_round)
         print(f"  {n:4} self-edits {seconds:8.2f} s, {seconds / n * 1000:7.1f} ms each, "
               f"{peak / 2 ** 30:6.2f} GiB", flush=True)

@@ -1,28 +1,37 @@
 """The paper's tables and figures, with the statistics they lack.
 
     python eval.py single --preset knowledge --model DIR_OR_HUB_ID --eval-data FILE [--run RUN_DIR]
+    python eval.py cpt --preset cpt-v1 --model DIR_OR_HUB_ID --eval-data FILE
+    python eval.py continual --preset knowledge --model DIR_OR_HUB_ID --eval-data FILE
     python eval.py reliability RUN_DIR             # how far a reward, and best-of-K, can be trusted
     python eval.py judges FILE                     # agreement with GPT-4.1 on released verdicts
     python eval.py curve RUN_DIR [RUN_DIR ...] --svg FILE   # held-out reward over iterations
 
-`single` takes outer_loop.py's flags, --preset tiny being the default there as well, and keeps what
-it did in --run-dir like any run: read its rollouts.jsonl; the same command resumes it. The table is
-printed, and written as JSON beside them.
+The first three take outer_loop.py's flags, --preset tiny being the default there as well,
+and keep what they did in --run-dir; the same command resumes. The table is printed, and written as
+JSON beside it.
 """
 import argparse
 import html
 import json
+import random
 import sys
+import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 
-from data.knowledge import JUDGES
-from inner_loop import make_job
-from model import UserError, cli, read_json
-from outer_loop import Lines, Run, bootstrap_ci, in_prompt, parse_args, replace_file
-from selfedit import SelfEdit, read_self_edit
+from data import knowledge
+from inner_loop import Example, Job, Running, ask, grade_all, make_job, pack, sft, yes_or_no
+from lora import Adapters
+from model import UserError, cli, load_pretrained, read_json
+from outer_loop import (Lines, Meter, Run, bootstrap_ci, in_prompt, parse_args, replace_file)
+from selfedit import SelfEdit, read_self_edit, sample_self_edits, seed_for
+from tokenizer import Tokenizer
 
 
 # ------------------------------------------------------------------------------- one passage
@@ -31,12 +40,12 @@ def single(argv):
     """One adapter per passage (the paper's Table 2, left). --run RUN_DIR adds a row for each of its
     checkpoints, --edits-from FILE [FILE ...] one for each kind of self-edit in JSON files (a record
     has "title", "context" and "edits": {kind: text}, or the "released" ones of the authors)."""
-    own = argparse.ArgumentParser(add_help=False)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--run")
     own.add_argument("--edits-from", nargs="+", default=[])
     mine, rest = own.parse_known_args(argv)
     cfg = parse_args(["--run-dir", "runs/single", *rest], single.__doc__, ("model", "eval_data"))
-    run, known = Run(cfg), {}
+    run = Run(cfg)
     tasks = run.tasks(cfg.eval_data)[:cfg.eval_tasks]
     model = run.load(0)
     base = run.verdicts(model, tasks)
@@ -76,15 +85,19 @@ def row_of(name, records, base):
     records = sorted(records, key=lambda r: r["task"])
     pairs = [(before, after) for r, own in zip(records, base) for right in r["right"]
              for before, after in zip(own, right)]
-    share = lambda among, of: float(np.mean([after == of for before, after in pairs
-                                             if before == among] or [np.nan]))
     answers = sum(len(row) for r in records for row in r["answers"])
     return {"row": name, "accuracy": [r["reward"] for r in records],
-            "gained": share(False, True), "lost": share(True, False),
+            "gained": share(pairs, False), "lost": share(pairs, True),
             "cut": sum(r["cut"] for r in records) / max(1, answers),
             "documents": float(np.mean([r["documents"] for r in records])),
             "tokens": float(np.mean([len(r["token_ids"]) for r in records])),
             "seconds": float(np.mean([r["seconds"] / max(1, len(r["right"])) for r in records]))}
+
+
+def share(pairs, known):
+    """Of the questions that were known (or missed) before, the share whose verdict changed."""
+    changed = [after != known for before, after in pairs if before == known]
+    return float(np.mean(changed or [np.nan]))
 
 
 def imported(files, tasks):
@@ -125,6 +138,177 @@ def report(run, name, argv, rows, reference, passages, questions):
         {"command": ["eval.py", name, *argv], "seed": run.cfg.seed, "rows": rows}, indent=1))
     run.log("gained: of the questions missed without adaptation; lost: of those known; "
             f"cut: answers at the cap. Also in {run.folder / name}.json")
+
+
+# ------------------------------------------------------------------------------- continual
+
+def continual(argv):
+    """Passages in a row, each learned by a self-edit on top of the ones before (the paper's Figure
+    6). --streams N sequences of --length L passages are learned side by side."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--streams", type=int, default=8)
+    own.add_argument("--length", type=int, default=8)
+    mine, rest = own.parse_known_args(argv)
+    cfg = parse_args(["--run-dir", "runs/continual", *rest], continual.__doc__,
+                     ("model", "eval_data"))
+    run, length = Run(cfg), mine.length
+    tasks = run.tasks(cfg.eval_data)
+    if length > len(tasks):
+        raise UserError(f"--length {length}: there are {len(tasks)} passages")
+    model, steps = run.load(0), Lines(run.folder / "continual.jsonl")
+    streams = [random.Random(seed_for(cfg.seed, s, "stream")).sample(tasks, length)
+               for s in range(mine.streams)]
+    # What a stream has learned is a sum of low-rank terms: one adapter of rank length * r, whose
+    # first k * r components are trained and fixed after k edits, and whose last are zero.
+    r = run.recipe.rank
+    wide = replace(run.recipe, rank=length * r, alpha=length * run.recipe.alpha)
+    stack = Adapters(model, mine.streams, wide.rank, wide.alpha, wide.targets)
+    if edited := len(steps.records) - 1 if steps.records else 0:
+        stack.flat.copy_(load_file(run.folder / f"after_{edited}.safetensors")["flat"])
+    if not steps.records:
+        steps.add({"edit": 0, "accuracy": [run.unadapted(model, row) for row in streams]})
+    for k in range(edited, length):
+        now = [row[k] for row in streams]
+        edits = sample_self_edits(model, run.tok, now, 1,
+                                  [[seed_for(cfg.seed, s, k, "edit")] for s in range(len(now))],
+                                  cfg.temperature, cfg.top_p, cfg.max_edit_tokens,
+                                  Meter("self-edits"), adapters=stack)
+        free, fresh = stack.part(k * r, k * r + r), Adapters(model, 1, wide.rank, 1, wide.targets)
+        jobs, owner = [], []
+        for s, (edit,) in enumerate(edits):
+            if edit.documents:
+                job = make_job(model, run.tok, edit, seed_for(cfg.seed, s, k, "adapter"), wide)
+                fresh.init(0, job.seed)
+                jobs.append(replace(job, start=stack.flat[s] + fresh.flat[0] * free, free=free))
+                owner.append(s)
+        for j, trained in sft(model, jobs, wide, Meter(f"steps of edit {k + 1} of {length}")):
+            if not trained.diverged:
+                stack.flat[owner[j]] = trained.weights
+        together = [replace(row[0], queries=[q for task in row[:k + 1] for q in task.queries])
+                    for row in streams]
+        answers, _ = ask(model, run.tok, together, list(stack.flat), wide, **run.asking)
+        accuracy = []
+        for row, texts in zip(streams, map(iter, answers)):
+            seen = row[:k + 1]
+            right = grade_all(seen, [[next(texts) for _ in task.queries] for task in seen])
+            accuracy.append([float(np.mean(verdicts)) for verdicts in right])
+        save_file({"flat": stack.flat}, run.folder / f"after_{k + 1}.safetensors")
+        steps.add({"edit": k + 1, "accuracy": accuracy, "texts": [edit.text for edit, in edits]})
+        run.log(f"edit {k + 1} of {length}: just learned "
+                f"{np.mean([row[-1] for row in accuracy]):.3f}, all so far {np.mean(accuracy):.3f}")
+    result = forgetting([r["accuracy"] for r in steps.records[:length + 1]])
+    run.log(f"\n{mine.streams} streams; accuracy on each passage after so many edits, mean (and "
+            "standard error over streams)")
+    for k, (mean, error) in enumerate(result.pop("matrix")):
+        run.log(f"{k:>4}  " + "  ".join(f"{m:.3f} ({e:.3f})" for m, e in zip(mean, error)))
+    for what, (mean, error) in result.items():
+        run.log(f"{what:>44} {mean:7.3f} ({error:.3f})")
+    replace_file(run.folder / "continual.json", json.dumps(
+        {"command": ["eval.py", "continual", *argv], "seed": cfg.seed, **result}, indent=1))
+
+
+def forgetting(accuracy):
+    """What a row of edits did; accuracy[k][stream][passage], after k edits, of the passages seen
+    (of all for k = 0). Values are (mean, standard error over streams)."""
+    def over_streams(values):
+        values = np.asarray(values, float)  # (streams, ...)
+        n = len(values)
+        error = values.std(0, ddof=1) / n ** 0.5 if n > 1 else np.full_like(values[0], np.nan)
+        return values.mean(0).tolist(), error.tolist()
+    before, final = np.array(accuracy[0]), np.array(accuracy[-1])             # (streams, passages)
+    learned = np.stack([np.array(a)[:, -1] for a in accuracy[1:]], axis=1)    # just after its edit
+    return {"matrix": [over_streams(a) for a in accuracy],
+            "before any edit": over_streams(before.mean(1)),
+            "just after its own edit": over_streams(learned.mean(1)),
+            "after the last edit": over_streams(final.mean(1)),
+            "gain just after its own edit": over_streams((learned - before).mean(1)),
+            "what is left of it after the last edit": over_streams((final - before).mean(1)),
+            "forgotten since its own edit": over_streams((learned - final).mean(1))}
+
+
+# ------------------------------------------------------------------------------- all passages
+
+def cpt(argv):
+    """All passages learned at once (the paper's Table 2, continued pretraining): by one adapter, as
+    --preset cpt-v1 says, or with all weights (--preset cpt-v2 --full). A document is a whole
+    self-edit, not a piece of one: --edits of each passage, and the passage itself."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--full", action="store_true")
+    own.add_argument("--edits-from", nargs="+", default=[])
+    mine, rest = own.parse_known_args(argv)
+    cfg = parse_args(["--run-dir", "runs/cpt", *rest], cpt.__doc__, ("model", "eval_data"))
+    run, model = Run(cfg), None
+    tasks, done = run.tasks(cfg.eval_data)[:cfg.eval_tasks], Lines(run.folder / "cpt.jsonl")
+    passages = [text for task in tasks for text in task.context]
+    edits = run.sample(run.load(0), tasks, 0, "eval", cfg.edits)
+    corpora = {"passages": [], "passages and its own self-edits":
+               [edit.text for row in edits for edit in row if edit.text]}
+    corpora |= {f"passages and {kind}": texts
+                for kind, texts in imported(mine.edits_from, tasks).items()}
+    base = run.verdicts(run.load(0), tasks)
+    for name, texts in corpora.items():
+        if any(r["row"] == name for r in done.records):
+            continue
+        documents = [run.tok.document(text)[:run.load(0).config.max_len]
+                     for text in passages + texts]
+        right, losses, begin = [], [], time.time()
+        for seed in range(cfg.seeds):
+            model, meter = run.load(0), Meter(f"steps, {name}")
+            job = Job([(ids, [True] * len(ids)) for ids in documents],
+                      seed_for(cfg.seed, name, seed, "adapter"), run.recipe.lr, run.recipe.epochs,
+                      run.recipe.batch)
+            if mine.full:
+                losses.append(tune_all(model, job, run.recipe, meter))
+                answers, _ = ask(model, run.tok, tasks, **run.asking)
+                run.loaded = None, None  # its weights are no longer those of the checkpoint
+            else:
+                ((_, trained),) = sft(model, [job], run.recipe, meter)
+                losses.append(trained.losses)
+                together = replace(tasks[0], queries=[q for task in tasks for q in task.queries])
+                (answers,), _ = ask(model, run.tok, [together], [trained.weights], run.recipe,
+                                    **run.asking)
+                answers = iter(answers)
+                answers = [[next(answers) for _ in task.queries] for task in tasks]
+            right.append(grade_all(tasks, answers))
+        done.add({"row": name, "right": right, "documents": len(documents),
+                  "tokens": sum(map(len, documents)), "steps": len(losses[0]),
+                  "losses": [[x[0], x[-1]] for x in losses], "seconds": time.time() - begin})
+        run.log(f"{name}: {len(documents)} documents, {len(losses[0])} steps, "
+                f"loss {losses[0][0]:.3f} -> {losses[0][-1]:.3f}")
+    rows = [{"row": "no adaptation", "accuracy": [float(np.mean(row)) for row in base]}]
+    for r in done.records:
+        pairs = [(before, after) for seed in r["right"] for own_row, row in zip(base, seed)
+                 for before, after in zip(own_row, row)]
+        rows.append({"row": r["row"], "documents": r["documents"], "tokens": r["tokens"],
+                     "accuracy": np.mean([[np.mean(row) for row in seed] for seed in r["right"]],
+                                         axis=0).tolist(),
+                     "gained": share(pairs, False), "lost": share(pairs, True), "cut": np.nan,
+                     "seconds": r["seconds"] / cfg.seeds})
+    report(run, "cpt", argv, rows, rows[1], len(tasks), sum(map(len, base)))
+
+
+def tune_all(model, job, recipe, progress):
+    """SFT of all weights, in place, by torch's own AdamW; the learning rate rises over the first
+    3 % of the steps (v2 of the paper) and falls linearly to 0. Returns the losses."""
+    model.requires_grad_(True)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=job.lr, weight_decay=0), []
+    examples = [Example.prepare(*example) for example in job.examples]
+    order, warmup = list(job.micro_batches()), 0.03 * job.steps
+    for step, batch in enumerate(order):
+        run = Running(0, job, iter([batch]), examples, 0)
+        ribbon, _, ids, source, labels, _, _ = pack([run], model.device)
+        h = model.hidden(ids, ribbon.position, ribbon.attend)[source]
+        loss = torch.nn.functional.cross_entropy(model.lm_head(h).float(), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.param_groups[0]["lr"] = job.lr * min(
+            (step + 1) / max(1, warmup), (job.steps - step) / (job.steps - warmup))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+        progress(step + 1, job.steps)
+    model.requires_grad_(False)
+    return torch.stack(losses).tolist()
 
 
 # ------------------------------------------------------------------------------- reliability
@@ -194,29 +378,50 @@ def agreement(a, b):
 
 
 def judges(argv):
-    """Print how far the rule judges agree with the released verdicts of GPT-4.1, by method."""
+    """Print how far judges agree with the released verdicts of GPT-4.1, by method: the rules, and
+    with --model DIR_OR_HUB_ID that model; --openai adds the endpoint of --judge openai."""
     ap = argparse.ArgumentParser(description=judges.__doc__)
     ap.add_argument("file", help="JSON list of passages, each with released: {method: {answers: "
                     "[{question, gold, baseline, baseline_ok, adapter, adapter_ok}]}}")
-    file = ap.parse_args(argv).file
+    ap.add_argument("--model", help="folder or hub id of a model that judges")
+    ap.add_argument("--openai", action="store_true", help="ask an OpenAI-compatible endpoint, too")
+    ap.add_argument("--limit", type=int, help="only so many answers of each method")
+    args = ap.parse_args(argv)
+    file, one_by_one = args.file, lambda judge: lambda triples: [judge(*t) for t in triples]
+    every = {name: one_by_one(judge) for name, judge in knowledge.JUDGES.items()}
+    if args.model:
+        model = load_pretrained(args.model)
+        tok = Tokenizer.from_pretrained(model.folder)
+        every["model"] = lambda triples: yes_or_no(
+            model, tok, [knowledge.GRADING.format(*triple) for triple in triples])
+    if args.openai:
+        every["openai"] = knowledge.openai_judge
     records = read_json(file)
     try:
         methods = {method: [(x["question"], x["gold"], x[arm], x[f"{arm}_ok"])
                             for r in records for x in r["released"][method]["answers"]
-                            for arm in ("baseline", "adapter")]
+                            for arm in ("baseline", "adapter")][:args.limit]
                    for method in records[0]["released"]}
     except (KeyError, TypeError, IndexError) as e:
         raise UserError(f"{file}: no released verdicts ({type(e).__name__}: {e})") from None
-    methods["all"] = [x for rows in methods.values() for x in rows]
     print(f"{'answers of':>12} {'n':>6} {'GPT-4.1':>8}"
-          + "".join(f" | {name:>10} says right, agrees, kappa" for name in JUDGES))
-    for method, rows in methods.items():
-        gpt = [ok for *_, ok in rows]
-        line = f"{method:>12} {len(rows):>6} {np.mean(gpt):8.3f}"
-        for judge in JUDGES.values():
-            ours = [bool(p.strip()) and judge(q, gold, p) for q, gold, p, _ in rows]
+          + "".join(f" | {name:>10} says right, agrees, kappa" for name in every))
+    said = {name: [] for name in every}  # of all methods so far: (verdict, GPT-4.1's)
+
+    def show(label, n):
+        line = f"{label:>12} {n:>6} {np.mean([ok for _, ok in said['rule'][-n:]]):8.3f}"
+        for pairs in said.values():
+            ours, gpt = zip(*pairs[-n:])
             line += " | {:>21.3f}  {:6.3f}  {:5.3f}".format(np.mean(ours), *agreement(ours, gpt))
-        print(line)
+        print(line, flush=True)
+
+    for method, rows in methods.items():
+        for name, judge in every.items():
+            verdicts = judge([(q, gold, p) for q, gold, p, _ in rows])
+            said[name] += [(bool(p.strip()) and right, ok)
+                           for (*_, p, ok), right in zip(rows, verdicts)]
+        show(method, len(rows))
+    show("all", len(said["rule"]))
 
 
 def mean_ci(rows):
@@ -305,7 +510,7 @@ def draw(lines, floor):
 
 
 def main():
-    commands = {f.__name__: f for f in (single, reliability, judges, curve)}
+    commands = {f.__name__: f for f in (single, cpt, continual, reliability, judges, curve)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         raise UserError(f"usage: python eval.py {{{','.join(commands)}}} ... (-h explains each)")
     commands[sys.argv[1]](sys.argv[2:])

@@ -39,6 +39,7 @@ class Recipe:
     clip: float = 1.0       # of an adapter's gradient norm
     weight_decay: float = 0.0
     slots: int = 0          # adapters trained side by side; 0: as many as fill a step and fit
+    pad_to: int = 0         # of self-edits' documents, see Job
 
 
 @dataclass
@@ -49,6 +50,9 @@ class Job:
     lr: float
     epochs: int
     batch: int
+    start: torch.Tensor | None = None   # (P,) values to begin with, in place of fresh ones
+    free: torch.Tensor | None = None    # (P,) which of them may change; all
+    pad_to: int = 0         # as if rows were padded to so many tokens, and pads learned (`prepare`)
 
     @property
     def steps(self):
@@ -66,8 +70,43 @@ class Job:
 class Trained:
     weights: torch.Tensor   # (P,) a row of Adapters.flat
     losses: list[float]     # one per step
-    seconds: float          # in its slot, beside the others
+    seconds: float          # its share of the steps that it took part in
     diverged: bool          # some weight is not finite
+
+
+@dataclass
+class Example:
+    """A text to train on, as tensors on the host."""
+    ids: torch.Tensor       # (L,)
+    source: torch.Tensor    # (N,) the tokens that predict a label
+    labels: torch.Tensor    # (N,)
+    weight: torch.Tensor    # (N,) of each label's loss, before the mean over the micro-batch
+    position: torch.Tensor  # (L,) for RoPE
+    pads: int = 0           # the last tokens of ids, which stand for padding
+
+    @classmethod
+    def prepare(cls, ids, learn, pad_to=0, pads=8):
+        """With `pad_to`, as the official code trains: the EOS at the end is the first of the pads
+        that fill a row of pad_to tokens, and each is to predict the next one. A pad sees the
+        content and no other pad (the padding mask hides those), so that pads differ by RoPE alone:
+        a few, spread evenly over the row, are weighted to stand for all."""
+        ids, learn = torch.tensor(ids), torch.tensor(learn)
+        if 0 < pad_to < len(ids):
+            ids, learn = ids[:pad_to], learn[:pad_to]
+        source = learn[1:].nonzero()[:, 0]
+        labels, weight, position = ids[source + 1], torch.ones(len(source)), torch.arange(len(ids))
+        if len(ids) >= pad_to:
+            return cls(ids, source, labels, weight, position)
+        content = len(ids) - 1
+        n = pad_to - 1 - content                    # pads that have a pad to predict
+        pads = min(pads, n)
+        at = content + ((torch.arange(pads) + 0.5) * n / pads).long()
+        eos = ids[-1:].expand(pads)
+        return cls(torch.cat([ids[:content], eos]),
+                   torch.cat([source, torch.arange(content, content + pads)]),
+                   torch.cat([labels, eos]),
+                   torch.cat([weight, torch.full((pads,), n / pads)]),
+                   torch.cat([position[:content], at]), pads)
 
 
 @dataclass
@@ -76,10 +115,10 @@ class Running:
     index: int
     job: Job
     batches: Iterator
-    examples: list          # (ids, positions whose next token is a label), as tensors
+    examples: list[Example]
     first: int              # which step of the engine was its first
-    begin: float
     step: int = 0
+    seconds: float = 0.0
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -153,20 +192,23 @@ def pack(running, device):
     the positions that predict a label, labels (N,), weight (N,) one over its adapter's number of
     labels, owner (N,) its slot. On the host there is no work per token."""
     ids, source, labels, weight, owner = columns = [], [], [], [], []
-    lengths, counts, begin = [], [0] * len(running), 0
+    texts, counts, begin = [], [0] * len(running), 0
     for slot, run in enumerate(running):
         batch = [run.examples[e] for e in next(run.batches)] if run else []
-        n_labels = max(1, sum(len(s) for _, s in batch))
-        for x, s in batch:
-            ids.append(x)
-            source.append(begin + s)
-            labels.append(x[s + 1])
-            weight.append(torch.full((len(s),), 1 / n_labels))
-            owner.append(torch.full((len(s),), slot))
-            lengths.append(len(x))
-            counts[slot] += len(x)
-            begin += len(x)
-    return Ribbon(lengths, device), counts, *(to_device(torch.cat(c), device) for c in columns)
+        total = sum(x.weight.sum() for x in batch)
+        for x in batch:
+            ids.append(x.ids)
+            source.append(begin + x.source)
+            labels.append(x.labels)
+            weight.append(x.weight / total.clamp(min=1))
+            owner.append(torch.full((len(x.source),), slot))
+            counts[slot] += len(x.ids)
+            begin += len(x.ids)
+        texts += batch
+    ribbon = Ribbon([len(x.ids) for x in texts], device, pads=[x.pads for x in texts])
+    if any(x.pads for x in texts):
+        ribbon.position = to_device(torch.cat([x.position for x in texts]), device)
+    return ribbon, counts, *(to_device(torch.cat(c), device) for c in columns)
 
 
 def sft(model, jobs, recipe, progress=lambda done, total: None):
@@ -204,20 +246,26 @@ def fill_slots(model, jobs, waiting, n, recipe, progress):
     # A GPU updates all adapters in one compiled kernel, a CPU one by one, within its cache.
     update, rows = (compiled_adamw_(), n) if model.device.type == "cuda" else (adamw_, 1)
     while waiting or any(running):
+        begin = time.time()
         for slot in range(n):
             if waiting and not running[slot]:  # continuous batching: an empty slot takes a new job
                 i = waiting.pop(0)
-                adapters.init(slot, jobs[i].seed)
-                examples = [(torch.tensor(ids), torch.tensor(learn)[1:].nonzero()[:, 0])
-                            for ids, learn in jobs[i].examples]
+                if jobs[i].start is None:
+                    adapters.init(slot, jobs[i].seed)
+                else:
+                    adapters.flat.data[slot] = jobs[i].start
+                examples = [Example.prepare(*x, jobs[i].pad_to) for x in jobs[i].examples]
                 running[slot] = Running(i, jobs[i], jobs[i].micro_batches(), examples,
-                                        first=len(losses), begin=time.time())
+                                        first=len(losses))
         ribbon, counts, ids, source, labels, weight, owner = pack(running, model.device)
         flat.grad = None
         with adapters.route(counts):
             h = model.hidden(ids, ribbon.position, ribbon.attend).index_select(0, source)
             nll = FrozenHeadLoss.apply(h, model.lm_head.weight, labels) * weight
             nll.sum().backward()
+        for slot, run in enumerate(running):
+            if run and run.job.free is not None:
+                flat.grad[slot] *= run.job.free
         losses.append(flat.new_zeros(n).index_add(0, owner, nll.detach().to(flat.dtype)))
         lr_t = torch.tensor([[r.job.lr * (1 - r.step / r.job.steps), r.step + 1] if r else [0, 1]
                              for r in running], dtype=flat.dtype)
@@ -225,14 +273,15 @@ def fill_slots(model, jobs, waiting, n, recipe, progress):
         for state in zip(*(x.split(rows) for x in (flat.detach(), flat.grad, m, v, lr, t))):
             update(*state, recipe.clip, recipe.weight_decay)
 
+        seconds = (time.time() - begin) / sum(run is not None for run in running)
         for run in filter(None, running):
-            run.step, left = run.step + 1, left - 1
+            run.step, run.seconds, left = run.step + 1, run.seconds + seconds, left - 1
         progress(left)
         for slot, run in enumerate(running):
             if run and run.step == run.job.steps:
                 weights = flat.detach()[slot].clone()
                 curve = torch.stack(losses[run.first:])[:, slot].tolist()
-                yield run.index, Trained(weights, curve, time.time() - run.begin,
+                yield run.index, Trained(weights, curve, run.seconds,
                                          diverged=not weights.isfinite().all())
                 running[slot] = None
                 with torch.no_grad():  # an empty slot has no tokens, and stays at zero
@@ -270,6 +319,34 @@ def grade(task, predictions):
             for question, gold, prediction in zip(task.questions, task.answers, predictions)]
 
 
+def grade_all(tasks, answers):
+    """`grade` of many tasks; a slow judge sees all of their answers at once."""
+    waiting = defaultdict(list)
+    for task, row in zip(tasks, answers):
+        if hasattr(task.grade, "prepare"):
+            waiting[task.grade] += zip(task.questions, task.answers, row)
+    for judge, triples in waiting.items():
+        judge.prepare(triples)
+    return [grade(task, row) for task, row in zip(tasks, answers)]
+
+
+@torch.inference_mode()
+def yes_or_no(model, tok, texts, at_once=32):
+    """What the model, without adapters, says to each text: is a yes likelier to follow, or a no?"""
+    ids = {word: [tok.encode(form)[0] for form in (word, word.title(), f" {word}",
+                                                   f" {word.title()}")] for word in ("yes", "no")}
+    prompts, verdicts = [tok.prompt(text) for text in texts], []
+    for i in range(0, len(prompts), at_once):
+        some = prompts[i:i + at_once]
+        ribbon = Ribbon([len(p) for p in some], model.device)
+        flat = to_device(torch.tensor([t for p in some for t in p]), model.device)
+        h = model.hidden(flat, ribbon.position, ribbon.attend)[ribbon.last]
+        log_p = model.lm_head(h).float().log_softmax(-1)
+        yes, no = (log_p[:, ids[word]].logsumexp(-1) for word in ("yes", "no"))
+        verdicts += (yes > no).tolist()
+    return verdicts
+
+
 @dataclass
 class Outcome:
     """What a self-edit was worth: an entry for each seed of the inner loop, and their mean."""
@@ -287,11 +364,11 @@ def make_job(model, tok, edit, seed, recipe):
     """The SFT job of one self-edit: loss on all tokens of all its documents, by its directives.
 
     NOTE(paper): a document ends with one EOS, which is learned. The official code pads every row
-    with EOS to 2048 tokens and learns them all, 98 % of its targets; that is not imitated yet."""
+    with EOS to 2048 tokens and learns them all, 98 % of its targets: --pad-to 2048."""
     documents = [tok.document(text)[:model.config.max_len] for text in edit.documents]
     chosen = replace(recipe, **edit.directives)
     return Job([(ids, [True] * len(ids)) for ids in documents], seed, chosen.lr, chosen.epochs,
-               chosen.batch)
+               chosen.batch, pad_to=chosen.pad_to)
 
 
 def update_and_score(model, tok, tasks, edits, seeds, recipe,
@@ -314,14 +391,17 @@ def update_and_score(model, tok, tasks, edits, seeds, recipe,
         if len(ready) < at_once and count < len(jobs):
             continue
         sound = [(i, trained.weights) for i, trained in ready if not trained.diverged]
-        answers = zip(*ask(model, tok, [tasks[i] for i, _ in sound], [w for _, w in sound], recipe,
-                           **asking)) if sound else iter([])
+        graded = [tasks[i] for i, _ in sound]
+        answers, cut = ask(model, tok, graded, [w for _, w in sound], recipe,
+                           **asking) if sound else ([], [])
+        results = zip(answers, cut, grade_all(graded, answers))
         for i, trained in ready:
             o, task = outcomes[i], tasks[i]
-            answer, cut = ([""] * len(task.questions), 0) if trained.diverged else next(answers)
+            none = [""] * len(task.questions), 0, [False] * len(task.questions)
+            answer, n_cut, right = none if trained.diverged else next(results)
             o.answers.append(answer)
-            o.cut += cut
-            o.right.append(grade(task, o.answers[-1]))
+            o.right.append(right)
+            o.cut += n_cut
             o.accuracy.append(sum(o.right[-1]) / len(task.questions))
             o.losses.append([round(loss, 4) for loss in (trained.losses[0], trained.losses[-1])])
             o.seconds += trained.seconds

@@ -64,6 +64,13 @@ class Adapters:
                  next(pieces).view(len(flat), m.out_features, self.rank))
                 for m in self.layers.values()]
 
+    def part(self, low, high):
+        """(P,) bool: the parameters of the components low .. high - 1 of every adapter's rank."""
+        mask = torch.zeros(1, self.flat.shape[1], dtype=torch.bool, device=self.flat.device)
+        for a, b in self.pairs(mask):
+            a[:, low:high], b[:, :, low:high] = True, True
+        return mask[0]
+
     def route(self, counts):
         """`with adapters.route(counts):` the ribbon's first counts[0] tokens go through adapter 0,
         the next counts[1] through adapter 1, and so on."""

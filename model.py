@@ -103,16 +103,21 @@ class Ribbon:
 
     Also used for the token segments of stacked adapters (lora.py): a segment may be empty."""
 
-    def __init__(self, lengths, device, split=True):
+    def __init__(self, lengths, device, split=True, pads=()):
         """With `split`, sequences are unrolled in groups of like lengths (within a factor of four):
-        one long sequence must not pad a hundred short ones."""
+        one long sequence must not pad a hundred short ones. The last pads[i] tokens of sequence i
+        see those before them, not each other, and no other token sees them."""
         groups = {}
         for i, n in enumerate(lengths):
             groups.setdefault((max(n, 16) - 1).bit_length() // 2 if split else 0, []).append(i)
-        self.lengths, self.shapes, self.cells = lengths, [], 0
+        self.lengths, self.shapes, self.masks, self.cells = lengths, [], [], 0
         begin = torch.zeros(len(lengths), dtype=torch.long)     # each sequence's first cell
         for members in groups.values():
-            L = max(lengths[i] for i in members)
+            L, mask = max(lengths[i] for i in members), None
+            if any(pads):  # (n, 1, L, L): a key is no later than its query, and no pad
+                seen = torch.tensor([lengths[i] - pads[i] for i in members])[:, None, None, None]
+                mask = to_device(torch.ones(L, L).tril().bool() & (torch.arange(L) < seen), device)
+            self.masks.append(mask)
             begin[members] = self.cells + L * torch.arange(len(members))
             self.shapes.append((len(members), L))
             self.cells += len(members) * L
@@ -143,10 +148,10 @@ class Ribbon:
     def attend(self, layer, q, k, v):
         """Causal attention within each sequence. q (T, H, E), k and v (T, K, E) -> (T, H, E)."""
         grouped = q.shape[1] != k.shape[1]
-        views = zip(*(self.unroll(t) for t in (q, k, v)))
+        views = zip(self.masks, *(self.unroll(t) for t in (q, k, v)))
         return self.roll([F.scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in view), is_causal=True, enable_gqa=grouped  # (n, H, L, E)
-        ).transpose(1, 2) for view in views])
+            *(t.transpose(1, 2) for t in view), mask, is_causal=mask is None, enable_gqa=grouped
+        ).transpose(1, 2) for mask, *view in views])  # within: (n, H or K, L, E)
 
 
 class Cache:

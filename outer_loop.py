@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from data import knowledge, tinyworld
-from inner_loop import Job, Recipe, ask, grade, sft, update_and_score
+from inner_loop import Job, Recipe, ask, grade_all, sft, update_and_score, yes_or_no
 from lora import PROJECTIONS, Adapters
 from model import ModelConfig, UserError, cli, fetch, load_pretrained
 from selfedit import PROMPTS, SelfEdit, read_self_edit, sample_self_edits, seed_for
@@ -68,11 +68,12 @@ class Config:
     outer_lr: float = 3e-4          # decays linearly to 0
     outer_epochs: int = 2           # passes over the kept self-edits
     outer_batch: int = 10           # self-edits per step
+    pad_to: int = 0                 # inner loop: as if padded, pads learned (official: 2048)
     clip: float = 1.0               # gradient norm, in both loops
     weight_decay: float = 0.0       # AdamW's, in both loops
     max_answer_tokens: int = 64     # longest answer
     stop: str = "newline"           # an answer ends at a line break; eos: at EOS only (official)
-    judge: str = "rule"             # rule: .8 of the gold answer's words are there; or substring
+    judge: str = "rule"             # .8 of the gold answer's words; or substring, model, openai
     select: str = "best"            # which of K to keep; random: a control that cannot learn
     keep: int = 1                   # how many of K
     strict: bool = False            # keep a self-edit only if it beats the un-adapted model (Eq. 2)
@@ -91,13 +92,16 @@ PRESETS = {
         inner_batch=64, outer_rank=16, outer_alpha=16, outer_lr=2e-3, outer_epochs=4, outer_batch=8,
         max_answer_tokens=12, dtype="float32"),
     "knowledge": {},  # the paper's knowledge incorporation: the defaults above
+    "official": dict(pad_to=2048, stop="eos"),  # the quirks its figures depend on; README: departs
+    "cpt-v1": dict(inner_epochs=3, inner_batch=8),  # eval.py cpt: one adapter for all passages,
+    "cpt-v2": dict(inner_epochs=1, inner_batch=8, inner_lr=7e-5),  # all weights, with --full
 }
 
 # A domain: a source of tasks, by name and settings. The loop asks nothing else of it.
 DOMAINS = {
-    "knowledge": lambda path, cfg, log: knowledge.load(path, cfg.prompt, cfg.judge,
-                                                       cfg.max_documents, log),
-    "tinyworld": lambda split, cfg, log: tinyworld.load(split, cfg.directives),
+    "knowledge": lambda path, cfg, judge, log: knowledge.load(path, cfg.prompt, judge,
+                                                              cfg.max_documents, log),
+    "tinyworld": lambda split, cfg, judge, log: tinyworld.load(split, cfg.directives),
 }
 
 
@@ -252,7 +256,8 @@ def make_recipe(cfg, loop):
     """The Recipe of the 'inner' or the 'outer' loop: the fields that begin with its name."""
     names = ("rank", "alpha", "targets", "lr", "epochs", "batch")
     own = {name: getattr(cfg, f"{loop}_{name}") for name in names}
-    return Recipe(**own, clip=cfg.clip, weight_decay=cfg.weight_decay, slots=cfg.slots)
+    return Recipe(**own, clip=cfg.clip, weight_decay=cfg.weight_decay, slots=cfg.slots,
+                  pad_to=cfg.pad_to if loop == "inner" else 0)
 
 
 # ------------------------------------------------------------------------------- a run
@@ -317,6 +322,11 @@ class Run:
         self.tok, self.recipe = Tokenizer.from_pretrained(cfg.model), make_recipe(cfg, "inner")
         self.asking = dict(max_new=cfg.max_answer_tokens, newline=cfg.stop == "newline",
                            max_rows=cfg.rows or None)
+        ask_itself = lambda triples: yes_or_no(
+            self.loaded[1], self.tok, [knowledge.GRADING.format(*triple) for triple in triples])
+        slow = {"model": ask_itself, "openai": knowledge.openai_judge}
+        self.judge = cfg.judge if cfg.judge not in slow else knowledge.SlowJudge(
+            slow[cfg.judge], self.folder / "judge.jsonl" if cfg.judge == "openai" else None)
         self.loaded, self.checkpoints = (None, None), self.folder
 
     metrics = property(lambda self: self.metrics_lines.records)
@@ -338,7 +348,7 @@ class Run:
     def tasks(self, path):
         """The tasks of a data file that fit in the model's context window."""
         cfg, window, tasks = self.cfg, ModelConfig.from_folder(fetch(self.cfg.model)).max_len, []
-        for task in DOMAINS[cfg.domain](path, cfg, self.log):
+        for task in DOMAINS[cfg.domain](path, cfg, self.judge, self.log):
             texts = (task.prompt, *task.context, *task.queries)
             longest = max(len(self.tok.prompt(text)) for text in texts)
             if 2 * longest <= window:  # half of it is for what the model writes
@@ -393,7 +403,7 @@ class Run:
     def verdicts(self, model, tasks):
         """Which questions the model as it is answers rightly: a list per task."""
         answers, _ = ask(model, self.tok, tasks, **self.asking)
-        return [grade(task, row) for task, row in zip(tasks, answers)]
+        return grade_all(tasks, answers)
 
     def unadapted(self, model, tasks):
         """Accuracy of the model as it is, on each task."""
@@ -446,7 +456,8 @@ class Run:
 
 # ------------------------------------------------------------------------------- command line
 
-CHOICES = {"domain": tuple(DOMAINS), "prompt": tuple(PROMPTS), "judge": tuple(knowledge.JUDGES),
+CHOICES = {"domain": tuple(DOMAINS), "prompt": tuple(PROMPTS),
+           "judge": (*knowledge.JUDGES, "model", "openai"),
            "stop": ("newline", "eos"), "select": ("best", "random"),
            "dtype": ("", "float32", "bfloat16", "float64")}
 POSITIVE = ("tasks edits seeds eval_tasks eval_edits keep top_p clip "

@@ -85,12 +85,14 @@ def read_self_edit(task, text, token_ids=()):
 
 
 def sample_self_edits(model, tok, tasks, k, seeds, temperature=1.0, top_p=0.95, max_new=2048,
-                      progress=lambda done, total: None):
-    """SE ~ LM_theta(. | C): k self-edits of each task; those of task i are drawn with seeds[i]."""
+                      progress=lambda done, total: None, adapters=None):
+    """SE ~ LM_theta(. | C): k self-edits of each task; those of task i are drawn with seeds[i], and
+    with `adapters` under slot i."""
     prompts = [tok.prompt(task.prompt) for task in tasks]
     room = model.config.max_len - max(map(len, prompts))
     rows = generate(model, prompts, min(max_new, room), tok.stop, k, temperature, top_p,
-                    [s for row in seeds for s in row], banned=tok.banned(model), progress=progress)
+                    [s for row in seeds for s in row], banned=tok.banned(model), progress=progress,
+                    adapters=adapters, slots=range(len(tasks)) if adapters else None)
     edits = [read_self_edit(tasks[i // k], tok.decode(ids), ids) for i, ids in enumerate(rows)]
     return [edits[i:i + k] for i in range(0, len(edits), k)]
 

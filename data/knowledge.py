@@ -2,11 +2,18 @@
 
 A data file is a JSON list of {"title", "context", "questions": [{"question", "answer"}]}; other
 keys are ignored. The paper's passages are SQuAD's. The judges say whether an answer is right: the
-paper asks GPT-4.1, a rule stands in for it here (`python eval.py judges FILE` measures how well).
+paper asks GPT-4.1 (--judge openai), a rule stands in for it here (`python eval.py judges FILE`
+measures how well).
 """
+import json
+import os
 import re
 import string
+import time
+import urllib.error
+import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 from model import UserError, read_json
 from selfedit import PROMPTS, QUERY, Task, split_documents
@@ -32,9 +39,84 @@ def substring_judge(question, gold, prediction):
 
 JUDGES = {"rule": recall_judge, "substring": substring_judge}
 
+# The official criteria, in our words: convey the gold answer fully, contradict nothing in it.
+GRADING = ("You grade an answer to a question.\nQuestion: {}\nCorrect answer: {}\n"
+           "Given answer: {}\nThe given answer is right if it at least fully conveys the correct "
+           "answer and does not contradict it; it may say more. Is it right? Reply yes or no.\n")
+
+
+class SlowJudge:
+    """A judge that sees many answers at once and asks for none twice: `many` takes a list of
+    (question, gold, prediction) and returns verdicts. It remembers them in `path`, a JSON-lines
+    file; without one, the last lot only."""
+
+    def __init__(self, many, path=None):
+        self.many, self.path, self.known = many, path, {}
+        if path and path.exists():
+            lines = path.read_text().splitlines()
+            self.known = {tuple(key): verdict for key, verdict in
+                          (json.loads(line) for line in lines if line.endswith("]"))}
+
+    def prepare(self, triples):
+        """Grade what is not known yet."""
+        new = [t for t in dict.fromkeys(triples) if t not in self.known and t[2].strip()]
+        if not self.path:
+            self.known = {}
+        for i in range(0, len(new), 256):
+            verdicts = dict(zip(new[i:i + 256], self.many(new[i:i + 256])))
+            self.known |= verdicts
+            if self.path:
+                with self.path.open("a") as f:
+                    f.write("".join(json.dumps([k, v]) + "\n" for k, v in verdicts.items()))
+
+    def __call__(self, *triple):
+        if triple not in self.known:
+            self.prepare([triple])
+        return self.known[triple]
+
+
+def openai_judge(triples, at_once=16, tries=6):
+    """Verdicts of a chat model behind any OpenAI-compatible endpoint. Environment: OPENAI_API_KEY,
+    OPENAI_BASE_URL (https://api.openai.com/v1), OPENAI_JUDGE (the model, gpt-4.1).
+
+    As in the official code, the reply must have the word yes in it, and not no. Refusals that time
+    may mend (429, 5xx, no connection) are tried again, each time after twice as long."""
+    base = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/")
+    if not (key := os.environ.get("OPENAI_API_KEY")):
+        raise UserError("--judge openai needs OPENAI_API_KEY in the environment")
+
+    def verdict(triple):
+        body = {"model": os.environ.get("OPENAI_JUDGE", "gpt-4.1"), "temperature": 0,
+                "messages": [{"role": "user", "content": GRADING.format(*triple)}]}
+        request = urllib.request.Request(
+            f"{base}/chat/completions", json.dumps(body).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
+        for attempt in range(tries):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    text = json.load(reply)["choices"][0]["message"]["content"]
+                words = re.findall(r"\w+", text.lower())
+                return "yes" in words and "no" not in words
+            except urllib.error.HTTPError as e:
+                problem = f"HTTP {e.code}: {e.read(200).decode(errors='replace')}"
+                if e.code < 500 and e.code not in (408, 429):
+                    break
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
+                problem = f"{type(e).__name__}: {e}"
+            time.sleep(BACK_OFF * 2 ** attempt)
+        raise UserError(f"the judge at {base} does not answer ({problem}); nothing is lost: "
+                        "mend it and repeat the command")
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(verdict, triples))
+
+
+BACK_OFF = 1.0  # seconds before the second try
+
 
 def load(path, prompt="implications", judge="rule", max_documents=0, log=print):
-    """Read a data file as Tasks. Malformed: UserError. No questions: skipped, and the log says so.
+    """Read a data file as Tasks. `judge`: a name in JUDGES, or a function like those. Malformed:
+    UserError. No questions: skipped, and the log says so.
 
     NOTE(paper): max_documents 0 keeps all documents of a self-edit, as v1 of the paper; v2 keeps 30
     (--max-documents 30)."""
@@ -85,4 +167,4 @@ def knowledge_task(record, prompt, judge, max_documents):
         name=title, prompt=PROMPTS[prompt].format(title=title, context=context), context=[passage],
         questions=[q["question"] for q in questions], answers=[q["answer"] for q in questions],
         queries=[QUERY.format(title=title, question=q["question"]) for q in questions],
-        grade=JUDGES[judge], read=read)
+        grade=JUDGES.get(judge, judge), read=read)

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from eval import main as eval_main, mean_ci, row_of, split_half
+from eval import forgetting, main as eval_main, mean_ci, row_of, split_half
 from model import UserError
 from tests.test_outer_loop import argv, run_it, varied_rewards  # noqa: F401 (fixtures)
 
@@ -67,6 +67,50 @@ def test_a_row_by_hand():
     assert row["accuracy"] == [0.75, 0.5]
     assert row["gained"] == 3 / 4 and row["lost"] == 1 / 2 and row["cut"] == 3 / 6
     assert row["documents"] == 2 and row["tokens"] == 5 and row["seconds"] == 1.5
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_all_passages_at_once(full, flags, tmp_path, monkeypatch, capsys):
+    """One adapter, or all weights, for everything: loss falls, documents are whole self-edits, and it resumes."""
+    words = ["cpt", *flags, "--inner-lr", "1e-2" if not full else "1e-3", "--inner-batch", "4", "--inner-epochs", "4", *["--full"] * full]
+    out = evaluate(monkeypatch, capsys, *words)
+    records = [json.loads(line) for line in (tmp_path / "run" / "cpt.jsonl").read_text().splitlines()]
+    assert [r["row"] for r in records] == ["passages", "passages and its own self-edits"]
+    assert records[0]["documents"] == 2 and records[1]["documents"] <= 2 + 2 * 3 and records[1]["steps"] == 4 * -(-records[1]["documents"] // 4)
+    assert all(last < first for r in records for first, last in r["losses"]) and len(records[0]["right"]) == 2  # seeds
+    table = json.loads((tmp_path / "run" / "cpt.json").read_text())["rows"]
+    assert table[1]["accuracy"] == pytest.approx(np.mean([[np.mean(row) for row in seed] for seed in records[0]["right"]], axis=0))
+    monkeypatch.setattr("eval.sft", None)
+    monkeypatch.setattr("eval.tune_all", None)
+    assert evaluate(monkeypatch, capsys, *words).splitlines()[-4:] == out.splitlines()[-4:]
+
+
+@pytest.mark.parametrize("judge", ["model", "substring"])
+def test_other_judges_in_a_run(judge, argv, monkeypatch):  # noqa: F811
+    _, run = run_it([*argv, "--judge", judge, "--iterations", "1"])
+    assert all(len(r["right"]) == len(r["answers"]) for r in run.rollouts.records)
+
+
+def test_forgetting_by_hand():
+    """Two streams of two passages."""
+    found = forgetting([[[0.0, 0.2], [0.4, 0.2]], [[0.6], [0.8]], [[0.2, 0.5], [0.4, 0.7]]])
+    assert found["matrix"][0] == ([pytest.approx(0.2), pytest.approx(0.2)], [pytest.approx(0.2), 0]) and len(found["matrix"][1][0]) == 1
+    assert found["before any edit"][0] == pytest.approx(0.2) and found["just after its own edit"][0] == pytest.approx((0.55 + 0.75) / 2)
+    assert found["after the last edit"][0] == pytest.approx(0.45) and found["gain just after its own edit"][0] == pytest.approx(0.45)
+    assert found["what is left of it after the last edit"] == (pytest.approx(0.25), pytest.approx(0.0, abs=1e-9))
+    assert found["forgotten since its own edit"] == (pytest.approx(0.2), pytest.approx(0.0, abs=1e-9))
+
+
+def test_continual_edits_resume(flags, tmp_path, monkeypatch, capsys):
+    """A triangle of accuracies; killed after the first edit, the same command ends the same."""
+    words = ["continual", *flags, "--streams", "2", "--length", "3"]
+    whole = evaluate(monkeypatch, capsys, *words)
+    path = tmp_path / "run" / "continual.jsonl"
+    records = path.read_text().splitlines()
+    assert [len(json.loads(r)["accuracy"][0]) for r in records] == [3, 1, 2, 3]
+    path.write_text("\n".join(records[:2]) + "\n")
+    again = evaluate(monkeypatch, capsys, *words)
+    assert path.read_text().splitlines() == records and again.splitlines()[-8:] == whole.splitlines()[-8:]
 
 
 def test_reliability_by_hand_and_by_simulation():

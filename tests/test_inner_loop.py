@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from transformers import AutoModelForCausalLM
 
 import inner_loop
-from inner_loop import FrozenHeadLoss, Job, Recipe, ask, auto_slots, sft, step_memory, update_and_score
+from inner_loop import Example, FrozenHeadLoss, Job, Recipe, ask, auto_slots, sft, step_memory, update_and_score
 from lora import Adapters
 from model import Ribbon, UserError, load_pretrained
 from selfedit import SelfEdit, Task
@@ -165,6 +165,86 @@ def test_slots_fit_the_work(tiny):
     assert 1 <= auto_slots(tiny, jobs, RECIPE) <= len(jobs)
     long = [Job([([1] * 1000, [True] * 1000)], 0, 1e-3, 1, 1)] * 5
     assert auto_slots(tiny, long, RECIPE) == 1
+
+
+def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
+    """The second adapter trained beside the first, which is fixed, is the one trained after merging the first."""
+    first, second = mixed_jobs()[:2]
+    narrow, wide = Recipe(**vars(RECIPE) | {"rank": 4, "alpha": 8}), Recipe(**vars(RECIPE) | {"rank": 8, "alpha": 16})
+    merged, stack = load_pretrained(tiny_folder, "cpu", torch.float64), Adapters(model64, 1, 8, 16, ALL)
+    for k, job in enumerate((first, second)):
+        alone = Adapters(merged, 1, 4, 8, ALL)
+        alone.init(0, job.seed)
+        fresh = torch.zeros_like(stack.flat)
+        for (a, b), (a4, b4) in zip(stack.pairs(fresh), alone.pairs(alone.flat)):
+            a[:, 4 * k:4 * k + 4], b[:, :, 4 * k:4 * k + 4] = a4, b4
+        free = stack.part(4 * k, 4 * k + 4)
+        assert not fresh[0][~free].any() and not stack.flat[0][free].any()
+        beside = inner_loop.replace(job, start=(stack.flat + fresh)[0], free=free)
+        ((_, trained),) = sft(model64, [beside], wide)
+        assert torch.equal(trained.weights[~free], stack.flat[0][~free]) and (trained.weights - beside.start)[free].abs().max() > 5e-4
+        stack.flat[0] = trained.weights
+        ((_, trained),) = sft(merged, [job], narrow)
+        alone.flat[0] = trained.weights
+        alone.merge(0)
+        ids = torch.randint(0, 256, (1, 30))
+        with stack.route([30]):
+            torch.testing.assert_close(model64(ids), merged(ids), atol=1e-9, rtol=0)
+
+
+def padded_gradient(model, ids, pad_to, pads):
+    """Loss of one document as rows padded to pad_to are learned, and its gradient for a fresh adapter's B."""
+    example = Example.prepare(ids, [True] * len(ids), pad_to, pads)
+    adapters = Adapters(model, 1, 8, 16, ["q_proj", "v_proj"])
+    adapters.init(0, 0)
+    adapters.flat.requires_grad_()
+    running = [inner_loop.Running(0, None, iter([[0]]), [example], 0)]
+    ribbon, counts, ids, source, labels, weight, _ = inner_loop.pack(running, model.device)
+    with adapters.route(counts):
+        h = model.hidden(ids, ribbon.position, ribbon.attend)[source]
+        loss = (FrozenHeadLoss.apply(h, model.lm_head.weight, labels) * weight).sum()
+        loss.backward()
+    return loss.item(), adapters.flat.grad[0].clone()
+
+
+@pytest.mark.parametrize("case", ["llama3", "qwen2", "qwen3"])
+def test_learned_pads_are_those_of_a_padded_row(case, tmp_path):
+    """With every pad there, loss and gradient are transformers' on a row padded with EOS whose pads are labels."""
+    torch.manual_seed(5)
+    CASES[case]().save_pretrained(tmp_path / "base")
+    model, ids, row = load_pretrained(tmp_path / "base", "cpu"), [*torch.randint(3, 320, (20,)).tolist(), 2], 96
+    loss, gradient = padded_gradient(model, ids, row, pads=1000)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    reference, own = peft.get_peft_model(base, config), Adapters(model, 1, 8, 16, ["q_proj", "v_proj"])
+    own.init(0, 0)
+    loras = [(m.lora_A["default"].weight, m.lora_B["default"].weight) for m in reference.modules() if hasattr(m, "lora_A")]
+    for (a, b), (ours, _) in zip(loras, own.pairs(own.flat)):
+        a.data.copy_(ours[0])
+    filled = torch.tensor([ids + [2] * (row - len(ids))])
+    theirs = reference(input_ids=filled, attention_mask=(torch.arange(row) < 20)[None].long(), labels=filled).loss
+    theirs.backward()
+    assert loss == pytest.approx(theirs.item(), rel=1e-5)
+    for (a, b), (ga, gb) in zip(loras, own.pairs(gradient[None])):
+        torch.testing.assert_close(gb[0], b.grad, atol=1e-6, rtol=1e-3)
+    few_loss, few = padded_gradient(model, ids, row, pads=8)  # a few of them stand for all
+    assert few_loss == pytest.approx(loss, rel=0.02)
+    assert F.cosine_similarity(few, gradient, dim=0) > 0.9  # .99 on SmolLM2; random weights are the worst case
+
+
+def test_padded_rows_at_the_edges():
+    pads = lambda n, pad_to: Example.prepare([7] * n + [2], [True] * (n + 1), pad_to)
+    whole = pads(5, 0)
+    assert whole.pads == 0 and len(whole.ids) == 6 and whole.weight.sum() == 5
+    full = pads(9, 8)    # longer than the row: cut, no EOS
+    assert full.ids.tolist() == [7] * 8 and full.pads == 0 and len(full.labels) == 7
+    exact = pads(7, 8)
+    assert exact.ids.tolist() == [7] * 7 + [2] and exact.pads == 0 and exact.labels.tolist() == [7] * 6 + [2]
+    one = pads(6, 8)     # the row is 6 tokens and two pads: one pad predicts the other
+    assert one.pads == 1 and one.position.tolist() == [0, 1, 2, 3, 4, 5, 6] and one.weight.tolist() == [1] * 7
+    many = pads(5, 2048)
+    assert many.pads == 8 and many.weight.sum() == 2047 and many.labels[4:].tolist() == [2] * 9
+    assert many.position[5:].diff().unique().numel() <= 2 and many.position[-1] < 2047
 
 
 def test_out_of_memory_halves_the_slots_and_changes_nothing(model64, monkeypatch, capsys):

@@ -1,10 +1,14 @@
 """Prompts, the official splitter, the judges, the data files."""
 import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
+import torch
 
 from data import knowledge
 from eval import agreement, main as eval_main
+from inner_loop import yes_or_no
 from model import UserError
 from selfedit import PROMPTS, QUERY, read_self_edit, sample_self_edits, seed_for, split_documents
 
@@ -71,6 +75,69 @@ def test_sampled_edits_keep_their_ids_and_their_draws(tiny, tok, passages):
 def test_judges(gold, prediction, rule, substring):
     assert knowledge.recall_judge("?", gold, prediction) == rule
     assert knowledge.substring_judge("?", gold, prediction) == substring
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """An OpenAI-compatible stub: right answers have an x; every third request is refused at first."""
+    asked, refused = [], 0
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/chat/completions" and self.headers["Authorization"] == "Bearer key" and body["temperature"] == 0
+        text = body["messages"][0]["content"]
+        if len(Endpoint.asked) % 3 == 2 and Endpoint.refused < 4:
+            Endpoint.refused += 1
+            return self.send_error(429)
+        if "forbidden" in text:
+            return self.send_error(401)
+        Endpoint.asked.append(text)
+        reply = "Yes." if "Given answer: x" in text else "No, yes and no." if "both" in text else "no"
+        data = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_openai_judge(tmp_path, monkeypatch):
+    """Retries what time may mend, says what it may not, and pays for nothing twice."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1/")
+    monkeypatch.setattr(knowledge, "BACK_OFF", 0.0)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError, match="OPENAI_API_KEY"):
+        knowledge.openai_judge([("q", "g", "p")])
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    triples = [(f"q{i}?", "gold", ("x", "y", "both", " ")[i % 4]) for i in range(40)]
+    judge = knowledge.SlowJudge(knowledge.openai_judge, tmp_path / "judge.jsonl")
+    judge.prepare(triples)
+    assert [judge(*t) for t in triples if t[2] != " "] == [t[2] == "x" for t in triples if t[2] != " "]
+    assert len(Endpoint.asked) == 30 and Endpoint.refused == 4  # an empty answer is not asked about
+    with (tmp_path / "judge.jsonl").open("a") as f:
+        f.write('[["torn')
+    again = knowledge.SlowJudge(lambda triples: pytest.fail("asked twice"), tmp_path / "judge.jsonl")
+    again.prepare(triples)
+    assert again("q0?", "gold", "x") and not again("q1?", "gold", "y")
+    with pytest.raises(UserError, match="HTTP 401"):
+        judge.prepare([("forbidden?", "g", "p")])
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match="nothing is lost"):
+        judge.prepare([("new?", "g", "p")])
+
+
+def test_the_model_as_judge(tiny, tok):
+    """Batched, it says what the next token's logits say one by one."""
+    texts = [knowledge.GRADING.format(f"Question {i}", "gold " * i, "prediction") for i in range(7)]
+    ids = {w: [tok.encode(form)[0] for form in (w, w.title(), " " + w, " " + w.title())] for w in ("yes", "no")}
+    expected = []
+    for text in texts:
+        p = tiny(torch.tensor([tok.prompt(text)]))[0, -1].softmax(-1)
+        expected.append(bool(p[ids["yes"]].sum() > p[ids["no"]].sum()))
+    assert yes_or_no(tiny, tok, texts, at_once=3) == expected
 
 
 def test_kappa_by_hand():
