@@ -228,7 +228,7 @@ def test_learned_pads_are_those_of_a_padded_row(case, tmp_path):
     for (a, b), (ga, gb) in zip(loras, own.pairs(gradient[None])):
         torch.testing.assert_close(gb[0], b.grad, atol=1e-6, rtol=1e-3)
     few_loss, few = padded_gradient(model, ids, row, pads=8)  # a few of them stand for all
-    assert few_loss == pytest.approx(loss, rel=0.02)
+    assert few_loss == pytest.approx(loss, rel=0.1)
     assert F.cosine_similarity(few, gradient, dim=0) > 0.9  # .99 on SmolLM2; random weights are the worst case
 
 
