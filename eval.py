@@ -404,6 +404,13 @@ def judges(argv):
                    for method in records[0]["released"]}
     except (KeyError, TypeError, IndexError) as e:
         raise UserError(f"{file}: no released verdicts ({type(e).__name__}: {e})") from None
+    print("by GPT-4.1's verdicts; means over passages [95 % CI]; gained: of the questions missed "
+          "without adaptation, lost: of those known")
+    for method, row in released(records).items():
+        print("{:>12}  {:.3f} [{:.3f}, {:.3f}]  gained {:.3f}  lost {:.3f}".format(
+            method, np.mean(row["accuracy"]), *bootstrap_ci(row["accuracy"]), row["gained"],
+            row["lost"]))
+    print()
     print(f"{'answers of':>12} {'n':>6} {'GPT-4.1':>8}"
           + "".join(f" | {name:>10} says right, agrees, kappa" for name in every))
     said = {name: [] for name in every}  # of all methods so far: (verdict, GPT-4.1's)
@@ -422,6 +429,18 @@ def judges(argv):
                            for (*_, p, ok), right in zip(rows, verdicts)]
         show(method, len(rows))
     show("all", len(said["rule"]))
+
+
+def released(records):
+    """{method: its row of the paper's table, from the released verdicts alone}."""
+    rows = {}
+    for method in records[0]["released"]:
+        answers = [r["released"][method]["answers"] for r in records]
+        pairs = [(x["baseline_ok"], x["adapter_ok"]) for row in answers for x in row]
+        rows[method] = {"accuracy": [float(np.mean([x["adapter_ok"] for x in row]))
+                                     for row in answers],
+                        "gained": share(pairs, False), "lost": share(pairs, True)}
+    return rows
 
 
 def mean_ci(rows):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data import knowledge
-from eval import agreement, main as eval_main
+from eval import agreement, main as eval_main, released
 from inner_loop import yes_or_no
 from model import UserError
 from selfedit import PROMPTS, QUERY, read_self_edit, sample_self_edits, seed_for, split_documents
@@ -138,6 +138,16 @@ def test_the_model_as_judge(tiny, tok):
         p = tiny(torch.tensor([tok.prompt(text)]))[0, -1].softmax(-1)
         expected.append(bool(p[ids["yes"]].sum() > p[ids["no"]].sum()))
     assert yes_or_no(tiny, tok, texts, at_once=3) == expected
+
+
+def test_released_verdicts_are_the_released_figures(shared_data):
+    """The accuracies that the authors' files state, and what adapters gain and lose, from the verdicts alone."""
+    records = json.loads((shared_data / "squad_val_60.json").read_text())
+    rows = released(records)
+    for method, row in rows.items():
+        stated = [float(r["released"][method]["adapter_accuracy"]) for r in records]
+        assert row["accuracy"] == pytest.approx(stated, abs=1e-3)
+    assert 0.05 < rows["naive"]["gained"] < rows["iter2"]["gained"] and rows["naive"]["lost"] < rows["iter2"]["lost"] < 0.5
 
 
 def test_kappa_by_hand():
