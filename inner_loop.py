@@ -22,7 +22,8 @@ from typing import Iterator
 import torch
 
 from lora import Adapters
-from model import Ribbon, UserError, cli, free_memory, generate, load_pretrained, to_device
+from model import (Ribbon, UserError, cli, free_memory, generate, load_pretrained, slow_bf16,
+                   to_device)
 from selfedit import pick, sample_self_edits, seed_for
 
 # ------------------------------------------------------------------------------- SFT
@@ -131,6 +132,8 @@ class FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx, h, weight, labels):
         nll = torch.empty(len(h), device=h.device, dtype=torch.promote_types(h.dtype, torch.float))
         grad = torch.empty_like(h)
+        if slow_bf16(h):
+            h, weight = h.float(), weight.float()
         size = max(1, (2 ** 27 if h.is_cuda else 2 ** 24) // len(weight))
         for i in range(0, len(h), size):
             chunk, label = slice(i, i + size), labels[i:i + size, None]
@@ -138,7 +141,7 @@ class FrozenHeadLoss(torch.autograd.Function):
             nll[chunk] = -log_p.gather(1, label)[:, 0]
             p = log_p.exp_()
             p.scatter_add_(1, label, torch.full_like(label, -1, dtype=p.dtype))
-            grad[chunk] = p.to(h.dtype) @ weight
+            grad[chunk] = (p.to(h.dtype) @ weight).to(grad.dtype)
         ctx.save_for_backward(grad)
         return nll
 

@@ -205,12 +205,36 @@ def round_up(n, block):
 
 # ------------------------------------------------------------------------------- the transformer
 
+def slow_bf16(x):
+    """Whether this is bfloat16 on a CPU without arithmetic for it: float32 is many times faster."""
+    return (x.dtype == torch.bfloat16 and x.device.type == "cpu"
+            and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Widened(torch.autograd.Function):
+    """x W^T in float32 for a frozen bfloat16 W, which is widened anew when it is needed."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return (x.float() @ weight.float().T).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        (weight,) = ctx.saved_tensors
+        return (g.float() @ weight.float()).to(g.dtype), None
+
+
 class Linear(nn.Linear):
     """A linear layer that lora.py can add a low-rank term to: y = W x + b (+ delta(x))."""
     delta = None
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
+        if slow_bf16(x) and not self.weight.requires_grad:
+            y = Widened.apply(x, self.weight)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = F.linear(x, self.weight, self.bias)
         return y if self.delta is None else y.add_(self.delta(x))
 
 
@@ -294,7 +318,7 @@ class Transformer(nn.Module):
             "embed_tokens": nn.Embedding(config.vocab_size, config.dim),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
             "norm": RMSNorm(config.dim, config.norm_eps)})
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.tie()
 
     device = property(lambda self: self.lm_head.weight.device)

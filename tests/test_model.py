@@ -128,6 +128,22 @@ def test_questions_of_many_adapters_in_few_rows(tiny):
     assert together != generate(tiny, prompts, 40, stop)
 
 
+def test_bf16_on_a_cpu_without_arithmetic_for_it(monkeypatch):
+    """Computed in float32 it is at least as close to the truth, forward and backward, as bfloat16 arithmetic."""
+    layer = model.Linear(64, 48).to(torch.bfloat16).requires_grad_(False)
+    x, g = torch.randn(30, 64, dtype=torch.bfloat16), torch.randn(30, 48, dtype=torch.bfloat16)
+    truth = x.double() @ layer.weight.double().T + layer.bias.double(), g.double() @ layer.weight.double()
+    errors = []
+    for slow in (True, False):
+        monkeypatch.setattr(model, "slow_bf16", lambda x: slow)
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(g)
+        assert y.dtype == leaf.grad.dtype == torch.bfloat16
+        errors.append([float((a.double() - b).abs().mean()) for a, b in zip((y, leaf.grad), truth)])
+    assert all(ours <= 1.5 * theirs and ours < 0.02 for ours, theirs in zip(*errors)), errors
+
+
 class Recorded(TorchDispatchMode):
     """A CUDA graph on a CPU: records every operation with its tensors, and replays just that."""
     made = 0
