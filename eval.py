@@ -65,7 +65,8 @@ def single(argv):
             trained("passage only, step-matched", matched),
             trained("its own self-edits", own_edits)]
     for name, texts in imported(mine.edits_from, tasks).items():
-        rows.append(trained(name, [read_self_edit(*pair) for pair in zip(tasks, texts)]))
+        rows.append(trained(name, [read_self_edit(task, text, run.tok.encode(text))
+                                   for task, text in zip(tasks, texts)]))
     rows.append({"row": "passage in the prompt",
                  "accuracy": run.unadapted(run.load(0), in_prompt(tasks))})
     if mine.run:
@@ -117,7 +118,7 @@ def imported(files, tasks):
 
 def report(run, name, argv, rows, reference, passages, questions):
     """Print a table, differences from the `reference` row in pairs, and write it as JSON."""
-    head = (f"{'':>32}  {'accuracy [95 % CI]':<24}   {'over ' + reference['row']:<31}"
+    head = (f"{'':>32}  {'accuracy [95 % CI]':<24}   {'over ' + reference['row']:<33}"
             "gained   lost    cut  docs  tokens  s/adapter")
     run.log(f"\n{passages} passages, {questions} questions, {run.cfg.seeds} seeds; means over "
             f"passages, differences in pairs\n{head}")
@@ -131,7 +132,7 @@ def report(run, name, argv, rows, reference, passages, questions):
             row["difference_ci"] = bootstrap_ci(difference)
             line += f" {interval(difference)}"
         if "gained" in row:
-            line = (f"{line:<90}{row['gained']:6.3f} {row['lost']:6.3f} {row['cut']:6.3f} "
+            line = (f"{line:<92}{row['gained']:6.3f} {row['lost']:6.3f} {row['cut']:6.3f} "
                     f"{row['documents']:5.1f} {row['tokens']:7.0f} {row['seconds']:10.1f}")
         run.log(line)
     replace_file(run.folder / f"{name}.json", json.dumps(

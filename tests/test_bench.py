@@ -3,6 +3,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 import bench
 
 FEW = "--jobs 2 --repeats 1 --scaling 2 8 --n-new 2".split()
@@ -41,6 +43,7 @@ def test_bench_prints_a_table():
     assert "extrapolated" in out and "floor" in out and "   8 self-edits" in out
 
 
+@pytest.mark.slow
 def test_without_the_peers_it_says_which_arm_is_missing():
     code = "import sys; sys.modules['peft'] = None; import bench; sys.argv = ['bench.py', *%r]; bench.main()" % FEW
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
