@@ -26,10 +26,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data import knowledge
-from inner_loop import Example, Job, Running, ask, grade_all, make_job, pack, sft, yes_or_no
+from inner_loop import Example, Job, Running, ask, grade_all, make_job, pack, sft
 from lora import Adapters
 from model import UserError, cli, load_pretrained, read_json
-from outer_loop import (Lines, Meter, Run, bootstrap_ci, in_prompt, parse_args, replace_file)
+from outer_loop import (Lines, Meter, Run, bootstrap_ci, in_prompt, model_judge,
+                        parse_args, replace_file)
 from selfedit import SelfEdit, read_self_edit, sample_self_edits, seed_for
 from tokenizer import Tokenizer
 
@@ -185,14 +186,8 @@ def continual(argv):
         for j, trained in sft(model, jobs, wide, Meter(f"steps of edit {k + 1} of {length}")):
             if not trained.diverged:
                 stack.flat[owner[j]] = trained.weights
-        together = [replace(row[0], queries=[q for task in row[:k + 1] for q in task.queries])
-                    for row in streams]
-        answers, _ = ask(model, run.tok, together, list(stack.flat), wide, **run.asking)
-        accuracy = []
-        for row, texts in zip(streams, map(iter, answers)):
-            seen = row[:k + 1]
-            right = grade_all(seen, [[next(texts) for _ in task.queries] for task in seen])
-            accuracy.append([float(np.mean(verdicts)) for verdicts in right])
+        right = examine(run, model, [row[:k + 1] for row in streams], list(stack.flat), wide)
+        accuracy = [[float(np.mean(verdicts)) for verdicts in row] for row in right]
         save_file({"flat": stack.flat}, run.folder / f"after_{k + 1}.safetensors")
         steps.add({"edit": k + 1, "accuracy": accuracy, "texts": [edit.text for edit, in edits]})
         run.log(f"edit {k + 1} of {length}: just learned "
@@ -206,6 +201,15 @@ def continual(argv):
         run.log(f"{what:>44} {mean:7.3f} ({error:.3f})")
     replace_file(run.folder / "continual.json", json.dumps(
         {"command": ["eval.py", "continual", *argv], "seed": cfg.seed, **result}, indent=1))
+
+
+def examine(run, model, groups, weights, recipe):
+    """Verdicts on groups of tasks, each group under one adapter: a list per task, per group."""
+    together = [replace(tasks[0], queries=[q for task in tasks for q in task.queries])
+                for tasks in groups]
+    answers, _ = ask(model, run.tok, together, weights, recipe, **run.asking)
+    return [grade_all(tasks, [[next(texts) for _ in task.queries] for task in tasks])
+            for tasks, texts in zip(groups, map(iter, answers))]
 
 
 def forgetting(accuracy):
@@ -260,17 +264,12 @@ def cpt(argv):
                       run.recipe.batch)
             if mine.full:
                 losses.append(tune_all(model, job, run.recipe, meter))
-                answers, _ = ask(model, run.tok, tasks, **run.asking)
+                right.append(run.verdicts(model, tasks))
                 run.loaded = None, None  # its weights are no longer those of the checkpoint
             else:
                 ((_, trained),) = sft(model, [job], run.recipe, meter)
                 losses.append(trained.losses)
-                together = replace(tasks[0], queries=[q for task in tasks for q in task.queries])
-                (answers,), _ = ask(model, run.tok, [together], [trained.weights], run.recipe,
-                                    **run.asking)
-                answers = iter(answers)
-                answers = [[next(answers) for _ in task.queries] for task in tasks]
-            right.append(grade_all(tasks, answers))
+                right += examine(run, model, [tasks], [trained.weights], run.recipe)
         done.add({"row": name, "right": right, "documents": len(documents),
                   "tokens": sum(map(len, documents)), "steps": len(losses[0]),
                   "losses": [[x[0], x[-1]] for x in losses], "seconds": time.time() - begin})
@@ -332,8 +331,7 @@ def reliability(argv):
     seeds = min(a.shape[1] for a in accuracy)
     print(f"{len(groups)} passages, {sum(map(len, groups))} self-edits, {seeds} seeds each")
     if seeds > 1:
-        values = split_half(accuracy)
-        for what, value in values.items():
+        for what, value in variance_components(accuracy).items():
             print(f"  {what:<66} {value:6.3f}")
     everything = [r for group in groups for r in group]
     reward = [r["reward"] for r in everything]
@@ -343,7 +341,7 @@ def reliability(argv):
               f"{np.corrcoef(reward, x)[0, 1] if np.std(x) and np.std(reward) else np.nan:10.3f}")
 
 
-def split_half(accuracy):
+def variance_components(accuracy):
     """Statistics of rewards; accuracy: per passage (K, seeds).
 
     The variance between the self-edits of a passage is measured by the covariance of two seeds, in
@@ -393,8 +391,7 @@ def judges(argv):
     if args.model:
         model = load_pretrained(args.model)
         tok = Tokenizer.from_pretrained(model.folder)
-        every["model"] = lambda triples: yes_or_no(
-            model, tok, [knowledge.GRADING.format(*triple) for triple in triples])
+        every["model"] = lambda triples: model_judge(model, tok, triples)
     if args.openai:
         every["openai"] = knowledge.openai_judge
     records = read_json(file)

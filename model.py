@@ -527,7 +527,8 @@ def free_memory(device):
     """Bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS
+    return os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
 
 
 @torch.inference_mode()

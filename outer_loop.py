@@ -252,6 +252,11 @@ def in_prompt(tasks):
     return [dataclasses.replace(task, queries=read(task)) for task in tasks]
 
 
+def model_judge(model, tok, triples):
+    """Verdicts of the model itself on (question, gold, prediction)s."""
+    return yes_or_no(model, tok, [knowledge.GRADING.format(*triple) for triple in triples])
+
+
 def make_recipe(cfg, loop):
     """The Recipe of the 'inner' or the 'outer' loop: the fields that begin with its name."""
     names = ("rank", "alpha", "targets", "lr", "epochs", "batch")
@@ -322,9 +327,8 @@ class Run:
         self.tok, self.recipe = Tokenizer.from_pretrained(cfg.model), make_recipe(cfg, "inner")
         self.asking = dict(max_new=cfg.max_answer_tokens, newline=cfg.stop == "newline",
                            max_rows=cfg.rows or None)
-        ask_itself = lambda triples: yes_or_no(
-            self.loaded[1], self.tok, [knowledge.GRADING.format(*triple) for triple in triples])
-        slow = {"model": ask_itself, "openai": knowledge.openai_judge}
+        slow = {"model": lambda triples: model_judge(self.loaded[1], self.tok, triples),
+                "openai": knowledge.openai_judge}
         self.judge = cfg.judge if cfg.judge not in slow else knowledge.SlowJudge(
             slow[cfg.judge], self.folder / "judge.jsonl" if cfg.judge == "openai" else None)
         self.loaded, self.checkpoints = (None, None), self.folder

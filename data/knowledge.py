@@ -59,9 +59,9 @@ class SlowJudge:
 
     def prepare(self, triples):
         """Grade what is not known yet."""
-        new = [t for t in dict.fromkeys(triples) if t not in self.known and t[2].strip()]
         if not self.path:
             self.known = {}
+        new = [t for t in dict.fromkeys(triples) if t not in self.known and t[2].strip()]
         for i in range(0, len(new), 256):
             verdicts = dict(zip(new[i:i + 256], self.many(new[i:i + 256])))
             self.known |= verdicts

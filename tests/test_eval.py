@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from eval import forgetting, main as eval_main, mean_ci, row_of, split_half
+from eval import forgetting, main as eval_main, mean_ci, row_of, variance_components
 from model import UserError
 from tests.test_outer_loop import argv, run_it, varied_rewards  # noqa: F401 (fixtures)
 
@@ -115,14 +115,14 @@ def test_continual_edits_resume(flags, tmp_path, monkeypatch, capsys):
 
 def test_reliability_by_hand_and_by_simulation():
     """Rewards with a known spread between edits and between seeds: the statistics find both, and what the best is truly worth."""
-    flat = split_half([np.array([[0.0, 1.0], [1.0, 0.0]])])
+    flat = variance_components([np.array([[0.0, 1.0], [1.0, 0.0]])])
     assert list(flat.values())[:2] == [pytest.approx(0.5 ** 0.5), 0] and flat["mean reward"] == 0.5
     assert flat["the best of K, by the seeds that chose it"] == 0.5
     assert flat["the best of K, chosen without one seed, by that seed"] == 0  # the luckier edit of one seed is the unluckier of the other
     rng = np.random.default_rng(0)
     truth = 0.1 * rng.standard_normal((4000, 5))
     noisy = [t[:, None] + 0.2 * rng.standard_normal((5, 3)) for t in truth]
-    found = list(split_half(noisy).values())
+    found = list(variance_components(noisy).values())
     assert found[0] == pytest.approx(0.2, rel=0.03) and found[1] == pytest.approx(0.1, rel=0.05)
     assert found[2] == pytest.approx(0.01 / (0.01 + 0.04 / 3), abs=0.03) and abs(found[3]) < 0.01
     two_seeds = np.mean([t[a[:, :2].mean(axis=1).argmax()] for t, a in zip(truth, noisy)])
