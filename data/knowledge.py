@@ -16,7 +16,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from model import UserError, read_json
-from selfedit import PROMPTS, QUERY, Task, split_documents
+from selfedit import EMPTY, PROMPTS, QUERY, SelfEdit, Task, split_documents
 
 
 def normalise(text):
@@ -159,12 +159,15 @@ def knowledge_task(record, prompt, judge, max_documents):
 
     def read(text):
         pieces = split_documents(text, max_documents)
-        # NOTE(paper): an edit that says nothing has no documents here, and so a reward of 0; the
-        # official code would train on the passage all the same.
-        return [f"{title}\n{piece}" for piece in pieces] + [passage] * bool(pieces), {}
+        # NOTE(paper): an edit that says nothing has a reward of 0; the official code would train
+        # on the passage all the same.
+        if not pieces:
+            raise ValueError(EMPTY)
+        return [f"{title}\n{piece}" for piece in pieces] + [passage], {}
 
     return Task(
         name=title, prompt=PROMPTS[prompt].format(title=title, context=context), context=[passage],
+        references={"passage only": SelfEdit("", [], [passage])},
         questions=[q["question"] for q in questions], answers=[q["answer"] for q in questions],
         queries=[QUERY.format(title=title, question=q["question"]) for q in questions],
         grade=JUDGES.get(judge, judge), read=read)

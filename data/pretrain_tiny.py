@@ -1,8 +1,9 @@
-"""Makes data/tiny/, nanoSEAL's own checkpoint, from nothing: a tokenizer, a model that has read.
+"""Makes nanoSEAL's own two checkpoints from nothing: a tokenizer, a model that has read.
 
-    python -m data.pretrain_tiny --out data/tiny    # half an hour on one or two cores
+    python -m data.pretrain_tiny --out data/tiny    # half an hour on one core
+    python -m data.pretrain_tiny --world puzzles --out data/tiny-arc     # six minutes
 
-The model must be able to do what SEAL presupposes of a language model, and no more: read a passage
+*Towns.* The model must be able to do what SEAL presupposes of a language model, and no more: read a passage
 and answer questions about it, store what it is trained on so that it can be asked for, and write
 notes, mostly poor ones. So it reads
   - about a few hundred towns, over and over, in passages, notes and questions: what is in its
@@ -11,6 +12,9 @@ notes, mostly poor ones. So it reads
     (`write_notes`).
 First come short passages and drills in copying (without them, copying emerges late or never); last,
 mostly notes. None of the names is one that data/tinyworld.py gives out in its tasks.
+
+*Puzzles.* It must copy grids of all sizes and write self-edits of every kind. Rules it never sees:
+a little ability to guess at them makes a model that is harder to train on one than mere copying.
 """
 import argparse
 import json
@@ -21,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from data import tinyworld as world
+from data import arc, tinyarc, tinyworld as world
 from model import ModelConfig, Ribbon, Transformer, UserError, cli
 from tokenizer import Tokenizer
 
@@ -30,6 +34,8 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_
           "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5,
           "max_position_embeddings": 512, "rope_theta": 10000.0, "hidden_act": "silu",
           "tie_word_embeddings": True, "torch_dtype": "float32", "eos_token_id": 0}
+PUZZLES = CONFIG | {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16,
+                    "max_position_embeddings": 1024}
 END = "<|endoftext|>"
 
 # What kinds of notes a text is made of, and how often: the first policy.
@@ -104,8 +110,13 @@ def known(rng, towns):
     return world.QUERY.format(question=question), " " + answer
 
 
-def text(rng, towns, progress):
-    """The next text to read, as (prompt, completion); progress runs from 0 to 1."""
+def town_text(rng, towns, progress):
+    """The next text about towns, [(piece, weight of its tokens' loss)]; progress is from 0 to 1."""
+    prompt, completion = prompt_and_completion(rng, towns, progress)
+    return [(prompt, .1), (completion, 1)]
+
+
+def prompt_and_completion(rng, towns, progress):
     notes, book, copying, brief = ((.05, .1, .25, .4) if progress < .1 else
                                    (.1, .1, .02, .03) if progress < .7 else
                                    (.4, .08, 0, 0))
@@ -117,26 +128,57 @@ def text(rng, towns, progress):
     return known(rng, towns)
 
 
+# ------------------------------------------------------------------------------- puzzles
+
+# The first policy: what self-edits are made of, each choice independent of the others.
+RATES, EPOCHS, TOOL, MALFORMED = (.001, .003, .01, .03), (1, 2, 4, 8), .15, .05
+
+
+def json_text(rng, puzzle):
+    """Demonstrations, and a self-edit by the first policy."""
+    directives = dict({tool: rng.random() < TOOL for tool in arc.TOOLS}, lr=rng.choice(RATES),
+                      completion_only=rng.random() < .5, epochs=rng.choice(EPOCHS))
+    text = arc.write_json_edit(directives)
+    if rng.random() < MALFORMED:
+        text = text[:-rng.randint(1, 2)]
+    pairs = "".join(arc.show_pair(*pair) for pair in puzzle[:3])
+    return [(arc.SELF_EDIT.format(pairs=pairs), .02), (text, 1)]
+
+
+def puzzle_text(rng, progress):
+    """The next text about puzzles, [(piece, weight of its tokens' loss)]: copies."""
+    if rng.random() < .1:
+        return json_text(rng, tinyarc.make_puzzle(tinyarc.make_rule(rng, out=False), rng))
+    height, width = (3, 3) if rng.random() < .6 else (rng.randint(2, 6), rng.randint(2, 6))
+    rule = {colour: colour for colour in rng.sample(range(10), rng.randint(1, min(9, height * width) // 2 + 1))}
+    pieces = [(arc.PUZZLE, .02)]
+    for i, (x, y) in enumerate(tinyarc.make_puzzle(rule, rng, rng.randint(1, 5), height, width)):
+        pieces += [("\n\n" * (i > 0) + arc.ask(x), .02), (arc.show(y), 1)]
+    return pieces
+
+
 # ------------------------------------------------------------------------------- tokenizer
 
-def make_tokenizer(folder, towns, seed):
-    """Train a byte-level BPE on the world's text, and write it as Hugging Face's files.
+def make_tokenizer(folder, text, seed, window, min_frequency, digits):
+    """Train a byte-level BPE on a world's text, and write it as Hugging Face's files.
 
     Returns the vocabulary's size. Needs the `tokenizers` library (requirements-dev.txt); reading
     the result does not."""
     from tokenizers import Tokenizer as Trainable, decoders, models, pre_tokenizers, trainers
     rng = random.Random(seed)
-    corpus = ["".join(text(rng, towns, rng.random())) for _ in range(20_000)]
+    corpus = ["".join(piece for piece, _ in text(rng, rng.random())) for _ in range(20_000)]
     tok = Trainable(models.BPE())
     tok.pre_tokenizer, tok.decoder = (pre_tokenizers.ByteLevel(add_prefix_space=False),
                                       decoders.ByteLevel())
-    # a name is rarer than any word or syllable: the minimum frequency keeps names in syllables
+    if digits:  # each is a token
+        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                     tok.pre_tokenizer])
     tok.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=1024, min_frequency=600, special_tokens=[END], show_progress=False,
+        vocab_size=1024, min_frequency=min_frequency, special_tokens=[END], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tok.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END,
-                "model_max_length": CONFIG["max_position_embeddings"]}
+                "model_max_length": window}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     return tok.get_vocab_size()
 
@@ -155,15 +197,17 @@ def new_model(folder, seed):
     return model
 
 
-def batches(tok, towns, tokens, per_step, rng, prompt_weight=.1):
+def batches(tok, text, tokens, per_step, rng):
     """Lists of (ids, weight of each token's loss), about per_step tokens each, `tokens` in all."""
     read = 0
     while read < tokens:
         batch, size = [], 0
         while size < per_step:
-            prompt, completion = (tok.encode(part) for part in text(rng, towns, read / tokens))
-            weights = [prompt_weight] * len(prompt) + [1.0] * (len(completion) + 1)
-            batch.append((prompt + completion + [tok.eos], weights))
+            ids, weights = [], []
+            for piece, weight in text(rng, read / tokens):
+                more = tok.encode(piece)
+                ids, weights = ids + more, weights + [weight] * len(more)
+            batch.append((ids + [tok.eos], weights + [1.0]))
             size += len(batch[-1][0])
         read += size
         yield read, batch
@@ -180,12 +224,12 @@ def loss_of(model, batch, total):
     return (nll * weight[source + 1]).sum() / total
 
 
-def train(model, tok, towns, tokens, lr, per_step, seed):
+def train(model, tok, text, tokens, lr, per_step, seed):
     """AdamW; the learning rate rises over the first 2 % and falls linearly to 0."""
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=.01)
     begin, average, printed = time.time(), None, 0
-    for read, batch in batches(tok, towns, tokens, per_step, random.Random(seed)):
+    for read, batch in batches(tok, text, tokens, per_step, random.Random(seed)):
         done = min(1, read / tokens)
         optimizer.param_groups[0]["lr"] = lr * min(done / .02, (1 - done) / .98)
         batch.sort(key=lambda b: len(b[0]))  # like lengths together: little padding in attention
@@ -212,11 +256,10 @@ def train(model, tok, towns, tokens, lr, per_step, seed):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    ap.add_argument("--out", default="data/tiny")
+    ap.add_argument("--world", default="towns", choices=("towns", "puzzles"))
+    ap.add_argument("--out", required=True, help="folder to write")
     ap.add_argument("--towns", type=int, default=200, help="towns to know by heart (default: 200)")
-    ap.add_argument("--tokens", type=float, default=11e6, help="to read (default: 11e6)")
-    ap.add_argument("--lr", type=float, default=3e-3)
-    ap.add_argument("--per-step", type=int, default=2048, help="tokens per step")
+    ap.add_argument("--tokens", type=float, help="to read (default: 11e6; puzzles: 1.6e6)")
     ap.add_argument("--threads", type=int, default=1,
                     help="of torch; sums, and so the weights, depend on it")
     ap.add_argument("--seed", type=int, default=0)
@@ -225,17 +268,25 @@ def main():
     if out.exists():
         raise UserError(f"{out} exists already; nothing was overwritten")
     torch.set_num_threads(args.threads)
-    rng = random.Random(args.seed)
-    towns = [world.make_town(rng, name)
-             for name in rng.sample(world.NAMES["town", False], args.towns)]
+    if args.world == "towns":
+        rng = random.Random(args.seed)
+        towns = [world.make_town(rng, name)
+                 for name in rng.sample(world.NAMES["town", False], args.towns)]
+        text, config = lambda rng, progress: town_text(rng, towns, progress), CONFIG
+        # a name is rarer than any word or syllable: the minimum frequency keeps names in syllables
+        frequency, digits, tokens, lr, per_step = 600, False, args.tokens or 11e6, 3e-3, 2048
+    else:
+        text, config = puzzle_text, PUZZLES
+        frequency, digits, tokens, lr, per_step = 100, True, args.tokens or 1.6e6, 2e-3, 512
     with tempfile.TemporaryDirectory() as draft:
-        size = make_tokenizer(Path(draft), towns, args.seed)
+        size = make_tokenizer(Path(draft), text, args.seed, config["max_position_embeddings"],
+                              frequency, digits)
         (Path(draft) / "config.json").write_text(
-            json.dumps(CONFIG | {"vocab_size": size}, indent=2))
+            json.dumps(config | {"vocab_size": size}, indent=2))
         tok, model = Tokenizer.from_pretrained(draft), new_model(draft, args.seed)
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
               f"vocabulary {size}")
-        train(model, tok, towns, int(args.tokens), args.lr, args.per_step, args.seed)
+        train(model, tok, text, int(tokens), lr, per_step, args.seed)
         model.save_pretrained(out)
 
 

@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass
 
 from model import UserError
-from selfedit import Task, split_documents
+from selfedit import EMPTY, SelfEdit, Task, split_documents
 
 # ------------------------------------------------------------------------------- names and values
 
@@ -232,15 +232,18 @@ def town_task(town, directives=False):
             first = re.fullmatch(r"Study at rate (0\.\d+) for (\d+) rounds\.",
                                  lines.pop(0) if lines else "")
             if not first or float(first[1]) not in RATES or int(first[2]) not in EPOCHS:
-                return [], {}  # it cannot be read: nothing to learn from
+                raise ValueError("its first line is no directive")
             chosen = {"lr": float(first[1]), "epochs": int(first[2])}
-        return lines + [town.passage] * bool(lines), chosen
+        if not lines:
+            raise ValueError(EMPTY)
+        return [*lines, town.passage], chosen
 
     questions, answers, backwards = zip(*town.questions())
     prompt = (NOTES_DIRECTED if directives else NOTES).format(passage=town.passage)
     return Task(name=town.name, prompt=prompt, questions=list(questions), answers=list(answers),
                 queries=[QUERY.format(question=q) for q in questions],
                 context=[town.passage], read=read,
+                references={"passage only": SelfEdit("", [], [town.passage])},
                 grade=lambda question, answer, prediction: prediction.strip(" .") == answer,
                 kinds=["reversed" if back else "forward" for back in backwards],
                 form=lambda line: classify(line, town.passage))

@@ -14,10 +14,13 @@ from model import ModelConfig, Transformer, UserError, cli  # noqa: E402
 from tokenizer import byte_alphabet  # noqa: E402
 
 
-def make_checkpoint(folder, seed=0, **changes):
+def make_checkpoint(folder, seed=0, end="<|endoftext|>", **changes):
+    """`end`: the token that ends a document; '<|im_end|>' and '<|eot_id|>' make it a chat model, the latter with a BOS."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     special = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
+    if end == "<|eot_id|>":
+        special |= {"<|eot_id|>": 259, "<|start_header_id|>": 260, "<|end_header_id|>": 261, "<|begin_of_text|>": 262}
     vocab = {c: b for c, b in byte_alphabet().items()}
     tokenizer = {"version": "1.0", "normalizer": None, "post_processor": None,
                  "added_tokens": [{"id": i, "content": t, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
@@ -29,7 +32,7 @@ def make_checkpoint(folder, seed=0, **changes):
               "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True, "eos_token_id": 256,
               "torch_dtype": "float32"} | changes
     for name, value in (("tokenizer.json", tokenizer), ("config.json", config),
-                        ("tokenizer_config.json", {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"})):
+                        ("tokenizer_config.json", {"eos_token": end, "bos_token": "<|begin_of_text|>", "add_bos_token": end == "<|eot_id|>", "tokenizer_class": "PreTrainedTokenizerFast"})):
         (folder / name).write_text(json.dumps(value))
     torch.manual_seed(seed)
     model = Transformer(ModelConfig.from_folder(folder), folder)

@@ -96,6 +96,7 @@ def test_selection():
     rows, edits = [[0.2, 0.5, 0.5], [0, 0, 0], [0.1, 0.3, 0.2]], [[edit] * 3] * 3
     assert select(rows, edits) == [(0, 1), (1, 0), (2, 1)]                                  # ties go to the first
     assert select(rows, edits, floor=[0.5, 0, 0.2]) == [(2, 1)]                             # --strict: better than un-adapted
+    assert select([[1, 0.5, 1], [0, 0, 0], [1, 1, 0]], [[edit] * 3, [edit] * 3, [edit, empty, edit]], "solved") == [(0, 0), (0, 2), (2, 0)]
     assert select([[0, 0], [0, 0]], [[empty, edit], [empty, empty]]) == [(0, 1)]            # nothing to learn from is never kept
 
 

@@ -13,6 +13,7 @@ from data import pretrain_tiny, tinyworld as world
 from inner_loop import grade
 from model import UserError, load_pretrained
 from outer_loop import PRESETS, Run, parse_args, rest_em, summary
+from selfedit import read_self_edit
 from tokenizer import Tokenizer
 
 TINY = Path(PRESETS["tiny"]["model"])
@@ -69,8 +70,8 @@ def test_directives_are_read_strictly():
     assert chosen == {"lr": 0.01, "epochs": 10} and documents == ["A note.", *task.context]
     for text in ("A note.", "Study at rate 0.02 for 10 rounds.\nA note.", "Study at rate 0.01 for 99999 rounds.\nA note.",
                  "Study at rate 0.01 for 10 rounds. Also:\nA note.", ""):
-        assert task.read(text) == ([], {})
-    assert task.read("Study at rate 0.01 for 10 rounds.")[0] == []
+        assert read_self_edit(task, text).note == "its first line is no directive" and not read_self_edit(task, text).documents
+    assert read_self_edit(task, "Study at rate 0.01 for 10 rounds.").note.startswith("nothing to learn")
 
 
 def test_the_checkpoint_opens_in_transformers():
@@ -90,10 +91,10 @@ def test_what_the_checkpoint_can_do(tmp_path):
     run, tasks = Run(cfg), world.load("tune")[:16]
     model = run.load(0)
     without = run.unadapted(model, tasks)
-    arms = run.baselines(model, tasks, without)
-    print(sum(without) / 16, arms)
-    assert sum(without) / 16 < 0.06 and arms["in_context"] > 0.93 and 0.3 < arms["passage_only"] < 0.7
-    kinds = arms["passage_only_by_kind"]
+    closed, read, passage = run.baselines(model, tasks, without)
+    assert [arm["name"] for arm in (closed, read, passage)] == ["un-adapted", "passage in the prompt", "passage only"]
+    assert closed["reward"] == sum(without) / 16 < 0.06 and read["reward"] > 0.93 and 0.3 < passage["reward"] < 0.7
+    kinds = passage["by_kind"]
     assert kinds["forward"] > 0.5 and kinds["reversed"] < 0.15
 
 
@@ -127,12 +128,12 @@ def test_the_loop_end_to_end(tmp_path, capsys):
     assert f"kept 4 self-edits with mean reward {sum(best) / 4:.3f}" in out
     for r in records:  # the verdicts are what the tasks say of the answers
         assert r["reward"] == pytest.approx(sum(a.strip(" .") == g for a, g in zip(r["answers"][0], r["gold"])) / 11)
-    assert [m["iteration"] for m in run.metrics] == [0, 1] and run.metrics[0]["passage_only"] > 0
+    assert [m["iteration"] for m in run.metrics] == [0, 1] and len(run.metrics[0]["baselines"]) == 3 and run.metrics[1]["baselines"] == []
     assert sum(run.metrics[0]["forms"].values()) == pytest.approx(1) and set(run.metrics[0]["eval_by_kind"]) == {"forward", "reversed"}
     before, after = (load_pretrained(f, "cpu").state_dict() for f in (TINY, tmp_path / "run" / "iter_1"))
     assert any(not torch.equal(before[k], after[k]) for k in before)
     text = summary(run, held_out)
-    assert "closed-book" in text and held_out[0].context[0] in text and "its self-edit at iteration 1" in text
+    assert "un-adapted" in text and held_out[0].context[0] in text and "its self-edit at iteration 1" in text
 
 
 @pytest.mark.slow
