@@ -187,13 +187,18 @@ def compiled_adamw_():
     return torch.compile(adamw_, dynamic=False)  # pointwise, and its shapes stay: a kernel or two
 
 
+def parameters(model, recipe):
+    """P, of one adapter."""
+    return Adapters(model, 0, recipe.rank, 1, recipe.targets).flat.shape[1]
+
+
 def step_memory(model, recipe, slots, tokens):
     """Bytes of a training step: per adapter parameter 18 (value, gradient, m and v in float32, a
     copy in bfloat16), and per token what a block keeps for its backward pass."""
-    c, parameters = model.config, Adapters(model, 0, recipe.rank, 1, recipe.targets).flat.shape[1]
+    c = model.config
     kept = 5 * c.dim + 2 * (c.n_head + c.n_kv_head) * c.head_dim + 4 * c.hidden_dim
     kept = kept if not model.recompute else c.dim
-    return 18 * slots * parameters + tokens * c.n_layer * kept * model.dtype.itemsize
+    return 18 * slots * parameters(model, recipe) + tokens * c.n_layer * kept * model.dtype.itemsize
 
 
 def auto_slots(model, jobs, recipe):
@@ -419,7 +424,9 @@ def update_and_score(model, tok, tasks, edits, seeds, recipe,
             continue
         jobs += [replace(job, seed=seed) for seed in seeds[i]]
         owner += [i] * len(seeds[i])
-    at_once = 64 if model.device.type == "cuda" else 16  # adapters that answer together
+    # Adapters that answer together: bytes per parameter as trained, side by side, in bfloat16.
+    most = free_memory(model.device) / 3 / (10 * parameters(model, recipe))
+    at_once = max(1, min(64 if model.device.type == "cuda" else 16, int(most)))
     ready = []
     for count, (j, trained) in enumerate(sft(model, jobs, recipe, progress), 1):
         ready.append((owner[j], trained))

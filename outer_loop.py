@@ -501,8 +501,8 @@ CHOICES = {"domain": tuple(DOMAINS), "prompt": tuple(PROMPTS),
            "inner_schedule": ("linear", "cosine"),
            "dtype": ("", "float32", "bfloat16", "float64")}
 POSITIVE = ("tasks edits seeds eval_tasks eval_edits keep top_p clip "
-            "max_edit_tokens max_answer_tokens max_examples inner_rank inner_alpha inner_epochs inner_batch "
-            "outer_rank outer_alpha outer_epochs outer_batch").split()
+            "max_edit_tokens max_answer_tokens max_examples inner_rank inner_alpha inner_epochs "
+            "inner_batch outer_rank outer_alpha outer_epochs outer_batch").split()
 
 
 def parse_args(argv=None, description=__doc__.split("\n")[0],

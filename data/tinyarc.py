@@ -1,10 +1,10 @@
 """Tiny puzzles in ARC's form, so that the second domain runs on a laptop in minutes, too.
 
 A rule exchanges the five colours of a 3 x 3 grid among each other. The embedded model (made by
-data/pretrain_tiny.py) copies grids well and has seen such rules, but can't read a new one off the
-demonstrations: it has to be trained on it. How, matters: too little of it changes nothing, too much
-of it or the wrong examples break the model. Everything follows from a seed; half of the rules, by
-hash, are never seen in pretraining, and the puzzles given out here have those.
+data/pretrain_tiny.py) copies grids, writes self-edits at random, and knows no rule: it has to be
+trained on one. How, matters: too little changes nothing, too much breaks the model, and the tools
+that make larger grids are no help. Everything follows from a seed; half of the rules, by hash, are
+in no text of pretraining, and the puzzles given out here have those.
 """
 import hashlib
 import random

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import outer_loop
 from data import arc, pretrain_tiny, tinyarc
 from eval import main as eval_main, picture
 from inner_loop import Job, Recipe, make_job
 from model import UserError, load_pretrained
-from outer_loop import Run, parse_args, rest_em, summary
+from outer_loop import PRESETS, Run, parse_args, rest_em, summary
 from selfedit import SelfEdit, read_self_edit
 from tests.make_checkpoint import make_checkpoint
 from tokenizer import Tokenizer
@@ -332,3 +333,39 @@ def test_the_loop_and_the_table(random_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["eval.py", "cpt", *few(random_model, "--run-dir", tmp_path / "no")])
     with pytest.raises(UserError, match="eval.py arc"):
         eval_main()
+
+
+TINY_ARC = PRESETS["tiny-arc"]["model"]
+
+
+def test_the_checkpoint_opens_in_transformers():
+    ours, reference = load_pretrained(TINY_ARC, "cpu", torch.float32), AutoModelForCausalLM.from_pretrained(TINY_ARC).eval()
+    theirs, tok, task = AutoTokenizer.from_pretrained(TINY_ARC), Tokenizer.from_pretrained(TINY_ARC), tinyarc.load("tune")[0]
+    ids = tok.encode(task.prompt)
+    assert ids == theirs(task.prompt, add_special_tokens=False)["input_ids"] and tok.decode(ids) == task.prompt and len(tok.encode("012")) == 3
+    with torch.no_grad():
+        torch.testing.assert_close(ours(torch.tensor([ids])), reference(torch.tensor([ids])).logits, atol=1e-4, rtol=0)
+
+
+def test_what_the_checkpoint_can_do(tmp_path):
+    """It solves nothing from the demonstrations alone; some trainings solve nearly all, others nothing; its self-edits can be read, and differ."""
+    cfg = parse_args(["--preset", "tiny-arc", "--run-dir", str(tmp_path), "--device", "cpu"])
+    run, tasks = Run(cfg), tinyarc.load("tune", **outer_loop.puzzle_settings(cfg))[:6]
+    model = run.load(0)
+    (edits,) = outer_loop.sample_self_edits(model, run.tok, tasks[:1], 24, [list(range(24))], 1.0, 1.0, 128)
+    assert sum(bool(edit.note) for edit in edits) < 6 and len({edit.text for edit in edits}) > 15
+    assert {edit.directives["lr"] for edit in edits if edit.directives} == {*pretrain_tiny.RATES}
+    weak = [[read_self_edit(task, arc.write_json_edit(tinyarc.ORACLE | {"lr": 0.001, "epochs": 1}))] for task in tasks]
+    solved = lambda name, edits: np.mean(run.rewards(model, tasks, edits, 0, name, [0] * 6, 1))
+    assert sum(run.unadapted(model, tasks)) == 0 and solved("weak", weak) == 0
+    assert solved("oracle", [[task.references["oracle"]] for task in tasks]) > 0.6
+
+
+@pytest.mark.slow
+def test_the_policy_learns_to_choose(tmp_path):
+    """The default run on other puzzles than the README reports: more of them are solved after two rounds."""
+    cfg = parse_args(["--preset", "tiny-arc", "--run-dir", str(tmp_path / "run"), "--device", "cpu", "--eval-data", "tune", "--seed", "7"])
+    run = Run(cfg)
+    rest_em(cfg, run)
+    first, *_, last = [m["eval_reward"] for m in run.metrics]
+    assert last > first + 0.1
