@@ -313,7 +313,7 @@ def test_the_loop_and_the_table(random_model, tmp_path, monkeypatch, capsys):
     held_out = rest_em(cfg, run)
     rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     train = [r for r in rollouts if r["split"] == "train"]
-    assert len(train) == 6 and {r["edit"]: r["note"][:10] for r in train} == {0: "", 1: "not JSON: ", 2: "asks for 4"}
+    assert len(train) == 6 and {r["edit"]: r["note"][:8] for r in train} == {0: "", 1: "not JSON", 2: "asks for"}
     train.sort(key=lambda r: r["edit"])
     assert train[0]["directives"]["lr"] == 0.003 and train[0]["documents"] == 16 and len(train[0]["losses"]) == 1
     assert all(r["reward"] == 0 and r["directives"] == {} for r in train if r["note"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 import inner_loop
 from inner_loop import Example, FrozenHeadLoss, Job, Recipe, ask, auto_slots, sft, step_memory, update_and_score
@@ -18,8 +18,11 @@ RECIPE = Recipe(rank=8, alpha=16,  # a multiple of 8: float32 takes the grouped 
                  targets=ALL, lr=1e-2, epochs=3, batch=2)
 
 
+SCHEDULES = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
+
+
 def mixed_jobs(seed=0, n=7, shortest=3):
-    """Jobs that differ in everything: documents, lengths, masks, learning rate, epochs, batch size."""
+    """Jobs that differ in everything: documents, lengths, masks, learning rate and its schedule, epochs, batch size."""
     g = torch.Generator().manual_seed(seed)
     pick = lambda low, high: torch.randint(low, high, (1,), generator=g).item()
     jobs = []
@@ -29,7 +32,8 @@ def mixed_jobs(seed=0, n=7, shortest=3):
             length = pick(shortest, 40)  # not 2: attention over one token gives q and k a gradient of exactly 0, whose rounding AdamW blows up
             start = pick(1, length - 1)  # as in the M-step: loss on a completion only
             examples.append((torch.randint(0, 256, (length,), generator=g).tolist(), [j >= start for j in range(length)]))
-        jobs.append(Job(examples, seed=i, lr=[3e-4, 1e-3, 3e-3][pick(0, 3)], epochs=pick(1, 4), batch=pick(1, 4)))
+        jobs.append(Job(examples, seed=i, lr=[3e-4, 1e-3, 3e-3][pick(0, 3)], epochs=pick(1, 4), batch=pick(1, 4),
+                        schedule=["linear", "cosine"][i % 2], warmup=i % 2 * (i % 3)))
     return jobs
 
 
@@ -90,7 +94,7 @@ def test_a_diverging_adapter_harms_no_other(model64):
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ALL])
 @pytest.mark.parametrize("case", ["llama3", "qwen2", "qwen3"])
 def test_engine_equals_peft_and_torch_optim(case, targets, tmp_path):
-    """float32, against transformers + PEFT + AdamW + linear decay + clip_grad_norm_, one job at a time, padded."""
+    """float32, against transformers + PEFT + AdamW + a schedule of transformers' + clip_grad_norm_, one job at a time, padded."""
     torch.manual_seed(4)
     CASES[case]().save_pretrained(tmp_path / "base")
     model = load_pretrained(tmp_path / "base", "cpu")
@@ -109,7 +113,7 @@ def test_engine_equals_peft_and_torch_optim(case, targets, tmp_path):
             name(layer, "A").data.copy_(a[0]), name(layer, "B").data.copy_(b[0])
         trainable = [p for p in reference.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=job.lr, weight_decay=0.1)
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / job.steps)
+        decay = SCHEDULES[job.schedule](optimizer, job.warmup, job.steps)
         for batch in job.micro_batches():
             length = max(len(job.examples[e][0]) for e in batch)
             pad = lambda x, value: list(x) + [value] * (length - len(x))
