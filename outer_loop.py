@@ -216,8 +216,8 @@ def evaluate(cfg, run, model, tasks, t):
     before = [r["reward"] for r in run.rollouts.of(t - 1, "train")]
     forms = Counter(tasks[i].form(line) for i, row in enumerate(edits) for edit in row
                     for line in edit.text.splitlines() if tasks[i].form)
-    chosen = Counter(f"{name} {value}" for row in edits for edit in row
-                     for name, value in edit.directives.items())
+    chosen = Counter(name if value is True else f"{name} {value}" for row in edits for edit in row
+                     for name, value in edit.directives.items() if value is not False)
     shares = lambda counter, n: {name: count / n for name, count in counter.most_common()}
     run.metrics_lines.add({
         "iteration": t, "eval_reward": float(np.mean(rewards)), "eval_ci": bootstrap_ci(rewards),

@@ -117,6 +117,7 @@ def town_text(rng, towns, progress):
 
 
 def prompt_and_completion(rng, towns, progress):
+    """The text itself."""
     notes, book, copying, brief = ((.05, .1, .25, .4) if progress < .1 else
                                    (.1, .1, .02, .03) if progress < .7 else
                                    (.4, .08, 0, 0))

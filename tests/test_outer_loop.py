@@ -209,7 +209,7 @@ def test_passages_that_do_not_fit_are_skipped(argv, tmp_path, capsys):
     out = capsys.readouterr().out
     assert len(metrics) == 2 and "more than half of the model's window" in out and "has no questions" in out
     path.write_text(json.dumps([good[0] | {"context": "very long " * 200}]))
-    with pytest.raises(UserError, match="no passage fits"):
+    with pytest.raises(UserError, match="nothing fits"):
         run_it([*argv, "--run-dir", str(tmp_path / "other")])
 
 
@@ -225,7 +225,7 @@ def test_empty_and_diverging_edits_do_not_stop_a_run(argv, monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     (["--judge", "x"], "--judge 'x': choose among rule, substring"), (["--stop", "now"], "newline, eos"), (["--prompt", "p"], "implications"),
-    (["--dtype", "int4"], "float32"), (["--tasks", "0"], "--tasks 0: must be more than 0"), (["--model", ""], "--model is missing"), (["--select", "worst"], "best, random"),
+    (["--dtype", "int4"], "float32"), (["--tasks", "0"], "--tasks 0: must be more than 0"), (["--model", ""], "--model is missing"), (["--select", "worst"], "best, solved, random"),
     (["--directives"], "--directives: only the tiny world's"),
     (["--inner-targets", "w_proj"], "no layer is called w_proj")])
 def test_bad_flags_are_one_line(flags, words, argv):
