@@ -569,7 +569,8 @@ def curve(argv):
         for what, key in ("lines", "forms"), ("chosen", "directives"):
             for item in dict.fromkeys(item for run in runs for m in run for item in m[key]):
                 shares = np.mean([[m[key].get(item, 0) for m in run] for run in runs], axis=0)
-                print(f"    {item} {what}: {' -> '.join(f'{share:.0%}' for share in shares)}")
+                if max(shares) >= .02:
+                    print(f"    {item} {what}: {' -> '.join(f'{share:.0%}' for share in shares)}")
     if args.svg:
         floor = [b["reward"] for runs in groups.values() for run in runs
                  for b in run[0]["baselines"] if b["name"] == "passage only"]
