@@ -25,7 +25,7 @@ import torch
 from lora import Adapters
 from model import (Ribbon, UserError, cli, free_memory, generate, load_pretrained, slow_bf16,
                    to_device)
-from selfedit import pick, sample_self_edits, seed_for
+from selfedit import EMPTY, pick, sample_self_edits, seed_for
 
 # ------------------------------------------------------------------------------- SFT
 
@@ -419,8 +419,8 @@ def update_and_score(model, tok, tasks, edits, seeds, recipe,
     for i, edit in enumerate(edits):
         job = make_job(model, tok, edit, 0, recipe)
         if not job.examples:
-            note = edit.note or "no example of this self-edit fits in the model's context window"
-            yield i, Outcome(note=note)
+            window = "no example of this self-edit fits in the model's context window"
+            yield i, Outcome(note=edit.note or (window if edit.documents else EMPTY))
             continue
         jobs += [replace(job, seed=seed) for seed in seeds[i]]
         owner += [i] * len(seeds[i])

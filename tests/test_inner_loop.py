@@ -33,7 +33,7 @@ def mixed_jobs(seed=0, n=7, shortest=3):
             start = pick(1, length - 1)  # as in the M-step: loss on a completion only
             examples.append((torch.randint(0, 256, (length,), generator=g).tolist(), [j >= start for j in range(length)]))
         jobs.append(Job(examples, seed=i, lr=[3e-4, 1e-3, 3e-3][pick(0, 3)], epochs=pick(1, 4), batch=pick(1, 4),
-                        schedule=["linear", "cosine"][i % 2], warmup=i % 2 * (i % 3)))
+                        schedule=["linear", "cosine"][i % 2], warmup=2 * (i % 3 == 2)))
     return jobs
 
 
