@@ -141,23 +141,26 @@ COLOURS = "#000 #0074d9 #ff4136 #2ecc40 #ffdc00 #aaa #f012be #ff851b #7fdbff #87
 
 
 def picture(task, attempts, cell=14, gap=24):
-    """An SVG of a puzzle: a row for each grid to find: the input, the truth, then the attempts, two
-    for each self-edit. attempts {name: [an answer per question]}."""
-    parts, top, width = [], 0, 0
+    """An SVG of a puzzle: for each grid to find a line with the input and the truth, then lines of
+    attempts, two for each self-edit. attempts {name: [an answer per question]}."""
+    lines = []
     for q, (x, y) in enumerate(zip(task.questions, task.answers)):
         tries = [(f"{name}, {'first' if k == 0 else 'second'}{' (right)' * (text == y)}", text)
                  for name, answers in attempts.items()
                  for k, text in enumerate(answers[q].split(BETWEEN)) if text]
-        left = tallest = 0
-        for words, text in [("input", x), ("truth", y), *tries]:
+        lines += [[("input", x), ("truth", y)], *(tries[i:i + 4] for i in range(0, len(tries), 4))]
+    parts, top, width = [], 0, 0
+    for line in lines:
+        left = 0
+        for words, text in line:
             rows = text.split("\n")
             parts.append(f'<text x="{left}" y="{top + 12}">{html.escape(words)}</text>')
             parts += [f'<rect x="{left + cell * j}" y="{top + 18 + cell * i}" width="{cell}" '
                       f'height="{cell}" fill="{COLOURS[int(c)]}" stroke="#555"/>'
                       for i, row in enumerate(rows) for j, c in enumerate(row)]
             left += max(cell * len(rows[0]), 6 * len(words)) + gap
-            tallest = max(tallest, cell * len(rows))
-        top, width = top + tallest + gap + 18, max(width, left)
+        top += cell * max(text.count("\n") + 1 for _, text in line) + gap + 18
+        width = max(width, left)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top}" '
             f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" '
             f'fill="white"/>' + "".join(parts) + "</svg>\n")
@@ -171,10 +174,9 @@ def row_of(name, records, base):
     rewards = [[r["reward"] for r in records if r["task"] == i] for i in range(len(base))]
     pairs = [(before, after) for r in records for right in r["right"]
              for before, after in zip(base[r["task"]], right)]
-    answers = sum(len(row) for r in records for row in r["answers"])
     return {"row": name, "accuracy": [float(np.mean(row)) for row in rewards],
             "gained": share(pairs, False), "lost": share(pairs, True),
-            "cut": sum(r["cut"] for r in records) / max(1, answers),
+            "cut": sum(r["cut"] for r in records) / max(1, sum(r["replies"] for r in records)),
             "documents": float(np.mean([r["documents"] for r in records])),
             "tokens": float(np.mean([len(r["token_ids"]) for r in records])),
             "seconds": float(np.mean([r["seconds"] / max(1, len(r["right"])) for r in records]))}
@@ -596,7 +598,7 @@ def draw(lines, floor):
              text(x((n - 1) / 2), 342, "iteration of ReST-EM", 'text-anchor="middle"')]
     parts += [text(x(t), 322, str(t), 'text-anchor="middle"') for t in range(n)]
     for tick in np.arange(np.ceil(low * 10) / 10, high, 0.1):
-        parts += [path(f"M60 {y(tick):.1f}H{end}", "#ddd"), text(28, y(tick) + 4, f"{tick:.1f}")]
+        parts += [path(f"M60 {y(tick):.1f}H{end}", "#ddd"), text(28, y(tick) + 4, f"{tick + 0.0:.1f}")]
     if floor is not None:
         parts += [path(f"M60 {y(floor):.1f}H{end}", "#777", 'stroke-dasharray="5"'),
                   text(end + 12, y(floor) + 4, f"passage only {floor:.2f}", 'fill="#777"')]

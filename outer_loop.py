@@ -485,7 +485,8 @@ class Run:
                 "token_ids": edit.token_ids, "directives": edit.directives,
                 "documents": len(edit.documents), "questions": task.questions, "gold": task.answers,
                 "answers": o.answers, "right": o.right, "losses": o.losses,
-                "cut": o.cut, "seconds": round(o.seconds, 2), "note": o.note})
+                "cut": o.cut, "replies": len(o.right) * len(task.queries),
+                "seconds": round(o.seconds, 2), "note": o.note})
             loss = "loss {:.2f} -> {:.2f}".format(*o.losses[0]) if o.losses else ""
             self.log(f"  {count}/{len(todo)} eta {meter.eta:.0f}s | {task.name[:24]} {i}.{j}: "
                      f"reward {o.reward:.2f} (un-adapted {without[i]:.2f}), {len(edit.documents)} "

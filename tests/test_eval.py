@@ -61,8 +61,8 @@ def test_imported_edits_must_be_there(flags, tmp_path, passages, monkeypatch, ca
 
 def test_a_row_by_hand():
     base = [[True, False], [False]]
-    records = [{"task": 1, "reward": 0.5, "right": [[True], [False]], "answers": [["a"], ["b"]], "cut": 1, "documents": 3, "token_ids": [1] * 9, "seconds": 4},
-               {"task": 0, "reward": 0.75, "right": [[True, True], [False, True]], "answers": [["a", "b"]] * 2, "cut": 2, "documents": 1, "token_ids": [1], "seconds": 2}]
+    records = [{"task": 1, "reward": 0.5, "right": [[True], [False]], "answers": [["a"], ["b"]], "cut": 1, "replies": 2, "documents": 3, "token_ids": [1] * 9, "seconds": 4},
+               {"task": 0, "reward": 0.75, "right": [[True, True], [False, True]], "answers": [["a", "b"]] * 2, "cut": 2, "replies": 4, "documents": 1, "token_ids": [1], "seconds": 2}]
     row = row_of("x", records, base)
     assert row["accuracy"] == [0.75, 0.5]
     assert row["gained"] == 3 / 4 and row["lost"] == 1 / 2 and row["cut"] == 3 / 6
