@@ -598,7 +598,8 @@ def draw(lines, floor):
              text(x((n - 1) / 2), 342, "iteration of ReST-EM", 'text-anchor="middle"')]
     parts += [text(x(t), 322, str(t), 'text-anchor="middle"') for t in range(n)]
     for tick in np.arange(np.ceil(low * 10) / 10, high, 0.1):
-        parts += [path(f"M60 {y(tick):.1f}H{end}", "#ddd"), text(28, y(tick) + 4, f"{tick + 0.0:.1f}")]
+        parts += [path(f"M60 {y(tick):.1f}H{end}", "#ddd"),
+                  text(28, y(tick) + 4, f"{tick + 0.0:.1f}")]
     if floor is not None:
         parts += [path(f"M60 {y(floor):.1f}H{end}", "#777", 'stroke-dasharray="5"'),
                   text(end + 12, y(floor) + 4, f"passage only {floor:.2f}", 'fill="#777"')]
