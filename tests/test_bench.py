@@ -34,6 +34,7 @@ def test_a_lockstep_adapter_is_the_same_adapter(tiny):
     assert all(min(float((w - e).abs().max()) for e in expected.values()) < 1e-4 for w in seen)
 
 
+@pytest.mark.slow
 def test_bench_prints_a_table():
     done = subprocess.run([sys.executable, "bench.py", *FEW], capture_output=True, text=True)
     out = done.stdout

@@ -254,6 +254,7 @@ def test_bootstrap_interval():
     assert bootstrap_ci([0.3]) == [0.3, 0.3]
 
 
+@pytest.mark.slow
 def test_every_file_runs(tiny_folder):
     for command in (f"model.py --model {tiny_folder} --max-new 3", f"tokenizer.py --model {tiny_folder}", f"lora.py --model {tiny_folder} --steps 2",
                     f"selfedit.py --model {tiny_folder} --data data/example_eval.json --max-new 9",
