@@ -21,10 +21,12 @@ from pathlib import Path
 
 import torch
 
-import inner_loop
-from inner_loop import Job, Recipe, auto_slots, sft, step_memory
+import sft as engine
+from checkpoint import UserError, cli
+from generate import generate
 from lora import Adapters
-from model import ModelConfig, Transformer, UserError, cli, generate, load_pretrained
+from model import ModelConfig, Transformer, load_pretrained
+from sft import Job, Recipe, auto_slots, sft, step_memory
 
 HERE = Path(__file__).resolve().parent
 LENGTHS = json.loads((HERE / "data" / "lengths.json").read_text())
@@ -72,7 +74,7 @@ def ours(model, jobs, slots):
 def lockstep(model, jobs, slots):
     """Many adapters at once the plain way: every micro-batch is padded to the longest beside it,
     and new jobs begin when all have ended."""
-    pack = inner_loop.pack
+    pack = engine.pack
 
     def padded(running, device):
         batches = [next(run.batches) if run else [] for run in running]
@@ -81,12 +83,12 @@ def lockstep(model, jobs, slots):
         return pack([run and replace(run, batches=iter([range(len(at))]),
                                      examples=[fill(run.examples[e]) for e in at])
                      for run, at in zip(running, batches)], device)
-    inner_loop.pack = padded
+    engine.pack = padded
     try:
         for i in range(0, len(jobs), slots):
             ours(model, jobs[i:i + slots], slots)
     finally:
-        inner_loop.pack = pack
+        engine.pack = pack
 
 
 def answer(model, adapters, prompts, n_new):

@@ -4,16 +4,12 @@
     python eval.py cpt --preset cpt-v1 --model DIR_OR_HUB_ID --eval-data FILE
     python eval.py continual --preset knowledge --model DIR_OR_HUB_ID --eval-data FILE
     python eval.py arc --preset arc --model DIR_OR_HUB_ID [--run RUN_DIR]
-    python eval.py reliability RUN_DIR             # how far a reward, and best-of-K, can be trusted
-    python eval.py judges FILE                     # agreement with GPT-4.1 on released verdicts
-    python eval.py curve RUN_DIR [RUN_DIR ...] --svg FILE   # held-out reward over iterations
 
-The first four take outer_loop.py's flags, --preset tiny being the default there as well,
+They take outer_loop.py's flags, --preset tiny being the default there as well,
 and keep what they did in --run-dir; the same command resumes. The table is printed, and written as
 JSON beside it.
 """
 import argparse
-import html
 import json
 import random
 import re
@@ -27,15 +23,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import knowledge
-from data.arc import BETWEEN
-from inner_loop import Example, Running, ask, grade_all, make_job, pack, sft
+from checkpoint import UserError, cli, read_json, replace_file
+from data.arc import picture
+from inner_loop import ask, grade_all, make_job
 from lora import Adapters
-from model import UserError, cli, load_pretrained, read_json
-from outer_loop import (Lines, Meter, Run, bootstrap_ci, in_prompt, model_judge,
-                        parse_args, replace_file)
+from run import Lines, Meter, Run, in_prompt, parse_args
 from selfedit import read_self_edit, sample_self_edits, seed_for
-from tokenizer import Tokenizer
+from sft import Example, Running, pack, sft
+from stats import bootstrap_ci, forgetting, share
 
 
 # ------------------------------------------------------------------------------- one passage
@@ -136,36 +131,6 @@ def arc(argv):
     run.log(f"pictures of the puzzles: {run.folder}/*.svg")
 
 
-# As ARC's own site shows the colours 0 to 9.
-COLOURS = "#000 #0074d9 #ff4136 #2ecc40 #ffdc00 #aaa #f012be #ff851b #7fdbff #870c25".split()
-
-
-def picture(task, attempts, cell=14, gap=24):
-    """An SVG of a puzzle: for each grid to find a line with the input and the truth, then lines of
-    attempts, two for each self-edit. attempts {name: [an answer per question]}."""
-    lines = []
-    for q, (x, y) in enumerate(zip(task.questions, task.answers)):
-        tries = [(f"{name}, {'first' if k == 0 else 'second'}{' (right)' * (text == y)}", text)
-                 for name, answers in attempts.items()
-                 for k, text in enumerate(answers[q].split(BETWEEN)) if text]
-        lines += [[("input", x), ("truth", y)], *(tries[i:i + 4] for i in range(0, len(tries), 4))]
-    parts, top, width = [], 0, 0
-    for line in lines:
-        left = 0
-        for words, text in line:
-            rows = text.split("\n")
-            parts.append(f'<text x="{left}" y="{top + 12}">{html.escape(words)}</text>')
-            parts += [f'<rect x="{left + cell * j}" y="{top + 18 + cell * i}" width="{cell}" '
-                      f'height="{cell}" fill="{COLOURS[int(c)]}" stroke="#555"/>'
-                      for i, row in enumerate(rows) for j, c in enumerate(row)]
-            left += max(cell * len(rows[0]), 6 * len(words)) + gap
-        top += cell * max(text.count("\n") + 1 for _, text in line) + gap + 18
-        width = max(width, left)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top}" '
-            f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" '
-            f'fill="white"/>' + "".join(parts) + "</svg>\n")
-
-
 # ------------------------------------------------------------------------------- rows
 
 def row_of(name, records, base):
@@ -180,12 +145,6 @@ def row_of(name, records, base):
             "documents": float(np.mean([r["documents"] for r in records])),
             "tokens": float(np.mean([len(r["token_ids"]) for r in records])),
             "seconds": float(np.mean([r["seconds"] / max(1, len(r["right"])) for r in records]))}
-
-
-def share(pairs, known):
-    """Of the questions that were known (or missed) before, the share whose verdict changed."""
-    changed = [after != known for before, after in pairs if before == known]
-    return float(np.mean(changed or [np.nan]))
 
 
 def imported(files, tasks):
@@ -299,25 +258,6 @@ def examine(run, model, groups, weights, recipe):
             for tasks, texts in zip(groups, map(iter, answers))]
 
 
-def forgetting(accuracy):
-    """What a row of edits did; accuracy[k][stream][passage], after k edits, of the passages seen
-    (of all for k = 0). Values are (mean, standard error over streams)."""
-    def over_streams(values):
-        values = np.asarray(values, float)  # (streams, ...)
-        n = len(values)
-        error = values.std(0, ddof=1) / n ** 0.5 if n > 1 else np.full_like(values[0], np.nan)
-        return values.mean(0).tolist(), error.tolist()
-    before, final = np.array(accuracy[0]), np.array(accuracy[-1])             # (streams, passages)
-    learned = np.stack([np.array(a)[:, -1] for a in accuracy[1:]], axis=1)    # just after its edit
-    return {"matrix": [over_streams(a) for a in accuracy],
-            "before any edit": over_streams(before.mean(1)),
-            "just after its own edit": over_streams(learned.mean(1)),
-            "after the last edit": over_streams(final.mean(1)),
-            "gain just after its own edit": over_streams((learned - before).mean(1)),
-            "what is left of it after the last edit": over_streams((final - before).mean(1)),
-            "forgotten since its own edit": over_streams((learned - final).mean(1))}
-
-
 # ------------------------------------------------------------------------------- all passages
 
 def cpt(argv):
@@ -399,223 +339,12 @@ def tune_all(model, job, recipe, progress):
 
 # ------------------------------------------------------------------------------- reliability
 
-def reliability(argv):
-    """Print how far a run's rewards can be trusted: between the seeds of the inner loop, and what
-    the best of K is worth by seeds that did not choose it."""
-    ap = argparse.ArgumentParser(description=reliability.__doc__)
-    ap.add_argument("run", help="a run's folder")
-    rollouts = Lines(Path(ap.parse_args(argv).run) / "rollouts.jsonl").records
-    rows = defaultdict(dict)  # (iteration, passage) -> {self-edit: record}
-    for r in rollouts:
-        if r["split"] == "train" and r["right"]:
-            rows[r["iteration"], r["task"]][r["edit"]] = r
-    groups = [list(edits.values()) for edits in rows.values()]
-    if not groups:
-        raise UserError("no rewards of training self-edits in this run")
-    accuracy = [np.array([[np.mean(right) for right in r["right"]] for r in group])
-                for group in groups]  # per passage (K, seeds)
-    seeds = min(a.shape[1] for a in accuracy)
-    print(f"{len(groups)} passages, {sum(map(len, groups))} self-edits, {seeds} seeds each")
-    if seeds > 1:
-        for what, value in variance_components(accuracy).items():
-            print(f"  {what:<66} {value:6.3f}")
-    everything = [r for group in groups for r in group]
-    reward = [r["reward"] for r in everything]
-    for what, x in (("tokens", [len(r["token_ids"]) for r in everything]),
-                    ("documents", [r["documents"] for r in everything])):
-        print(f"  correlation of the reward with the number of {what:<18} "
-              f"{np.corrcoef(reward, x)[0, 1] if np.std(x) and np.std(reward) else np.nan:10.3f}")
-
-
-def variance_components(accuracy):
-    """Statistics of rewards; accuracy: per passage (K, seeds).
-
-    The variance between the self-edits of a passage is measured by the covariance of two seeds, in
-    which the seeds' own noise is absent (the mean square between minus within, over all pairs).
-    Reliability is that of the mean over all seeds (Spearman-Brown)."""
-    noise, true, chosen, held = [], [], [], []
-    for a in accuracy:
-        k, n = a.shape
-        noise.append(a.var(axis=1, ddof=1).mean())
-        if k > 1:
-            true.append(a.mean(axis=1).var(ddof=1) - noise[-1] / n)
-        chosen.append(a.mean(axis=1).max())
-        for out in range(n):  # choose without one seed, and ask that seed what the choice is worth
-            held.append(a[np.delete(a, out, axis=1).mean(axis=1).argmax(), out])
-    within, between, n = np.mean(noise), max(0.0, np.mean(true or [0])), accuracy[0].shape[1]
-    return {"standard deviation of one inner loop, over seeds": within ** 0.5,
-            "true standard deviation between the self-edits of a passage": between ** 0.5,
-            f"reliability of a {n}-seed mean, among the edits of a passage":
-                between / (between + within / n) if between + within else np.nan,
-            "mean reward": np.mean([a.mean() for a in accuracy]),
-            "the best of K, by the seeds that chose it": np.mean(chosen),
-            "the best of K, chosen without one seed, by that seed": np.mean(held)}
-
 
 # ------------------------------------------------------------------------------- judges
 
-def agreement(a, b):
-    """(share of equal verdicts, Cohen's kappa: how far that is beyond chance)."""
-    a, b = np.asarray(a, bool), np.asarray(b, bool)
-    observed = (a == b).mean()
-    chance = a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean())
-    return observed, (observed - chance) / (1 - chance) if chance < 1 else 1.0
-
-
-def judges(argv):
-    """Print how far judges agree with the released verdicts of GPT-4.1, by method: the rules, and
-    with --model DIR_OR_HUB_ID that model; --openai adds the endpoint of --judge openai."""
-    ap = argparse.ArgumentParser(description=judges.__doc__)
-    ap.add_argument("file", help="JSON list of passages, each with released: {method: {answers: "
-                    "[{question, gold, baseline, baseline_ok, adapter, adapter_ok}]}}")
-    ap.add_argument("--model", help="folder or hub id of a model that judges")
-    ap.add_argument("--openai", action="store_true", help="ask an OpenAI-compatible endpoint, too")
-    ap.add_argument("--limit", type=int, help="only so many answers of each method")
-    args = ap.parse_args(argv)
-    file, one_by_one = args.file, lambda judge: lambda triples: [judge(*t) for t in triples]
-    every = {name: one_by_one(judge) for name, judge in knowledge.JUDGES.items()}
-    if args.model:
-        model = load_pretrained(args.model)
-        tok = Tokenizer.from_pretrained(model.folder)
-        every["model"] = lambda triples: model_judge(model, tok, triples)
-    if args.openai:
-        every["openai"] = knowledge.openai_judge
-    records = read_json(file)
-    try:
-        methods = {method: [(x["question"], x["gold"], x[arm], x[f"{arm}_ok"])
-                            for r in records for x in r["released"][method]["answers"]
-                            for arm in ("baseline", "adapter")][:args.limit]
-                   for method in records[0]["released"]}
-    except (KeyError, TypeError, IndexError) as e:
-        raise UserError(f"{file}: no released verdicts ({type(e).__name__}: {e})") from None
-    print("by GPT-4.1's verdicts; means over passages [95 % CI]; gained: of the questions missed "
-          "without adaptation, lost: of those known")
-    for method, row in released(records).items():
-        print("{:>12}  {:.3f} [{:.3f}, {:.3f}]  gained {:.3f}  lost {:.3f}".format(
-            method, np.mean(row["accuracy"]), *bootstrap_ci(row["accuracy"]), row["gained"],
-            row["lost"]))
-    print()
-    print(f"{'answers of':>12} {'n':>6} {'GPT-4.1':>8}"
-          + "".join(f" | {name:>10} says right, agrees, kappa" for name in every))
-    said = {name: [] for name in every}  # of all methods so far: (verdict, GPT-4.1's)
-
-    def show(label, n):
-        line = f"{label:>12} {n:>6} {np.mean([ok for _, ok in said['rule'][-n:]]):8.3f}"
-        for pairs in said.values():
-            ours, gpt = zip(*pairs[-n:])
-            line += " | {:>21.3f}  {:6.3f}  {:5.3f}".format(np.mean(ours), *agreement(ours, gpt))
-        print(line, flush=True)
-
-    for method, rows in methods.items():
-        for name, judge in every.items():
-            verdicts = judge([(q, gold, p) for q, gold, p, _ in rows])
-            said[name] += [(bool(p.strip()) and right, ok)
-                           for (*_, p, ok), right in zip(rows, verdicts)]
-        show(method, len(rows))
-    show("all", len(said["rule"]))
-
-
-def released(records):
-    """{method: its row of the paper's table, from the released verdicts alone}."""
-    rows = {}
-    for method in records[0]["released"]:
-        answers = [r["released"][method]["answers"] for r in records]
-        pairs = [(x["baseline_ok"], x["adapter_ok"]) for row in answers for x in row]
-        rows[method] = {"accuracy": [float(np.mean([x["adapter_ok"] for x in row]))
-                                     for row in answers],
-                        "gained": share(pairs, False), "lost": share(pairs, True)}
-    return rows
-
-
-def mean_ci(rows):
-    """(mean, half of the 95 % interval) over runs, by Student's t. rows (runs, columns)."""
-    rows = np.asarray(rows, float)
-    n = len(rows)
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}.get(n, 2.26)
-    half = t * rows.std(0, ddof=1) / n ** 0.5 if n > 1 else np.full(rows.shape[1], np.nan)
-    return rows.mean(0), half
-
-
-def curve(argv):
-    """Print, and draw as SVG, held-out reward over iterations, runs of several seeds together."""
-    ap = argparse.ArgumentParser(description=curve.__doc__)
-    ap.add_argument("runs", nargs="+", help="run folders, of several seeds")
-    ap.add_argument("--svg", help="file to draw to")
-    args = ap.parse_args(argv)
-    runs = []
-    for folder in map(Path, args.runs):
-        cfg, metrics = read_json(folder / "config.json"), Lines(folder / "metrics.jsonl").records
-        if len(metrics) <= cfg["iterations"]:
-            raise UserError(f"{folder}: this run has not ended; repeat its command to resume it")
-        runs.append((cfg, metrics))
-    differ = [key for key in runs[0][0] if key not in ("seed", "run_dir", "model")
-              and any(cfg[key] != runs[0][0][key] for cfg, _ in runs)]
-    groups = {}
-    for cfg, metrics in runs:  # runs that differ in the seed alone belong together
-        said = {key: cfg[key] for key in differ if cfg[key] is not False}
-        name = ", ".join(key if value is True else f"{key} {value}" for key, value in said.items())
-        groups.setdefault(name or "all runs", []).append(metrics)
-    lines = {}
-    for name, runs in groups.items():
-        reward, half = mean_ci([[m["eval_reward"] for m in run] for run in runs])
-        lines[name] = reward, half
-        gains = [run[-1]["eval_reward"] - run[0]["eval_reward"] for run in runs]
-        gain, gain_half = mean_ci(np.reshape(gains, (-1, 1)))
-        arrows = lambda mean, half: " -> ".join(f"{r:.3f} ±{h:.3f}" for r, h in zip(mean, half))
-        print(f"{name}, {len(runs)} seeds: {arrows(reward, half)}")
-        each = " ".join(f"{g:+.3f}" for g in gains)
-        print(f"    gain {gain[0]:+.3f} ±{gain_half[0]:.3f}, by seed {each}")
-        for kind in runs[0][0]["eval_by_kind"]:
-            by_kind = [[m["eval_by_kind"][kind] for m in run] for run in runs]
-            print(f"    {kind} questions: {arrows(*mean_ci(by_kind))}")
-        for what, key in ("lines", "forms"), ("chosen", "directives"):
-            for item in dict.fromkeys(item for run in runs for m in run for item in m[key]):
-                shares = np.mean([[m[key].get(item, 0) for m in run] for run in runs], axis=0)
-                if max(shares) >= .02:
-                    print(f"    {item} {what}: {' -> '.join(f'{share:.0%}' for share in shares)}")
-    if args.svg:
-        floor = [b["reward"] for runs in groups.values() for run in runs
-                 for b in run[0]["baselines"] if b["name"] == "passage only"]
-        Path(args.svg).write_text(draw(lines, np.mean(floor) if floor else None))
-
-
-def draw(lines, floor):
-    """An SVG of {name: (means, half-intervals)} over iterations; `floor` is a dashed line."""
-    x = lambda t: 60 + 130 * t
-    n = max(len(mean) for mean, _ in lines.values())
-    lines = {name: (mean, np.nan_to_num(half)) for name, (mean, half) in lines.items()}
-    low = min([floor or 1.0] + [min(mean - half) for mean, half in lines.values()]) - 0.03
-    high = max(max(mean + half) for mean, half in lines.values()) + 0.03
-    y = lambda r: 300 - 270 * (r - low) / (high - low)
-    text = lambda px, py, words, more="": (
-        f'<text x="{px:.0f}" y="{py:.0f}" {more}>{html.escape(words)}</text>')
-    path = lambda d, colour, more="": f'<path d="{d}" fill="none" stroke="{colour}" {more}/>'
-    end = x(n - 1)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{end + 240}" height="350" '
-             'font-family="sans-serif" font-size="13">',
-             '<rect width="100%" height="100%" fill="white"/>',
-             text(60, 18, "held-out reward (95 % interval over seeds)"),
-             text(x((n - 1) / 2), 342, "iteration of ReST-EM", 'text-anchor="middle"')]
-    parts += [text(x(t), 322, str(t), 'text-anchor="middle"') for t in range(n)]
-    for tick in np.arange(np.ceil(low * 10) / 10, high, 0.1):
-        parts += [path(f"M60 {y(tick):.1f}H{end}", "#ddd"),
-                  text(28, y(tick) + 4, f"{tick + 0.0:.1f}")]
-    if floor is not None:
-        parts += [path(f"M60 {y(floor):.1f}H{end}", "#777", 'stroke-dasharray="5"'),
-                  text(end + 12, y(floor) + 4, f"passage only {floor:.2f}", 'fill="#777"')]
-    colours = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
-    for (name, (mean, half)), colour in zip(lines.items(), colours):
-        points = " L".join(f"{x(t)} {y(r):.1f}" for t, r in enumerate(mean))
-        parts.append(path("M" + points, colour, 'stroke-width="2.5"'))
-        for t, (r, h) in enumerate(zip(mean, half)):
-            parts.append(path(f"M{x(t)} {y(r - h):.1f}V{y(r + h):.1f}", colour))
-        parts.append(text(x(len(mean) - 1) + 12, y(mean[-1]) + 4, f"{name} {mean[-1]:.2f}",
-                          f'fill="{colour}"'))
-    return "\n".join([*parts, "</svg>\n"])
-
 
 def main():
-    commands = {f.__name__: f for f in (single, cpt, continual, arc, reliability, judges, curve)}
+    commands = {f.__name__: f for f in (single, cpt, continual, arc)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         raise UserError(f"usage: python eval.py {{{','.join(commands)}}} ... (-h explains each)")
     commands[sys.argv[1]](sys.argv[2:])

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from model import Linear, Ribbon, UserError, cli, load_pretrained
+from checkpoint import UserError, cli
+from model import Linear, Ribbon, load_pretrained
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -12,7 +12,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Callable
 
-from model import UserError, cli, generate, load_pretrained
+from checkpoint import UserError, cli
+from generate import generate
+from model import load_pretrained
 
 
 @dataclass

@@ -15,7 +15,7 @@ import unicodedata
 import tiktoken
 import torch
 
-from model import UserError, cli, fetch, read_json
+from checkpoint import UserError, cli, fetch, read_json
 
 GPT2 = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
         r"|\s+(?!\S)|\s+")

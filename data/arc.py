@@ -15,6 +15,7 @@ A grid is an int8 array (height, width) of colours 0 to 9, a pair is (input, out
 is a list of pairs of which the last one's output is asked for.
 """
 import argparse
+import html
 import json
 from collections import Counter
 from functools import cache
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model import UserError, cli, read_json
+from checkpoint import UserError, cli, read_json
 from selfedit import Task, read_self_edit, seed_for
 
 PAPER = {"paper-train": ("44f52bb0 4be741c5 5582e5ca 5614dbcf 5bd6f4ac 6150a2bd 67e8384a 6d0aefbc "
@@ -292,6 +293,38 @@ def arc_task(name, pairs, tests, seed=0, batch=2, max_examples=MAX_EXAMPLES, n_v
         read=lambda text: follow(read_json_edit(text)))
     task.references["oracle"] = read_self_edit(task, write_json_edit(oracle))
     return task
+
+
+# ------------------------------------------------------------------------------- pictures
+
+# As ARC's own site shows the colours 0 to 9.
+COLOURS = "#000 #0074d9 #ff4136 #2ecc40 #ffdc00 #aaa #f012be #ff851b #7fdbff #870c25".split()
+
+
+def picture(task, attempts, cell=14, gap=24):
+    """An SVG of a puzzle: for each grid to find a line with the input and the truth, then lines of
+    attempts, two for each self-edit. attempts {name: [an answer per question]}."""
+    lines = []
+    for q, (x, y) in enumerate(zip(task.questions, task.answers)):
+        tries = [(f"{name}, {'first' if k == 0 else 'second'}{' (right)' * (text == y)}", text)
+                 for name, answers in attempts.items()
+                 for k, text in enumerate(answers[q].split(BETWEEN)) if text]
+        lines += [[("input", x), ("truth", y)], *(tries[i:i + 4] for i in range(0, len(tries), 4))]
+    parts, top, width = [], 0, 0
+    for line in lines:
+        left = 0
+        for words, text in line:
+            rows = text.split("\n")
+            parts.append(f'<text x="{left}" y="{top + 12}">{html.escape(words)}</text>')
+            parts += [f'<rect x="{left + cell * j}" y="{top + 18 + cell * i}" width="{cell}" '
+                      f'height="{cell}" fill="{COLOURS[int(c)]}" stroke="#555"/>'
+                      for i, row in enumerate(rows) for j, c in enumerate(row)]
+            left += max(cell * len(rows[0]), 6 * len(words)) + gap
+        top += cell * max(text.count("\n") + 1 for _, text in line) + gap + 18
+        width = max(width, left)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top}" '
+            f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" '
+            f'fill="white"/>' + "".join(parts) + "</svg>\n")
 
 
 # ------------------------------------------------------------------------------- sources

@@ -25,8 +25,9 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import UserError, cli
 from data import arc, tinyarc, tinyworld as world
-from model import ModelConfig, Ribbon, Transformer, UserError, cli
+from model import ModelConfig, Ribbon, Transformer
 from tokenizer import Tokenizer
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,

@@ -11,8 +11,8 @@ import random
 
 import numpy as np
 
+from checkpoint import UserError
 from data.arc import arc_task
-from model import UserError
 
 
 def held_out(rule):

@@ -16,7 +16,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from model import UserError
+from checkpoint import UserError
 from selfedit import EMPTY, SelfEdit, Task, split_documents
 
 # ------------------------------------------------------------------------------- names and values

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import ModelConfig, Transformer, UserError, cli  # noqa: E402
+from checkpoint import UserError, cli  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 from tokenizer import byte_alphabet  # noqa: E402
 
 

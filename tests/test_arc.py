@@ -10,13 +10,17 @@ import torch
 from hypothesis import given, settings, strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import outer_loop
+import run as runs
 from data import arc, pretrain_tiny, tinyarc
-from eval import main as eval_main, picture
-from inner_loop import Job, Recipe, make_job
-from model import UserError, load_pretrained
-from outer_loop import PRESETS, Run, parse_args, rest_em, summary
+from checkpoint import UserError
+from data.arc import picture
+from eval import main as eval_main
+from inner_loop import make_job
+from model import load_pretrained
+from outer_loop import rest_em, summary
+from run import PRESETS, Run, parse_args
 from selfedit import SelfEdit, read_self_edit
+from sft import Job, Recipe
 from tests.make_checkpoint import make_checkpoint
 from tokenizer import Tokenizer
 
@@ -307,7 +311,7 @@ def random_model(tmp_path, monkeypatch):
 
     def sampled(model, tok, tasks, k, *_, **__):
         return [[read_self_edit(task, texts[j % 3], tok.encode(texts[j % 3]) + [tok.eos]) for j in range(k)] for task in tasks]
-    monkeypatch.setattr(outer_loop, "sample_self_edits", sampled)
+    monkeypatch.setattr(runs, "sample_self_edits", sampled)
     return make_checkpoint(tmp_path / "model", max_position_embeddings=4096)
 
 
@@ -357,9 +361,9 @@ def test_the_checkpoint_opens_in_transformers():
 def test_what_the_checkpoint_can_do(tmp_path):
     """It solves nothing from the demonstrations alone; some trainings solve nearly all, others nothing; its self-edits can be read, and differ."""
     cfg = parse_args(["--preset", "tiny-arc", "--run-dir", str(tmp_path), "--device", "cpu"])
-    run, tasks = Run(cfg), tinyarc.load("tune", **outer_loop.puzzle_settings(cfg))[:6]
+    run, tasks = Run(cfg), tinyarc.load("tune", **runs.puzzle_settings(cfg))[:6]
     model = run.load(0)
-    (edits,) = outer_loop.sample_self_edits(model, run.tok, tasks[:1], 24, [list(range(24))], 1.0, 1.0, 128)
+    (edits,) = runs.sample_self_edits(model, run.tok, tasks[:1], 24, [list(range(24))], 1.0, 1.0, 128)
     assert sum(bool(edit.note) for edit in edits) < 6 and len({edit.text for edit in edits}) > 15
     assert {edit.directives["lr"] for edit in edits if edit.directives} == {*pretrain_tiny.RATES}
     weak = [[read_self_edit(task, arc.write_json_edit(tinyarc.ORACLE | {"lr": 0.001, "epochs": 1}))] for task in tasks]

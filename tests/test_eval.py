@@ -5,8 +5,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from eval import forgetting, main as eval_main, mean_ci, row_of, variance_components
-from model import UserError
+from checkpoint import UserError
+from eval import main as eval_main, row_of
+from lab.curve import curve
+from lab.reliability import reliability
+from stats import forgetting, mean_ci, variance_components
 from tests.test_outer_loop import argv, run_it, varied_rewards  # noqa: F401 (fixtures)
 
 
@@ -131,10 +134,12 @@ def test_reliability_by_hand_and_by_simulation():
 
 def test_reliability_of_a_run(argv, tmp_path, monkeypatch, capsys):  # noqa: F811
     run_it(argv)
-    out = evaluate(monkeypatch, capsys, "reliability", tmp_path / "run")
+    capsys.readouterr()
+    reliability([str(tmp_path / "run")])
+    out = capsys.readouterr().out
     assert "4 passages, 12 self-edits, 2 seeds each" in out and "reliability of a 2-seed mean" in out and "number of documents" in out
     with pytest.raises(UserError, match="no rewards"):
-        evaluate(monkeypatch, capsys, "reliability", tmp_path)
+        reliability([str(tmp_path)])
 
 
 def test_interval_over_seeds_by_hand():
@@ -149,12 +154,11 @@ def test_curves_of_several_runs(argv, tmp_path, capsys, monkeypatch):  # noqa: F
         folders.append(str(tmp_path / f"run{len(folders)}"))
         run_it([*argv, *extra, "--run-dir", folders[-1]])
     capsys.readouterr()
-    monkeypatch.setattr("sys.argv", ["eval.py", "curve", *folders, "--svg", str(tmp_path / "curve.svg")])
-    eval_main()
+    curve([*folders, "--svg", str(tmp_path / "curve.svg")])
     out = capsys.readouterr().out
     assert "select best, 2 seeds" in out and "select random, 1 seeds" in out and "gain" in out
     drawing = ElementTree.parse(tmp_path / "curve.svg").getroot()
     assert drawing.tag.endswith("svg") and len([e for e in drawing if e.get("stroke-width") == "2.5"]) == 2
     (tmp_path / "run1" / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has not ended"):
-        eval_main()
+        curve(folders)

@@ -6,11 +6,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-import inner_loop
-from inner_loop import Example, FrozenHeadLoss, Job, Recipe, ask, auto_slots, sft, step_memory, update_and_score
+import sft as engine
+from checkpoint import UserError
+from inner_loop import ask, update_and_score
 from lora import Adapters
-from model import Ribbon, UserError, load_pretrained
+from model import Ribbon, load_pretrained
 from selfedit import SelfEdit, Task
+from sft import Example, FrozenHeadLoss, Job, Recipe, auto_slots, sft, step_memory
 from tests.test_model import CASES
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -157,8 +159,8 @@ def test_adamw_can_be_compiled_whole():
     state[3].abs_()
     rest = (torch.tensor([[0.1], [0.0], [0.3]]), torch.tensor([[1.0], [5.0], [9.0]]), 1.0, 0.01)
     plain, traced = ([x.clone() for x in state] for _ in range(2))
-    inner_loop.adamw_(*plain, *rest)
-    torch.compile(inner_loop.adamw_, backend="aot_eager", fullgraph=True, dynamic=False)(*traced, *rest)
+    engine.adamw_(*plain, *rest)
+    torch.compile(engine.adamw_, backend="aot_eager", fullgraph=True, dynamic=False)(*traced, *rest)
     for a, b, before in zip(plain, traced, state):
         torch.testing.assert_close(a, b)
         assert not torch.equal(a, before)
@@ -184,7 +186,7 @@ def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
             a[:, 4 * k:4 * k + 4], b[:, :, 4 * k:4 * k + 4] = a4, b4
         free = stack.part(4 * k, 4 * k + 4)
         assert not fresh[0][~free].any() and not stack.flat[0][free].any()
-        beside = inner_loop.replace(job, start=(stack.flat + fresh)[0], free=free)
+        beside = engine.replace(job, start=(stack.flat + fresh)[0], free=free)
         ((_, trained),) = sft(model64, [beside], wide)
         assert torch.equal(trained.weights[~free], stack.flat[0][~free]) and (trained.weights - beside.start)[free].abs().max() > 5e-4
         stack.flat[0] = trained.weights
@@ -202,8 +204,8 @@ def padded_gradient(model, ids, pad_to, pads):
     adapters = Adapters(model, 1, 8, 16, ["q_proj", "v_proj"])
     adapters.init(0, 0)
     adapters.flat.requires_grad_()
-    running = [inner_loop.Running(0, None, iter([[0]]), [example], 0)]
-    ribbon, counts, ids, source, labels, weight, _ = inner_loop.pack(running, model.device)
+    running = [engine.Running(0, None, iter([[0]]), [example], 0)]
+    ribbon, counts, ids, source, labels, weight, _ = engine.pack(running, model.device)
     with adapters.route(counts):
         h = model.hidden(ids, ribbon.position, ribbon.attend)[source]
         loss = (FrozenHeadLoss.apply(h, model.lm_head.weight, labels) * weight).sum()
@@ -252,21 +254,21 @@ def test_padded_rows_at_the_edges():
 
 
 def test_out_of_memory_halves_the_slots_and_changes_nothing(model64, monkeypatch, capsys):
-    jobs, pack = mixed_jobs(), inner_loop.pack
+    jobs, pack = mixed_jobs(), engine.pack
     expected = run(model64, jobs, slots=4)
 
     def small_memory(running, device, most=2):
         if sum(r is not None for r in running) > most and any(r and r.step == 3 for r in running):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return pack(running, device)
-    monkeypatch.setattr(inner_loop, "pack", small_memory)
+    monkeypatch.setattr(engine, "pack", small_memory)
     heard = []
     recipe = Recipe(**vars(RECIPE) | {"slots": 4})
     got = dict(sft(model64, jobs, recipe, lambda done, total: heard.append((done, total))))
     assert "going on with 2 adapters" in capsys.readouterr().out
     assert got.keys() == expected.keys() and worst(got, expected) <= 1e-12
     assert heard[-1] == (sum(job.steps for job in jobs),) * 2
-    monkeypatch.setattr(inner_loop, "pack", lambda running, device: small_memory(running, device, most=0))
+    monkeypatch.setattr(engine, "pack", lambda running, device: small_memory(running, device, most=0))
     with pytest.raises(UserError, match="--recompute"):
         run(model64, jobs)
 

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora import Adapters
-from model import Ribbon, UserError, load_pretrained
+from checkpoint import UserError
+from model import Ribbon, load_pretrained
 from tests.test_model import CASES
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

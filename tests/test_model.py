@@ -11,9 +11,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
                           Qwen3ForCausalLM)
 
+import generate as decoding
 import model
+from checkpoint import UserError
+from generate import generate, sample
 from lora import Adapters
-from model import Ribbon, UserError, generate, load_pretrained, sample
+from model import Ribbon, load_pretrained
 
 COMMON = dict(vocab_size=320, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
               max_position_embeddings=512, initializer_range=0.15)
@@ -104,8 +107,8 @@ def test_ended_rows_give_their_place_to_waiting_prompts(tiny, monkeypatch):
     """Two rows a prompt, six at a time: the same as one by one, and in far fewer steps than batch after batch."""
     prompts = [[i, 3 * i + 1] * (1 + i % 5) for i in range(20)]
     sampling = dict(temperature=1.0, top_p=0.9, stop={i for i in range(0, 264, 12)})
-    steps, forward = [], model.Rows.forward
-    monkeypatch.setattr(model.Rows, "forward", lambda self: (steps.append(len(self.row)), forward(self))[1])
+    steps, forward = [], decoding.Rows.forward
+    monkeypatch.setattr(decoding.Rows, "forward", lambda self: (steps.append(len(self.row)), forward(self))[1])
     rows = generate(tiny, prompts, 60, n=2, seeds=range(40), max_rows=7, **sampling)
     taken = len(steps)
     assert max(steps) == 6
@@ -177,7 +180,7 @@ def test_a_step_can_be_a_graph(tiny, monkeypatch):
     with_adapters = dict(n=1, adapters=adapters, slots=[0] * 5 + [1] * 5, max_rows=6)
     for more in (dict(n=2, temperature=1.0, top_p=0.9, seeds=seeds, max_rows=8), with_adapters):
         expected = generate(tiny, prompts, 50, set(range(0, 264, 8)), **more)
-        monkeypatch.setattr(model, "has_graphs", lambda device: True)
+        monkeypatch.setattr(decoding, "has_graphs", lambda device: True)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
         monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
         Recorded.made = 0

@@ -10,11 +10,17 @@ import pytest
 import torch
 
 import outer_loop
-from inner_loop import Recipe, ask, grade, make_job, sft
-from data import knowledge
-from model import UserError, load_pretrained
-from outer_loop import Run, bootstrap_ci, parse_args, rest_em, select
+import run as runs
+from checkpoint import UserError
+from inner_loop import ask, grade, make_job
+from data import judges, knowledge
+from lora import PROJECTIONS
+from model import load_pretrained
+from outer_loop import rest_em, select
+from run import Run, parse_args
 from selfedit import SelfEdit, read_self_edit, sample_self_edits
+from sft import Recipe, sft
+from stats import bootstrap_ci
 
 SMALL = "--preset knowledge --iterations 2 --tasks 2 --edits 3 --seeds 2 --eval-tasks 2 --max-edit-tokens 24 --max-answer-tokens 6 --inner-rank 4 --inner-epochs 2 --outer-rank 4 --device cpu"
 
@@ -42,7 +48,7 @@ def easy_judge(question, gold, prediction):
 
 @pytest.fixture(autouse=True)
 def varied_rewards(monkeypatch):
-    monkeypatch.setitem(knowledge.JUDGES, "rule", easy_judge)
+    monkeypatch.setitem(judges.JUDGES, "rule", easy_judge)
 
 
 def test_a_run_is_a_folder(argv, capsys):
@@ -122,14 +128,14 @@ def test_each_round_goes_on_from_the_last_or_from_the_base(argv, tmp_path):
 
 
 def test_strict_keeps_only_what_helps(argv, monkeypatch):
-    monkeypatch.setitem(knowledge.JUDGES, "rule", lambda *_: False)  # nothing helps
+    monkeypatch.setitem(judges.JUDGES, "rule", lambda *_: False)  # nothing helps
     metrics, run = run_it([*argv, "--strict"])
     assert len(metrics) == 3 and rank_of_change(run, 2) == 0
 
 
 def test_un_adapted_answers_are_asked_once_per_model(argv, monkeypatch):
     asked = []
-    monkeypatch.setattr(outer_loop, "ask", lambda model, tok, tasks, **k: asked.append(len(tasks)) or ask(model, tok, tasks, **k))
+    monkeypatch.setattr(runs, "ask", lambda model, tok, tasks, **k: asked.append(len(tasks)) or ask(model, tok, tasks, **k))
     run_it(argv)
     assert asked == [2, 2, 2, 2, 2]  # evaluation, round, evaluation, round, evaluation: per passage, not per self-edit
 
@@ -144,7 +150,7 @@ def content(run):
 def test_a_write_that_is_cut_short_is_made_again(moment, argv, tmp_path, monkeypatch):
     """The process dies in the middle of its n-th write; the same command then ends as a run that was left alone."""
     _, whole = run_it([*argv, "--run-dir", str(tmp_path / "whole")])
-    add, writes = outer_loop.Lines.add, []
+    add, writes = runs.Lines.add, []
 
     def dying_add(self, *records):
         writes.append(self.path)
@@ -155,10 +161,10 @@ def test_a_write_that_is_cut_short_is_made_again(moment, argv, tmp_path, monkeyp
             raise KeyboardInterrupt
         add(self, *records)
 
-    monkeypatch.setattr(outer_loop.Lines, "add", dying_add)
+    monkeypatch.setattr(runs.Lines, "add", dying_add)
     with pytest.raises(KeyboardInterrupt):
         run_it(argv)
-    monkeypatch.setattr(outer_loop.Lines, "add", add)
+    monkeypatch.setattr(runs.Lines, "add", add)
     _, again = run_it(argv)
     assert content(again) == content(whole)
 
@@ -215,7 +221,7 @@ def test_passages_that_do_not_fit_are_skipped(argv, tmp_path, capsys):
 
 def test_empty_and_diverging_edits_do_not_stop_a_run(argv, monkeypatch):
     """A model that writes nothing, and an inner loop that diverges: rewards of 0, with notes."""
-    monkeypatch.setattr(outer_loop, "read_self_edit", lambda task, text, ids: read_self_edit(task, "", ids))
+    monkeypatch.setattr(runs, "read_self_edit", lambda task, text, ids: read_self_edit(task, "", ids))
     metrics, run = run_it(argv)
     assert all(r["reward"] == 0 and "nothing to learn" in r["note"] for r in lines(run, "rollouts.jsonl")) and len(metrics) == 3
     monkeypatch.undo()
@@ -271,9 +277,9 @@ def test_a_real_model_learns_a_passage(smollm2):
     from tokenizer import Tokenizer
     tasks = knowledge.load("data/example_eval.json")
     for task in tasks:
-        task.grade = knowledge.recall_judge
+        task.grade = judges.recall_judge
     model, tok = load_pretrained(smollm2, "cpu"), Tokenizer.from_pretrained(smollm2)
-    recipe = Recipe(16, 32, outer_loop.PROJECTIONS, lr=2e-3, epochs=5, batch=1)
+    recipe = Recipe(16, 32, PROJECTIONS, lr=2e-3, epochs=5, batch=1)
     before = [sum(grade(t, a)) for t, a in zip(tasks, ask(model, tok, tasks, max_new=32)[0])]
     edits = [read_self_edit(t, "\n".join(f"Question {i}: {q}\nAnswer: {a}" for i, (q, a) in enumerate(zip(t.questions, t.answers), 1))) for t in tasks]
     trained = dict(sft(model, [make_job(model, tok, e, 0, recipe) for e in edits], recipe))

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from data import knowledge
-from eval import agreement, main as eval_main, released
-from inner_loop import yes_or_no
-from model import UserError
+from checkpoint import UserError
+from data import judges
+from data.judges import yes_or_no
+from lab.judges import judges as judges_main, released
+from stats import agreement
 from selfedit import PROMPTS, QUERY, read_self_edit, sample_self_edits, seed_for, split_documents
 
 
@@ -73,8 +75,8 @@ def test_sampled_edits_keep_their_ids_and_their_draws(tiny, tok, passages):
     ("one two three four five", "five four three two", True, False), ("one two three four", "one two three", False, False),
     ("Paris", "", False, False), ("Paris", "  \n", False, False), ("no no no", "no", False, False), ("a", "b", False, False)])
 def test_judges(gold, prediction, rule, substring):
-    assert knowledge.recall_judge("?", gold, prediction) == rule
-    assert knowledge.substring_judge("?", gold, prediction) == substring
+    assert judges.recall_judge("?", gold, prediction) == rule
+    assert judges.substring_judge("?", gold, prediction) == substring
 
 
 class Endpoint(BaseHTTPRequestHandler):
@@ -106,19 +108,19 @@ def test_openai_judge(tmp_path, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1/")
-    monkeypatch.setattr(knowledge, "BACK_OFF", 0.0)
+    monkeypatch.setattr(judges, "BACK_OFF", 0.0)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
-        knowledge.openai_judge([("q", "g", "p")])
+        judges.openai_judge([("q", "g", "p")])
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     triples = [(f"q{i}?", "gold", ("x", "y", "both", " ")[i % 4]) for i in range(40)]
-    judge = knowledge.SlowJudge(knowledge.openai_judge, tmp_path / "judge.jsonl")
+    judge = judges.SlowJudge(judges.openai_judge, tmp_path / "judge.jsonl")
     judge.prepare(triples)
     assert [judge(*t) for t in triples if t[2] != " "] == [t[2] == "x" for t in triples if t[2] != " "]
     assert len(Endpoint.asked) == 30 and Endpoint.refused == 4  # an empty answer is not asked about
     with (tmp_path / "judge.jsonl").open("a") as f:
         f.write('[["torn')
-    again = knowledge.SlowJudge(lambda triples: pytest.fail("asked twice"), tmp_path / "judge.jsonl")
+    again = judges.SlowJudge(lambda triples: pytest.fail("asked twice"), tmp_path / "judge.jsonl")
     again.prepare(triples)
     assert again("q0?", "gold", "x") and not again("q1?", "gold", "y")
     with pytest.raises(UserError, match="HTTP 401"):
@@ -131,7 +133,7 @@ def test_openai_judge(tmp_path, monkeypatch):
 
 def test_the_model_as_judge(tiny, tok):
     """Batched, it says what the next token's logits say one by one."""
-    texts = [knowledge.GRADING.format(f"Question {i}", "gold " * i, "prediction") for i in range(7)]
+    texts = [judges.GRADING.format(f"Question {i}", "gold " * i, "prediction") for i in range(7)]
     ids = {w: [tok.encode(form)[0] for form in (w, w.title(), " " + w, " " + w.title())] for w in ("yes", "no")}
     expected = []
     for text in texts:
@@ -158,8 +160,7 @@ def test_kappa_by_hand():
 
 
 def test_calibration_on_the_released_verdicts(shared_data, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["eval.py", "judges", str(shared_data / "squad_val_60.json")])
-    eval_main()
+    judges_main([str(shared_data / "squad_val_60.json")])
     line = capsys.readouterr().out.strip().splitlines()[-1].replace("|", "").split()
     assert line[0] == "all" and int(line[1]) == 2830
     rule_agrees, rule_kappa, substring_agrees = float(line[4]), float(line[5]), float(line[7])
@@ -195,4 +196,4 @@ def test_a_passage_without_questions_is_skipped_and_said(tmp_path):
 @pytest.mark.parametrize("name", ["train", "eval"])
 def test_example_passages_hold_their_answers(name):
     for task in knowledge.load(f"data/example_{name}.json"):
-        assert all(knowledge.substring_judge("", a, task.context[0]) for a in task.answers[1:]) and len(task.questions) == 3
+        assert all(judges.substring_judge("", a, task.context[0]) for a in task.answers[1:]) and len(task.questions) == 3

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import pretrain_tiny, tinyworld as world
 from inner_loop import grade
-from model import UserError, load_pretrained
-from outer_loop import PRESETS, Run, parse_args, rest_em, summary
+from checkpoint import UserError
+from model import load_pretrained
+from outer_loop import rest_em, summary
+from run import PRESETS, Run, parse_args
 from selfedit import read_self_edit
 from tokenizer import Tokenizer
 

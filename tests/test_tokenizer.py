@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from model import UserError
+from checkpoint import UserError
 from tokenizer import LLAMA3, Tokenizer
 
 QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")

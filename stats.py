@@ -1,0 +1,76 @@
+"""Statistics: intervals, reliability, agreement, forgetting."""
+import numpy as np
+
+
+def bootstrap_ci(values, level=0.95, draws=10_000):
+    """[low, high] of the mean, by resampling the passages."""
+    values, rng = np.asarray(values, float), np.random.default_rng(0)
+    means = [rng.choice(values, len(values)).mean() for _ in range(draws)]
+    return np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
+
+
+def mean_ci(rows):
+    """(mean, half of the 95 % interval) over runs, by Student's t. rows (runs, columns)."""
+    rows = np.asarray(rows, float)
+    n = len(rows)
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}.get(n, 2.26)
+    half = t * rows.std(0, ddof=1) / n ** 0.5 if n > 1 else np.full(rows.shape[1], np.nan)
+    return rows.mean(0), half
+
+
+def share(pairs, known):
+    """Of the questions that were known (or missed) before, the share whose verdict changed."""
+    changed = [after != known for before, after in pairs if before == known]
+    return float(np.mean(changed or [np.nan]))
+
+
+def forgetting(accuracy):
+    """What a row of edits did; accuracy[k][stream][passage], after k edits, of the passages seen
+    (of all for k = 0). Values are (mean, standard error over streams)."""
+    def over_streams(values):
+        values = np.asarray(values, float)  # (streams, ...)
+        n = len(values)
+        error = values.std(0, ddof=1) / n ** 0.5 if n > 1 else np.full_like(values[0], np.nan)
+        return values.mean(0).tolist(), error.tolist()
+    before, final = np.array(accuracy[0]), np.array(accuracy[-1])             # (streams, passages)
+    learned = np.stack([np.array(a)[:, -1] for a in accuracy[1:]], axis=1)    # just after its edit
+    return {"matrix": [over_streams(a) for a in accuracy],
+            "before any edit": over_streams(before.mean(1)),
+            "just after its own edit": over_streams(learned.mean(1)),
+            "after the last edit": over_streams(final.mean(1)),
+            "gain just after its own edit": over_streams((learned - before).mean(1)),
+            "what is left of it after the last edit": over_streams((final - before).mean(1)),
+            "forgotten since its own edit": over_streams((learned - final).mean(1))}
+
+
+def variance_components(accuracy):
+    """Statistics of rewards; accuracy: per passage (K, seeds).
+
+    The variance between the self-edits of a passage is measured by the covariance of two seeds, in
+    which the seeds' own noise is absent (the mean square between minus within, over all pairs).
+    Reliability is that of the mean over all seeds (Spearman-Brown)."""
+    noise, true, chosen, held = [], [], [], []
+    for a in accuracy:
+        k, n = a.shape
+        noise.append(a.var(axis=1, ddof=1).mean())
+        if k > 1:
+            true.append(a.mean(axis=1).var(ddof=1) - noise[-1] / n)
+        chosen.append(a.mean(axis=1).max())
+        for out in range(n):  # choose without one seed, and ask that seed what the choice is worth
+            held.append(a[np.delete(a, out, axis=1).mean(axis=1).argmax(), out])
+    within, between, n = np.mean(noise), max(0.0, np.mean(true or [0])), accuracy[0].shape[1]
+    return {"standard deviation of one inner loop, over seeds": within ** 0.5,
+            "true standard deviation between the self-edits of a passage": between ** 0.5,
+            f"reliability of a {n}-seed mean, among the edits of a passage":
+                between / (between + within / n) if between + within else np.nan,
+            "mean reward": np.mean([a.mean() for a in accuracy]),
+            "the best of K, by the seeds that chose it": np.mean(chosen),
+            "the best of K, chosen without one seed, by that seed": np.mean(held)}
+
+
+def agreement(a, b):
+    """(share of equal verdicts, Cohen's kappa: how far that is beyond chance)."""
+    a, b = np.asarray(a, bool), np.asarray(b, bool)
+    observed = (a == b).mean()
+    chance = a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean())
+    return observed, (observed - chance) / (1 - chance) if chance < 1 else 1.0
