@@ -13,24 +13,26 @@ A B C; medians are shown. An arm whose library is missing is named and left out.
 import argparse
 import json
 import random
+import resource
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-import sft as engine
-from checkpoint import UserError, cli
-from generate import generate
-from lora import Adapters
+from checkpoint import EMBEDDED, UserError, cli
+from generate import Sampling, generate
+from inner_loop import batched
+from lora import Adapters, Lora
+from memory import auto_slots, step_memory
 from model import ModelConfig, Transformer, load_pretrained
-from sft import Job, Recipe, auto_slots, sft, step_memory
+from sft import Job, Recipe, sft
 
-HERE = Path(__file__).resolve().parent
-LENGTHS = json.loads((HERE / "data" / "lengths.json").read_text())
-RECIPE = Recipe(rank=32, alpha=64, targets=["q_proj", "v_proj"], lr=1e-3, epochs=10, batch=1)
+LENGTHS = json.loads(EMBEDDED.with_name("lengths.json").read_text())   # per self-edit
+RECIPE = Recipe(Lora(rank=32, alpha=64, targets=["q_proj", "v_proj"]), lr=1e-3, epochs=1, batch=1)
+N_ADAPTERS, N_QUESTIONS = 8, 32     # of the arms that answer
 
 # from the models' config.json: layers, dim, heads, kv heads, head_dim, hidden_dim, vocabulary, tied
 SHAPES = {"smollm2-135m": ("Llama", 30, 576, 9, 3, 64, 1536, 49152, True),
@@ -56,45 +58,49 @@ def shaped(name, folder, device, dtype):
     return model.requires_grad_(False)
 
 
-def make_jobs(model, lengths, epochs):
+# ------------------------------------------------------------------------------- the work
+
+def make_jobs(model, lengths, recipe=RECIPE):
     """Inner loops over random tokens, in documents of the given lengths."""
     rng = random.Random(0)
-    text = lambda n: [rng.randrange(10, model.config.vocab_size) for _ in range(n)]
-    return [Job([(text(n), [True] * n) for n in documents], seed, RECIPE.lr, epochs, RECIPE.batch)
-            for seed, documents in enumerate(lengths)]
+    jobs = []
+    for seed, documents in enumerate(lengths):
+        examples = []
+        for n in documents:
+            ids = [rng.randrange(10, model.config.vocab_size) for _ in range(n)]
+            examples.append((ids, [True] * n))
+        jobs.append(Job(examples, seed, recipe))
+    return jobs
 
 
-# ------------------------------------------------------------------------------- our arms
+def make_questions(model):
+    rng = random.Random(2)
+    return [[rng.randrange(10, model.config.vocab_size) for _ in range(rng.randint(20, 46))]
+            for _ in range(N_QUESTIONS)]
 
-def ours(model, jobs, slots):
-    for _ in sft(model, jobs, replace(RECIPE, slots=slots)):
+
+def train(jobs, model, slots):
+    """Our training: all jobs, `slots` of them side by side."""
+    for _ in sft(model, [replace(job, recipe=replace(job.recipe, slots=slots)) for job in jobs]):
         pass
 
 
-def lockstep(model, jobs, slots):
-    """Many adapters at once the plain way: every micro-batch is padded to the longest beside it,
-    and new jobs begin when all have ended."""
-    pack = engine.pack
-
-    def padded(running, device):
-        batches = [next(run.batches) if run else [] for run in running]
-        longest = max(len(run.examples[e].ids) for run, at in zip(running, batches) for e in at)
-        fill = lambda x: replace(x, ids=torch.nn.functional.pad(x.ids, (0, longest - len(x.ids))))
-        return pack([run and replace(run, batches=iter([range(len(at))]),
-                                     examples=[fill(run.examples[e]) for e in at])
-                     for run, at in zip(running, batches)], device)
-    engine.pack = padded
-    try:
-        for i in range(0, len(jobs), slots):
-            ours(model, jobs[i:i + slots], slots)
-    finally:
-        engine.pack = pack
+def answer(model, adapters, questions, n_new):
+    """Our answering: as many questions under each adapter, all together."""
+    per = len(questions) // adapters.n
+    groups = [questions[i * per:(i + 1) * per] for i in range(adapters.n)]
+    generate(model, groups, Sampling(n_new), adapters=adapters)
 
 
-def answer(model, adapters, prompts, n_new):
-    per = len(prompts) // adapters.n
-    generate(model, prompts, n_new, stop=(), adapters=adapters,
-             slots=[j // per for j in range(len(prompts))])
+def one_round(model, jobs, questions):
+    """8 self-edits of 64 tokens a prompt; the jobs' SFT; 4 answers of 8 tokens under each."""
+    contexts = [questions[i % len(questions)] for i in range(-(-len(jobs) // 8))]
+    writing = Sampling(64, n=8, temperature=1.0, top_p=0.95)
+    generate(model, [contexts], writing, seeds=range(8 * len(contexts)))
+    for finished in batched(sft(model, jobs), 8):
+        weights = [trained.weights for _, trained in finished]
+        adapters = Adapters.stack(model, RECIPE.lora, weights)
+        answer(model, adapters, questions[:4 * len(weights)], 8)
 
 
 # ------------------------------------------------------------------------------- peers
@@ -107,11 +113,15 @@ class Peer:
         import transformers
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        auto, kind = transformers.AutoModelForCausalLM, {"dtype": model.dtype}
-        base = auto.from_pretrained(model.folder, **kind) if pretrained else auto.from_config(
-            transformers.AutoConfig.from_pretrained(model.folder), **kind)
-        self.lora = peft.LoraConfig(r=RECIPE.rank, lora_alpha=RECIPE.alpha, lora_dropout=0,
-                                    target_modules=RECIPE.targets, task_type="CAUSAL_LM")
+        auto = transformers.AutoModelForCausalLM
+        if pretrained:
+            base = auto.from_pretrained(model.folder, dtype=model.dtype)
+        else:
+            config = transformers.AutoConfig.from_pretrained(model.folder)
+            base = auto.from_config(config, dtype=model.dtype)
+        lora = RECIPE.lora
+        self.lora = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0,
+                                    target_modules=lora.targets, task_type="CAUSAL_LM")
         self.device = model.device
         self.model = peft.get_peft_model(base.to(model.device), self.lora)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -122,9 +132,10 @@ class Peer:
         """One adapter after the other, one document after the other, nothing padded."""
         for job in jobs:
             torch.manual_seed(job.seed)
-            for i, p in enumerate(self.weights):  # a fresh adapter: A, B, A, B, ...
-                torch.nn.init.zeros_(p) if i % 2 else torch.nn.init.kaiming_uniform_(p, a=5 ** .5)
-            opt = torch.optim.AdamW(self.weights, lr=job.lr, weight_decay=0,
+            for A, B in zip(self.weights[0::2], self.weights[1::2]):    # a fresh adapter
+                torch.nn.init.kaiming_uniform_(A, a=5 ** .5)
+                torch.nn.init.zeros_(B)
+            opt = torch.optim.AdamW(self.weights, lr=job.recipe.lr, weight_decay=0,
                                     fused=self.device.type == "cuda")
             schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, job.steps)
             texts = [torch.tensor([ids], device=self.device) for ids, _ in job.examples]
@@ -141,8 +152,10 @@ class Peer:
     def trainer(self, jobs, pad_to, steps):
         """The official way, a few steps of it: Trainer, rows padded and learned to `pad_to`."""
         import transformers
-        texts = [(ids + [0] * pad_to)[:pad_to] for job in jobs for ids, _ in job.examples][:steps]
-        rows = [{"input_ids": ids, "labels": ids} for ids in texts]
+        texts = []
+        for job in jobs:
+            texts += [(ids + [0] * pad_to)[:pad_to] for ids, _ in job.examples]
+        rows = [{"input_ids": ids, "labels": ids} for ids in texts[:steps]]
         with tempfile.TemporaryDirectory() as out:
             trainer = transformers.Trainer(self.model, transformers.TrainingArguments(
                 out, per_device_train_batch_size=1, max_steps=steps, learning_rate=RECIPE.lr,
@@ -152,15 +165,15 @@ class Peer:
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
 
-    def answer(self, n, prompts, n_new):
+    def answer(self, n, questions, n_new):
         """Adapter after adapter, the questions of each in one left-padded batch."""
-        for name in range(n - len(self.model.peft_config) + 1):
+        for name in range(n - len(self.model.peft_config)):
             self.model.add_adapter(f"extra{name}", self.lora)
-        per, longest = len(prompts) // n, max(map(len, prompts))
+        per, longest = len(questions) // n, max(map(len, questions))
         self.model.eval()
-        for i, name in zip(range(n), self.model.peft_config):
+        for i, name in enumerate(list(self.model.peft_config)[:n]):
             self.model.set_adapter(name)
-            rows = prompts[i * per:(i + 1) * per]
+            rows = questions[i * per:(i + 1) * per]
             ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
             with torch.inference_mode():
@@ -175,36 +188,61 @@ class Peer:
 
 def timed(device, f):
     """(seconds, peak bytes: of the process on a CPU, of the allocator on CUDA)."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        reset_peak()
     begin = time.perf_counter()
     f()
-    wait()
+    if on_gpu:
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    if device.type == "cuda":
+    if on_gpu:
         return seconds, torch.cuda.max_memory_allocated()
+    return seconds, peak_of_process()
+
+
+def reset_peak():
+    """Let the process's high-water mark begin anew, where the system can do that (Linux)."""
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_of_process():
+    if not Path("/proc/self/status").exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     status = Path("/proc/self/status").read_text()
-    return seconds, 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def compare(title, device, arms, repeats, show):
-    """Run all arms in turn, `repeats` times after a warm-up, and print their medians."""
-    first = {name: timed(device, f)[0] for name, f in arms.items()}
-    runs = {name: [] for name in arms}
+@dataclass
+class Timing:
+    seconds: list[float]
+    peaks: list[int]
+
+    median = property(lambda self: statistics.median(self.seconds))
+
+
+def compare(device, arms, repeats):
+    """Run all arms in turn, `repeats` times after a warm-up: {name: Timing}."""
+    for f in arms.values():
+        f()
+    timings = {name: Timing([], []) for name in arms}
     for _ in range(repeats):
         for name, f in arms.items():
-            runs[name].append(timed(device, f))
-    print(f"\n{title}; median of {repeats}")
-    for name, taken in runs.items():
-        seconds, peak = (statistics.median(x) for x in zip(*taken))
-        low, high = min(taken)[0], max(taken)[0]
-        print(f"  {name:<44} {seconds:8.2f} s [{low:.2f}, {high:.2f}]  {show(name, seconds)}  "
-              f"{peak / 2 ** 30:6.2f} GiB  (first {first[name]:.1f} s)", flush=True)
-    return {name: statistics.median(s for s, _ in taken) for name, taken in runs.items()}
+            seconds, peak = timed(device, f)
+            timings[name].seconds.append(seconds)
+            timings[name].peaks.append(peak)
+    return timings
+
+
+def show(name, timing, tokens, more=""):
+    low, high = min(timing.seconds), max(timing.seconds)
+    peak = statistics.median(timing.peaks) / 2 ** 30
+    print(f"  {name:<44} {timing.median:8.2f} s [{low:.2f}, {high:.2f}] "
+          f"{tokens / timing.median:9.0f} tokens/s  {peak:6.2f} GiB  {more}", flush=True)
 
 
 def matmul_rate(device, dtype):
@@ -212,6 +250,88 @@ def matmul_rate(device, dtype):
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n ** 3 / min(timed(device, lambda: a @ b.T)[0] for _ in range(8))
+
+
+@dataclass
+class Floor:
+    """A token of the frozen base costs 4 FLOPs a weight (2 forward, 2 for the gradient that passes
+    through), one of an adapter 6 a parameter."""
+    weights: int        # N, of the layers and the output
+    parameters: int     # P, of an adapter
+    rate: float         # FLOP/s of a large product
+
+    flops = property(lambda self: 4 * self.weights + 6 * self.parameters)
+    tokens_per_second = property(lambda self: self.rate / self.flops)
+
+    @classmethod
+    def of(cls, model):
+        layers = sum(p.numel() for p in model.model.layers.parameters())
+        return cls(layers + model.lm_head.weight.numel(), RECIPE.lora.parameters(model),
+                   matmul_rate(model.device, model.dtype))
+
+
+def bench_training(args, model, peer, floor, lengths):
+    jobs = make_jobs(model, lengths(args.jobs), replace(RECIPE, epochs=args.epochs))
+    tokens = args.epochs * sum(sum(len(ids) for ids, _ in job.examples) for job in jobs)
+    steps = sum(job.steps for job in jobs)
+    slots = args.slots or auto_slots(model, jobs)
+    need = step_memory(model, RECIPE.lora, slots, slots * tokens / steps)
+    print(f"formula: a step of {slots} slots needs {need / 2 ** 30:.2f} GiB beside the weights")
+
+    packed, fair = f"ours, packed, {slots} slots", "PEFT, bare loop, no padding (the fair peer)"
+    arms = {packed: lambda: train(jobs, model, slots),
+            "ours, one slot": lambda: train(jobs, model, 1)}
+    if peer:
+        arms[fair] = lambda: peer.bare_loop(jobs)
+    timings = compare(model.device, arms, args.repeats)
+    print(f"\ntraining {len(jobs)} adapters, {steps} steps, {tokens} tokens; median of "
+          f"{args.repeats}")
+    for name, timing in timings.items():
+        share = tokens / timing.median / floor.tokens_per_second
+        per_hour = 3600 * len(jobs) / timing.median
+        show(name, timing, tokens, f"{per_hour:.0f} adapters/h, {share:.1%} of the floor")
+    if not peer:
+        return
+    print(f"  ours over the fair peer: {timings[fair].median / timings[packed].median:.2f} x")
+    few, pad_to = 4, min(2048, model.config.max_len)
+    try:
+        seconds, _ = timed(model.device, lambda: peer.trainer(jobs, pad_to, few))
+    except ImportError as e:
+        print(f"  no Trainer: {e}")
+        return
+    estimate = seconds / few * steps
+    print(f"  Trainer + PEFT, rows padded to {pad_to}: {few} steps in {seconds:.1f} s; "
+          f"extrapolated to all: {estimate:.0f} s, {estimate / timings[packed].median:.0f} x ours")
+
+
+def bench_answering(args, model, peer):
+    questions = make_questions(model)
+    adapters = Adapters(model, RECIPE.lora, N_ADAPTERS)
+    for i in range(N_ADAPTERS):
+        adapters.init(i, i)
+    together, one_by_one = "ours, together", "transformers + PEFT, one by one"
+    arms = {together: lambda: answer(model, adapters, questions, args.n_new)}
+    if peer:
+        arms[one_by_one] = lambda: peer.answer(N_ADAPTERS, questions, args.n_new)
+    timings = compare(model.device, arms, args.repeats)
+    print(f"\nanswering {N_QUESTIONS} questions under {N_ADAPTERS} adapters, {args.n_new} tokens "
+          f"each; median of {args.repeats}")
+    for name, timing in timings.items():
+        show(name, timing, N_QUESTIONS * args.n_new)
+    if peer:
+        ratio = timings[one_by_one].median / timings[together].median
+        print(f"  ours over the peer: {ratio:.2f} x")
+
+
+def bench_rounds(args, model, lengths):
+    print("\na round: 8 self-edits of 64 tokens a prompt; their SFT; 4 answers of 8 tokens each")
+    questions, four = make_questions(model), lengths(4)
+    recipe = replace(RECIPE, slots=args.slots)
+    for n in args.scaling:      # the same four self-edits, again and again
+        jobs = make_jobs(model, [four[i % 4] for i in range(n)], recipe)
+        seconds, peak = timed(model.device, lambda: one_round(model, jobs, questions))
+        print(f"  {n:4} self-edits {seconds:8.2f} s, {seconds / n * 1000:7.1f} ms each, "
+              f"{peak / 2 ** 30:6.2f} GiB", flush=True)
 
 
 def main():
@@ -235,93 +355,39 @@ def main():
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     with tempfile.TemporaryDirectory() as folder:
-        model = (shaped(args.shape, folder, device, dtype) if args.shape else
-                 load_pretrained(args.model or HERE / "data" / "tiny", device, dtype))
-        bench(args, model, device)
+        if args.shape:
+            model = shaped(args.shape, folder, device, dtype)
+        else:
+            model = load_pretrained(args.model or EMBEDDED, device, dtype)
+        bench(args, model)
 
 
-def bench(args, model, device):
-    window = model.config.max_len
+def bench(args, model):
     rng = random.Random(1)
-    lengths = [rng.sample(x, len(x))[:args.documents] for x in rng.sample(LENGTHS, len(LENGTHS))]
-    pick = lambda n: [[min(x, window) for x in lengths[i % len(lengths)]] for i in range(n)]
-    jobs = make_jobs(model, pick(args.jobs), args.epochs)
-    tokens = sum(len(ids) for job in jobs for ids, _ in job.examples) * args.epochs
-    steps, slots = sum(job.steps for job in jobs), args.slots or auto_slots(model, jobs, RECIPE)
-    parameters = Adapters(model, 0, RECIPE.rank, RECIPE.alpha, RECIPE.targets).flat.shape[1]
-    body = sum(p.numel() for p in model.model.layers.parameters()) + model.lm_head.weight.numel()
-    flops, rate = 4 * body + 6 * parameters, matmul_rate(device, model.dtype)
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.shape or model.folder}, {model.dtype}, {what}, torch {torch.__version__}\n"
-          f"N {body / 1e6:.2f} M weights in matmuls, P {parameters / 1e6:.2f} M per adapter: "
-          f"4 N + 6 P = {flops / 1e6:.1f} MFLOP a token; a matmul runs at {rate / 1e9:.0f} "
-          f"GFLOP/s: floor {rate / flops:.0f} tokens/s\n"
-          f"formula: a step of {slots} slots needs "
-          f"{step_memory(model, RECIPE, slots, slots * tokens / steps) / 2 ** 30:.2f} GiB "
-          "beside the weights")
+    edits = [rng.sample(documents, len(documents))[:args.documents]
+             for documents in rng.sample(LENGTHS, len(LENGTHS))]
 
-    arms = {f"ours, packed, {slots} slots": lambda: ours(model, jobs, slots),
-            "ours, one slot": lambda: ours(model, jobs, 1),
-            f"lockstep, padded, {slots} slots": lambda: lockstep(model, jobs, slots)}
-    fair, peer, few = "PEFT, bare loop, no padding (the fair peer)", None, 4
+    def lengths(n):
+        """Document lengths of n self-edits, cut to the model's window."""
+        chosen = [edits[i % len(edits)] for i in range(n)]
+        return [[min(length, model.config.max_len) for length in edit] for edit in chosen]
+
+    floor = Floor.of(model)
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if model.device.type == "cuda":
+        device = torch.cuda.get_device_name(model.device)
+    print(f"{args.shape or model.folder}, {model.dtype}, {device}, torch {torch.__version__}\n"
+          f"N {floor.weights / 1e6:.2f} M weights in products, P {floor.parameters / 1e6:.2f} M an "
+          f"adapter: 4 N + 6 P = {floor.flops / 1e6:.1f} MFLOP a token; a product runs at "
+          f"{floor.rate / 1e9:.0f} GFLOP/s: floor {floor.tokens_per_second:.0f} tokens/s")
     try:
-        peer = Peer(model, not args.shape)
-        arms[fair] = lambda: peer.bare_loop(jobs)
+        peer = Peer(model, pretrained=not args.shape)
     except ImportError as e:
+        peer = None
         print(f"no peers: {e} (requirements-dev.txt)")
-
-    def show(name, seconds):
-        return (f"{tokens / seconds:9.0f} tokens/s {3600 * len(jobs) / seconds:9.0f} adapters/h "
-                f"{tokens / seconds * flops / rate:6.1%} of the floor")
-    median = compare(f"training {len(jobs)} adapters, {steps} steps, {tokens} tokens", device, arms,
-                     args.repeats, show)
-    packed = median[f"ours, packed, {slots} slots"]
-    if peer:
-        print(f"  ours over the fair peer: {median[fair] / packed:.2f} x")
-        try:
-            pad_to = min(2048, window)
-            seconds, _ = timed(device, lambda: peer.trainer(jobs, pad_to, few))
-            estimate = seconds / few * steps
-            print(f"  Trainer + PEFT, rows padded to {pad_to}: {few} steps in {seconds:.1f} s; "
-                  f"extrapolated to all: {estimate:.0f} s, {estimate / packed:.0f} x ours")
-        except ImportError as e:
-            print(f"  no Trainer: {e}")
-
-    rng = random.Random(2)
-    prompts = [[rng.randrange(10, model.config.vocab_size) for _ in range(rng.randint(20, 46))]
-               for _ in range(32)]
-    adapters = Adapters(model, 8, RECIPE.rank, RECIPE.alpha, RECIPE.targets)
-    for slot in range(8):
-        adapters.init(slot, slot)
-    arms = {"ours, together": lambda: answer(model, adapters, prompts, args.n_new)}
-    if peer:
-        arms["transformers + PEFT, one by one"] = lambda: peer.answer(8, prompts, args.n_new)
-    median = compare(f"answering 32 questions under 8 adapters, {args.n_new} tokens each", device,
-                     arms, args.repeats, lambda name, s: f"{32 * args.n_new / s:9.0f} tokens/s")
-    if peer:
-        ratio = median["transformers + PEFT, one by one"] / median["ours, together"]
-        print(f"  ours over the peer: {ratio:.2f} x")
-
-    print("\na round: 8 self-edits of 64 tokens a prompt; their SFT; 4 answers of 8 tokens each")
-    four = pick(4)
-    for n in args.scaling:  # the same four self-edits, again and again
-        again = make_jobs(model, [four[i % 4] for i in range(n)], 1)
-
-        def one_round():
-            contexts = [prompts[i % len(prompts)] for i in range(-(-n // 8))]
-            generate(model, contexts, 64, (), 8, 1.0, 0.95, range(8 * len(contexts)))
-            ready = []
-            for i, (_, t) in enumerate(sft(model, again, replace(RECIPE, slots=args.slots)), 1):
-                ready.append(t.weights)
-                if len(ready) == 8 or i == n:
-                    stack = Adapters(model, len(ready), RECIPE.rank, RECIPE.alpha, RECIPE.targets)
-                    torch.stack(ready, out=stack.flat)
-                    answer(model, stack, prompts[:4 * len(ready)], 8)
-                    ready = []
-        seconds, peak = timed(device, one_round)
-        print(f"  {n:4} self-edits {seconds:8.2f} s, {seconds / n * 1000:7.1f} ms each, "
-              f"{peak / 2 ** 30:6.2f} GiB", flush=True)
+    bench_training(args, model, peer, floor, lengths)
+    bench_answering(args, model, peer)
+    bench_rounds(args, model, lengths)
 
 
 if __name__ == "__main__":

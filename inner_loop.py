@@ -1,177 +1,245 @@
-"""The inner loop: theta' <- SFT(theta, SE) for many self-edits at once, and the reward r of each.
+"""The inner loop: what a self-edit is worth, for many self-edits at once.
+
+    theta' <- SFT(theta, SE);    Ans ~ LM_theta'(. | tau);    r <- r(Ans, tau)
 
     python inner_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/example_eval.json
 
-`sft` is the only trainer here. A job is one adapter to train: the inner loop gives it hundreds of
-small ones, the M-step of the outer loop a single larger one. At every step the next micro-batches
-of n jobs lie in one ribbon; when a job ends, its slot takes the next one, longest job first:
-continuous batching, for training. Each adapter gets exactly the gradient, clipping and AdamW step
-it would get alone, with its own learning rate, number of steps and loss mask.
-
-Shapes: n slots, T tokens in a step, N of them with a label, D = dim, V vocabulary, P parameters per
-adapter.
+Paper, section 3. `update_and_score` is these three lines of Algorithm 1. The base model is never
+changed: theta' is the base with an adapter (lora.py), trained by sft.py.
 """
 import argparse
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Iterable, Iterator
 
-import torch
+from checkpoint import EMBEDDED, UserError, cli
+from data import knowledge, tinyworld
+from generate import Sampling, quiet, write
+from lora import Adapters, Lora, PROJECTIONS
+from memory import auto_answering
+from model import load_pretrained
+from selfedit import DIRECTIVES, EMPTY, SelfEdit, Task, sample_self_edits, seed_for
+from sft import Job, Recipe, Trained, dialogue, sft
+from tokenizer import Tokenizer
 
-from checkpoint import cli
-from generate import generate
-from lora import Adapters
-from model import free_memory, load_pretrained
-from selfedit import EMPTY, pick, sample_self_edits, seed_for
-from sft import Recipe, dialogue, parameters, sft
-
-# ------------------------------------------------------------------------------- reward
-
-def ask(model, tok, tasks, weights=None, recipe=None, max_new=64, newline=True, max_rows=None):
-    """Greedy answers to each task's questions, without its context: a list of strings per task, and
-    how many of them were cut off at max_new tokens.
-
-    With `weights`, task i is answered under the adapter weights[i] (P,), all of them in one batch.
-    NOTE(paper): generation stops at EOS and, with `newline`, also at a line break after the first
-    token; the official code stops at EOS only (--stop eos imitates it)."""
-    adapters = slots = None
-    if weights is not None:
-        adapters = Adapters(model, len(weights), recipe.rank, recipe.alpha, recipe.targets)
-        torch.stack(weights, out=adapters.flat)
-        slots = [i for i, task in enumerate(tasks) for _ in task.queries]
-    prompts = [tok.prompt(query) for task in tasks for query in task.queries]
-    rows = generate(model, prompts, max_new, tok.stop, late_stop=tok.newlines() if newline else (),
-                    banned=tok.banned(model), adapters=adapters, slots=slots, max_rows=max_rows)
-    ended = {*tok.stop, *(tok.newlines() if newline else ())}
-    texts = (tok.decode(row).strip() for row in rows)
-    texts = iter([text.split("\n")[0] if newline else text for text in texts])
-    cut = iter([len(row) == max_new and row[-1] not in ended for row in rows])
-    return ([task.vote([next(texts) for _ in task.queries]) for task in tasks],
-            [sum(next(cut) for _ in task.queries) for task in tasks])
+ANSWERS = Sampling(max_new=64, newline_stops=True)
 
 
-def grade(task, predictions):
-    """Which questions are answered rightly; an empty answer is wrong. Its mean is the accuracy."""
-    return [bool(prediction.strip()) and task.grade(question, gold, prediction)
-            for question, gold, prediction in zip(task.questions, task.answers, predictions)]
+# ------------------------------------------------------------------------------- theta'
 
-
-def grade_all(tasks, answers):
-    """`grade` of many tasks; a slow judge sees all of their answers at once."""
-    waiting = defaultdict(list)
-    for task, row in zip(tasks, answers):
-        if hasattr(task.grade, "prepare"):
-            waiting[task.grade] += zip(task.questions, task.answers, row)
-    for judge, triples in waiting.items():
-        judge.prepare(triples)
-    return [grade(task, row) for task, row in zip(tasks, answers)]
-
-
-@dataclass
-class Outcome:
-    """What a self-edit was worth: an entry for each seed of the inner loop, and their mean."""
-    reward: float = 0.0
-    accuracy: list = field(default_factory=list)
-    answers: list = field(default_factory=list)     # a list of the answers, per seed
-    right: list = field(default_factory=list)       # a list of verdicts, per seed
-    losses: list = field(default_factory=list)      # [first, last], per seed
-    seconds: float = 0.0
-    cut: int = 0            # answers that ran to the cap, of all seeds
-    note: str = ""
-
-
-def make_job(model, tok, edit, seed, recipe):
-    """The SFT job of one self-edit: loss on its documents, all of them by its directives.
+def make_job(model, tok, edit: SelfEdit, seed: int, recipe: Recipe) -> Job:
+    """The SFT job of a self-edit: examples of its documents, a recipe with its directives.
 
     A text that exceeds the context window is cut, a (prompt, completion) pair is left out.
+    ValueError: why nothing can be learned.
     NOTE(paper): a document ends with one EOS, which is learned. The official code pads every row
     with EOS to 2048 tokens and learns them all, 98 % of its targets: --pad-to 2048."""
-    chosen, examples = replace(recipe, **{name: value for name, value in edit.directives.items()
-                                          if hasattr(recipe, name)}), []
+    if not edit.documents:
+        raise ValueError(edit.note or EMPTY)
+    unknown = set(edit.directives) - set(DIRECTIVES)
+    if unknown:
+        raise ValueError(f"a self-edit can't choose {', '.join(sorted(unknown))}")
+    recipe = replace(recipe, **edit.directives)
+
+    # A text is learned whole. Of a pair the prompt is read, and the completion learned.
+    examples = []
     for document in edit.documents:
         if isinstance(document, str):
             ids = tok.document(document)[:model.config.max_len]
             examples.append((ids, [True] * len(ids)))
         else:
-            example = dialogue(tok.prompt(document[0]), [*tok.encode(document[1]), tok.eos],
-                               chosen.completion_only)
-            examples += [example] if len(example[0]) <= model.config.max_len else []
-    return chosen.job(examples, seed)
+            prompt, completion = document
+            completion_ids = [*tok.encode(completion), tok.eos]
+            ids, learn = dialogue(tok.prompt(prompt), completion_ids, recipe.completion_only)
+            if len(ids) <= model.config.max_len:
+                examples.append((ids, learn))
+    if not examples:
+        raise ValueError("no example of this self-edit fits in the model's context window")
+    return Job(examples, seed, recipe)
 
 
-def update_and_score(model, tok, tasks, edits, seeds, recipe,
-                     progress=lambda done, total: None, **asking):
-    """theta' <- SFT(theta, SE); Ans ~ LM_theta'(. | tau); r(Ans, tau), for many self-edits at once.
+# ------------------------------------------------------------------------------- answers
 
-    edits[i] is a self-edit of tasks[i]; it is tried once per seed in seeds[i]. Yields (i, Outcome)
-    when known. Nothing to learn from, or a diverging adapter, is a reward of 0 and a note."""
-    outcomes, jobs, owner = defaultdict(Outcome), [], []
+@dataclass
+class Answers:
+    """What a model answers to a task."""
+    texts: list[str]    # one per question
+    cut: int            # how many replies ran to the cap
+
+
+def ask(model, tok, groups: list[list[Task]], sampling: Sampling = ANSWERS,
+        adapters: Adapters | None = None) -> list[list[Answers]]:
+    """Ans ~ LM(. | tau): each task's queries answered without its context, all in one batch.
+
+    Tasks come in groups, and Answers go in the same groups. With `adapters`, group i is answered
+    under adapter i.
+    NOTE(paper): generation stops at EOS and, with newline_stops, also at a line break after the
+    first token; the official code stops at EOS only (--stop eos)."""
+    # A task may ask each question in several ways (puzzles do): its `vote` makes answers of them.
+    queries = [list(chain.from_iterable(task.queries for task in tasks)) for tasks in groups]
+    written = write(model, tok, queries, sampling, adapters=adapters)
+
+    # The replies of a group come in one list: cut it up by task.
+    answers = []
+    for tasks, replies in zip(groups, written):
+        answers.append([])
+        begin = 0
+        for task in tasks:
+            own = replies[begin:begin + len(task.queries)]
+            begin += len(task.queries)
+            texts = task.vote([reply.text for reply in own])
+            answers[-1].append(Answers(texts, sum(reply.cut for reply in own)))
+    return answers
+
+
+def in_prompt(tasks: list[Task]) -> list[Task]:
+    """The same tasks with their context in front of every query: an upper bound."""
+    opened = []
+    for task in tasks:
+        queries = ["\n\n".join([*task.context, query]) for query in task.queries]
+        opened.append(replace(task, queries=queries))
+    return opened
+
+
+def grade_all(tasks: list[Task], answers: list[list[str]]) -> list[list[bool]]:
+    """r(Ans, tau): which questions are answered rightly, per task. Their mean is the accuracy.
+
+    An empty answer is wrong. A judge sees all of its answers at once, as it may be slow."""
+    # Collect for each judge the places of the answers that it is to see, then fill in its verdicts.
+    verdicts = [[False] * len(texts) for texts in answers]
+    places = defaultdict(list)      # judge -> (task, question)s for it
+    for i, (task, texts) in enumerate(zip(tasks, answers)):
+        places[task.judge] += [(i, j) for j, text in enumerate(texts) if text.strip()]
+    for judge, own in places.items():
+        triples = [(tasks[i].questions[j], tasks[i].answers[j], answers[i][j]) for i, j in own]
+        if triples:
+            for (i, j), right in zip(own, judge(triples)):
+                verdicts[i][j] = right
+    return verdicts
+
+
+# ------------------------------------------------------------------------------- rewards
+
+@dataclass
+class Outcome:
+    """What a self-edit was worth: an entry for each seed of the inner loop, and their mean."""
+    reward: float = 0.0                             # the mean accuracy
+    accuracy: list[float] = field(default_factory=list)
+    answers: list[list[str]] = field(default_factory=list)
+    right: list[list[bool]] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)     # [first, last]
+    seconds: float = 0.0
+    cut: int = 0                                    # replies that ran to the cap, of all seeds
+    note: str = ""
+
+    def add(self, trained: Trained, answers: Answers, right: list[bool]):
+        """One more seed."""
+        self.accuracy.append(sum(right) / len(right))
+        self.reward = sum(self.accuracy) / len(self.accuracy)
+        self.answers.append(answers.texts)
+        self.right.append(right)
+        self.losses.append([round(trained.losses[0], 4), round(trained.losses[-1], 4)])
+        self.seconds += trained.seconds
+        self.cut += answers.cut
+        if trained.diverged:
+            self.note = "diverged: reward 0 for this seed"
+
+
+def update_and_score(model, tok, tasks: list[Task], edits: list[SelfEdit], seeds: list[list[int]],
+                     recipe: Recipe, sampling: Sampling = ANSWERS,
+                     progress=quiet) -> Iterator[tuple[int, Outcome]]:
+    """The reward of many self-edits: edits[i] of tasks[i], tried once per seed in seeds[i].
+
+    Yields (i, Outcome) when known. Nothing to learn from, or a diverging adapter, is a reward of 0
+    and a note."""
+    # A job for every self-edit and seed; owner[j] is the number of the self-edit that job j is of.
+    jobs, owner = [], []
     for i, edit in enumerate(edits):
-        job = make_job(model, tok, edit, 0, recipe)
-        if not job.examples:
-            window = "no example of this self-edit fits in the model's context window"
-            yield i, Outcome(note=edit.note or (window if edit.documents else EMPTY))
+        try:
+            job = make_job(model, tok, edit, 0, recipe)
+        except ValueError as e:
+            yield i, Outcome(note=str(e))
             continue
         jobs += [replace(job, seed=seed) for seed in seeds[i]]
         owner += [i] * len(seeds[i])
-    # Adapters that answer together: bytes per parameter as trained, side by side, in bfloat16.
-    most = free_memory(model.device) / 3 / (10 * parameters(model, recipe))
-    at_once = max(1, min(64 if model.device.type == "cuda" else 16, int(most)))
-    ready = []
-    for count, (j, trained) in enumerate(sft(model, jobs, recipe, progress), 1):
-        ready.append((owner[j], trained))
-        if len(ready) < at_once and count < len(jobs):
-            continue
-        sound = [(i, trained.weights) for i, trained in ready if not trained.diverged]
-        graded = [tasks[i] for i, _ in sound]
-        answers, cut = ask(model, tok, graded, [w for _, w in sound], recipe,
-                           **asking) if sound else ([], [])
-        results = zip(answers, cut, grade_all(graded, answers))
-        for i, trained in ready:
-            o, task = outcomes[i], tasks[i]
-            none = [""] * len(task.questions), 0, [False] * len(task.questions)
-            answer, n_cut, right = none if trained.diverged else next(results)
-            o.answers.append(answer)
-            o.right.append(right)
-            o.cut += n_cut
-            o.accuracy.append(sum(o.right[-1]) / len(task.questions))
-            o.losses.append([round(loss, 4) for loss in (trained.losses[0], trained.losses[-1])])
-            o.seconds += trained.seconds
-            if trained.diverged:
-                o.note = "diverged: reward 0 for this seed"
-            if len(o.accuracy) == len(seeds[i]):
-                o.reward = sum(o.accuracy) / len(seeds[i])
-                yield i, outcomes.pop(i)
-        ready = []
 
+    # Adapters are asked as soon as enough of them are trained, so that they answer in one batch and
+    # their weights need not all be kept.
+    outcomes = defaultdict(Outcome)
+    at_once = auto_answering(model, recipe.lora)
+    for finished in batched(sft(model, jobs, progress), at_once):       # theta' <- SFT(theta, SE)
+        # A diverged adapter is not asked: its answers are empty, and so they are wrong.
+        sound = [(j, trained) for j, trained in finished if not trained.diverged]
+        answers = {j: Answers([""] * len(tasks[owner[j]].questions), 0) for j, _ in finished}
+        if sound:
+            adapters = Adapters.stack(model, recipe.lora, [trained.weights for _, trained in sound])
+            asked = [[tasks[owner[j]]] for j, _ in sound]
+            given = ask(model, tok, asked, sampling, adapters)          # Ans ~ LM_theta'(. | tau)
+            answers |= {j: answer for (j, _), (answer,) in zip(sound, given)}
+        verdicts = grade_all([tasks[owner[j]] for j, _ in finished],    # r(Ans, tau)
+                             [answers[j].texts for j, _ in finished])
+        # The reward is the mean over seeds, known when the last one is.
+        for (j, trained), right in zip(finished, verdicts):
+            i = owner[j]
+            outcomes[i].add(trained, answers[j], right)
+            if len(outcomes[i].accuracy) == len(seeds[i]):
+                yield i, outcomes.pop(i)
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items, as they come; the last may be shorter."""
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+# ------------------------------------------------------------------------------- command line
 
 def main():
-    from data import knowledge
-    from tokenizer import Tokenizer
     ap = argparse.ArgumentParser(description="Learn one passage; ask about it before and after.")
-    ap.add_argument("--model", required=True, help="folder or hub id")
-    ap.add_argument("--data", required=True, help="JSON list of passages")
-    ap.add_argument("--index", type=int, default=0, help="which passage")
+    ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
+    ap.add_argument("--data", help="JSON list of passages (default: towns of the tiny world)")
+    ap.add_argument("--index", type=int, default=0, help="which passage (default: 0)")
     ap.add_argument("--max-new", type=int, default=200, help="tokens of the self-edit")
     ap.add_argument("--save-adapter", metavar="DIR", help="write the adapter in PEFT's layout")
     args = ap.parse_args()
-    task = pick(knowledge.load(args.data), args.index)
+    tasks = knowledge.load(args.data) if args.data else tinyworld.load("eval")
+    if not 0 <= args.index < len(tasks):
+        raise UserError(f"--index {args.index}: there are passages 0 to {len(tasks) - 1}")
+    task = tasks[args.index]
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)
-    recipe = Recipe(rank=32, alpha=64, targets=["q_proj", "v_proj"], lr=1e-3, epochs=10, batch=1)
-    ((edit,),) = sample_self_edits(model, tok, [task], 1, [[seed_for(0)]], max_new=args.max_new)
+
+    # C -> SE: the model writes a self-edit of the passage. Then the questions, without the passage.
+    recipe = Recipe(Lora(rank=32, alpha=64, targets=PROJECTIONS), lr=1e-3, epochs=10, batch=1)
+    writing = Sampling(args.max_new, temperature=0.8, top_p=0.95)
+    ((edit,),) = sample_self_edits(model, tok, [task], writing, [[seed_for(0)]])
     print(f"{task.context[0]}\n\n--- self-edit\n{edit.text}\n")
-    (before,), _ = ask(model, tok, [task])
-    ((_, trained),) = sft(model, [make_job(model, tok, edit, 0, recipe)], recipe)
-    (after,), _ = ask(model, tok, [task], [trained.weights], recipe)
-    print(f"--- {len(trained.losses)} steps in {trained.seconds:.0f} s, "
+    ((before,),) = ask(model, tok, [[task]])
+
+    # theta' <- SFT(theta, SE), and the same questions again.
+    try:
+        job = make_job(model, tok, edit, 0, recipe)
+    except ValueError as e:
+        raise UserError(f"nothing was learned: {e}") from None
+    ((_, trained),) = sft(model, [job])
+    adapter = Adapters.stack(model, recipe.lora, [trained.weights])
+    ((after,),) = ask(model, tok, [[task]], ANSWERS, adapter)
+
+    print(f"--- {len(trained.losses)} steps in {trained.seconds:.1f} s, "
           f"loss {trained.losses[0]:.2f} -> {trained.losses[-1]:.2f}")
-    for question, gold, old, new in zip(task.questions, task.answers, before, after):
-        print(f"{question} ({gold})\n  before: {old!r}\n  after:  {new!r}")
-    print(f"right: {sum(grade(task, before))} -> {sum(grade(task, after))} of {len(before)}")
+    for row in zip(task.questions, task.answers, before.texts, after.texts):
+        print("{} ({})\n  before: {!r}\n  after:  {!r}".format(*row))
+    old, new = grade_all([task, task], [before.texts, after.texts])
+    print(f"right: {sum(old)} -> {sum(new)} of {len(old)}")
     if args.save_adapter:
-        adapters = Adapters(model, 1, recipe.rank, recipe.alpha, recipe.targets)
-        adapters.flat[0] = trained.weights
-        adapters.save(0, args.save_adapter)
+        adapter.save(0, args.save_adapter)
 
 
 if __name__ == "__main__":

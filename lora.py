@@ -2,117 +2,171 @@
 
     python lora.py --model HuggingFaceTB/SmolLM2-135M-Instruct     # teach one sentence
 
-LoRA (arXiv 2106.09685) replaces W x by W x + (alpha / r) B A x, with A (r, in) random, B (out, r)
-zero at first, and only A and B trained. Here n adapters are trained or used at once: the ribbon's
-tokens lie sorted by adapter, every frozen matmul runs once over all of them, and only the low-rank
-products go segment by segment. All parameters of all adapters are one float32 matrix `flat` (n, P),
-a row each, so that an optimiser step is a handful of operations however many layers there are; each
-A and B is a view of it.
+LoRA (arXiv 2106.09685) replaces W x by W x + (alpha / r) B A x, with A (r, in) random and B
+(out, r) zero at first. Only A and B are trained. Here n adapters are trained or used at once: the
+ribbon's tokens lie sorted by adapter, every frozen product runs once over all of them, and only
+the low-rank product goes segment by segment.
 
-Shapes: n adapters (slots), r rank, T tokens, P parameters per adapter.
+Shapes: n adapters, r rank, T tokens, P parameters of an adapter.
 Simplified: no LoRA dropout (the paper's is 0), no bias, no variants.
 """
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from checkpoint import UserError, cli
+from checkpoint import EMBEDDED, UserError, cli
+from generate import Sampling, generate
 from model import Linear, Ribbon, load_pretrained
+from tokenizer import Tokenizer
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class Adapters:
-    """n adapters of rank r on every linear layer whose last name is in `targets`."""
+@dataclass
+class Lora:
+    """The shape of an adapter."""
+    rank: int
+    alpha: float            # the low-rank term is scaled by alpha / rank
+    targets: list[str]      # which linear layers have one, by their last name
 
-    def __init__(self, model, n, rank, alpha, targets):
-        if unknown := set(targets) - set(PROJECTIONS):
+    def layers(self, model) -> dict[str, Linear]:
+        """The adapted layers of a model. UserError for a name that no layer has."""
+        unknown = set(self.targets) - set(PROJECTIONS)
+        if unknown:
             raise UserError(f"no layer is called {', '.join(sorted(unknown))}; "
                             f"choose among {' '.join(PROJECTIONS)}")
-        self.model, self.n, self.rank, self.scale = model, n, rank, alpha / rank
-        self.targets = list(targets)
-        self.layers = {name: m for name, m in model.named_modules()
-                       if isinstance(m, Linear) and name.rpartition(".")[2] in targets}
-        self.sizes = [rank * width for m in self.layers.values()  # A, B, A, B, ...
-                      for width in (m.in_features, m.out_features)]
+        return {name: module for name, module in model.named_modules()
+                if isinstance(module, Linear) and name.rpartition(".")[2] in self.targets}
+
+    def parameters(self, model) -> int:
+        """P: r (in + out) for each adapted layer."""
+        return sum(self.rank * (layer.in_features + layer.out_features)
+                   for layer in self.layers(model).values())
+
+
+def low_rank(x, A, B, scale, segments, grouped):
+    """(alpha / r) B A x, each token under the adapter of its segment.
+
+    x (T, in), A (n, r, in), B (n, out, r) -> (T, out). segments: a Ribbon of n lengths."""
+    # One kernel that takes the segments as they lie. Where all are equally long, a batched product
+    # is as good and needs no offsets.
+    if grouped and not segments.even:
+        h = F.grouped_mm(x, A.mT, offs=segments.ends)                   # (T, r)
+        return F.grouped_mm(h * scale, B.mT, offs=segments.ends)        # (T, out)
+    # Elsewhere the segments are unrolled, which pads them, and a batched product does the same.
+    (x,) = segments.unroll(x)                                           # (n, L, in)
+    return segments.roll([(x @ A.mT * scale) @ B.mT])
+
+
+class Adapters:
+    """n adapters of one shape. All their parameters are one float32 matrix `flat` (n, P):
+
+        row i = [A of layer 0 | B of layer 0 | A of layer 1 | B of layer 1 | ...]
+
+    so that an optimiser step is a handful of operations however many layers there are. Each A and
+    B is a view of it."""
+
+    def __init__(self, model, lora: Lora, n: int):
+        self.model = model
+        self.lora = lora
+        self.n = n
+        self.scale = lora.alpha / lora.rank
+        self.layers = lora.layers(model)
+        # How a row of `flat` is cut: A, B, A, B, ...
+        self.sizes = []
+        for layer in self.layers.values():
+            self.sizes += [lora.rank * layer.in_features, lora.rank * layer.out_features]
+        # float32 even over bfloat16 weights: updates of 1e-3 of a value would round away.
         self.flat = torch.zeros(n, sum(self.sizes), device=model.device,
                                 dtype=torch.promote_types(model.dtype, torch.float32))
-        # grouped_mm takes the segments as they lie: one kernel in bfloat16 on Hopper and later, a
-        # loop in C++ on a CPU. Elsewhere a padded batched matmul does the same job.
-        fast = (model.dtype == torch.bfloat16 and
-                torch.cuda.get_device_capability(model.device) >= (9, 0)
-                if model.device.type == "cuda" else model.dtype != torch.float64)
-        aligned = all(width % 8 == 0 for m in self.layers.values()
-                      for width in (rank, m.in_features, m.out_features))
-        self.grouped = fast and aligned
+        self.grouped = can_group(model, lora)
+
+    @classmethod
+    def stack(cls, model, lora, rows):
+        """Adapters of trained weights, a list of (P,)."""
+        adapters = cls(model, lora, len(rows))
+        torch.stack(rows, out=adapters.flat)
+        return adapters
 
     @torch.no_grad()
-    def init(self, slot, seed):
-        """A fresh adapter: A uniform in +-1/sqrt(in), as PEFT's, and B zero: it changes nothing."""
-        generator, row = torch.Generator().manual_seed(seed), torch.zeros(1, self.flat.shape[1])
-        for (a, _), m in zip(self.pairs(row), self.layers.values()):
-            a.uniform_(-m.in_features ** -0.5, m.in_features ** -0.5, generator=generator)
-        self.flat[slot] = row[0]
+    def init(self, i: int, seed: int):
+        """Adapter i as new: A uniform in +-1/sqrt(in), as PEFT's, B zero. It changes nothing."""
+        # Drawn on the host from a seed of its own: the same adapter in any slot of any batch.
+        generator = torch.Generator().manual_seed(seed)
+        row = torch.zeros(1, self.flat.shape[1])
+        for (A, _), layer in zip(self.pairs(row), self.layers.values()):
+            bound = layer.in_features ** -0.5
+            A.uniform_(-bound, bound, generator=generator)
+        self.flat[i] = row[0]
 
     def pairs(self, flat):
         """(A (n, r, in), B (n, out, r)) of each layer, as views of flat (n, P)."""
-        pieces = iter(flat.split(self.sizes, 1))  # one split, whose backward is one concatenation
-        return [(next(pieces).view(len(flat), self.rank, m.in_features),
-                 next(pieces).view(len(flat), m.out_features, self.rank))
-                for m in self.layers.values()]
+        # One split for all layers, whose backward pass is one concatenation of all gradients.
+        pieces = flat.split(self.sizes, 1)
+        pairs = []
+        for layer, A, B in zip(self.layers.values(), pieces[0::2], pieces[1::2]):
+            pairs.append((A.view(len(flat), self.lora.rank, layer.in_features),
+                          B.view(len(flat), layer.out_features, self.lora.rank)))
+        return pairs
 
-    def part(self, low, high):
-        """(P,) bool: the parameters of the components low .. high - 1 of every adapter's rank."""
+    def part(self, low: int, high: int):
+        """(P,) bool: where rows low .. high - 1 of every A, and those columns of every B, lie."""
         mask = torch.zeros(1, self.flat.shape[1], dtype=torch.bool, device=self.flat.device)
-        for a, b in self.pairs(mask):
-            a[:, low:high], b[:, :, low:high] = True, True
+        for A, B in self.pairs(mask):
+            A[:, low:high] = True
+            B[:, :, low:high] = True
         return mask[0]
 
-    def route(self, counts):
+    def route(self, counts: list[int]):
         """`with adapters.route(counts):` the ribbon's first counts[0] tokens go through adapter 0,
         the next counts[1] through adapter 1, and so on."""
         return Route(self, counts)
 
     @torch.no_grad()
-    def merge(self, slot):
-        """W <- W + (alpha / r) B A, in float32 (or float64), rounded to the weights' dtype once."""
-        for (a, b), m in zip(self.pairs(self.flat[slot:slot + 1]), self.layers.values()):
-            m.weight.copy_(m.weight.to(a.dtype) + self.scale * b[0] @ a[0])
+    def merge(self, i: int):
+        """W <- W + (alpha / r) B A, in float32 (or float64), rounded to W's dtype once."""
+        for (A, B), layer in zip(self.pairs(self.flat[i:i + 1]), self.layers.values()):
+            layer.weight.copy_(layer.weight.to(A.dtype) + self.scale * B[0] @ A[0])
 
-    def save(self, slot, folder):
-        """Write one adapter as a folder that PEFT opens."""
+    def save(self, i: int, folder):
+        """Write adapter i as a folder that PEFT opens."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {f"base_model.model.{name}.lora_{which}.weight": t[0].detach().clone()
-                 for name, pair in zip(self.layers, self.pairs(self.flat[slot:slot + 1]))
-                 for which, t in zip("AB", pair)}
-        save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+        # PEFT's names: base_model.model is its wrapper around the model.
+        tensors = {}
+        for name, (A, B) in zip(self.layers, self.pairs(self.flat[i:i + 1])):
+            tensors[f"base_model.model.{name}.lora_A.weight"] = A[0].detach().clone()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = B[0].detach().clone()
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps({
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.rank,
-            "lora_alpha": self.scale * self.rank, "lora_dropout": 0.0, "bias": "none",
-            "target_modules": self.targets, "base_model_name_or_path": str(self.model.folder)}))
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.lora.rank,
+            "lora_alpha": self.lora.alpha, "lora_dropout": 0.0, "bias": "none",
+            "target_modules": list(self.lora.targets),
+            "base_model_name_or_path": str(self.model.folder)}))
 
 
 class Route:
-    """While entered, the base's linear layers add the adapters' terms. It can be entered again."""
+    """While entered, the base's linear layers add the adapters' terms. It can be entered again.
 
-    def __init__(self, adapters, counts):
+    So the model is never wrapped or copied: its modules, names and weights stay as they are."""
+
+    def __init__(self, adapters: Adapters, counts: list[int]):
         assert len(counts) == adapters.n
-        segments, scale = Ribbon(counts, adapters.model.device, split=False), adapters.scale
+        segments = Ribbon(counts, adapters.model.device, one_group=True)
 
-        def low_rank(A, B):
-            """x (T, in) -> (alpha / r) B A x (T, out), each token under its own segment's A, B."""
-            if adapters.grouped and not segments.even:
-                mm = lambda x, w: F.grouped_mm(x, w, offs=segments.ends)
-                return lambda x: mm(mm(x, A.mT) * scale, B.mT)
-            return lambda x: segments.roll([(segments.unroll(x)[0] @ A.mT * scale) @ B.mT])
+        # A function per layer, as each has its own A and B.
+        def delta_of(A, B):
+            return lambda x: low_rank(x, A, B, adapters.scale, segments, adapters.grouped)
 
+        # The masters are float32; the products run in the model's dtype.
         pairs = adapters.pairs(adapters.flat.to(adapters.model.dtype))
-        self.deltas = [(m, low_rank(A, B)) for m, (A, B) in zip(adapters.layers.values(), pairs)]
+        self.deltas = [(layer, delta_of(A, B))
+                       for layer, (A, B) in zip(adapters.layers.values(), pairs)]
 
     def __enter__(self):
         for linear, delta in self.deltas:
@@ -123,26 +177,54 @@ class Route:
             linear.delta = None
 
 
+def can_group(model, lora):
+    """Whether grouped_mm multiplies here: fused in bfloat16 on Hopper and later, a loop in C++ on a
+    CPU. Every width must be a multiple of 8."""
+    if model.device.type == "cuda":
+        fast = (model.dtype == torch.bfloat16
+                and torch.cuda.get_device_capability(model.device) >= (9, 0))
+    else:
+        fast = model.dtype != torch.float64
+    widths = [lora.rank]
+    for layer in lora.layers(model).values():
+        widths += [layer.in_features, layer.out_features]
+    return fast and all(width % 8 == 0 for width in widths)
+
+
 def main():
-    from tokenizer import Tokenizer
     ap = argparse.ArgumentParser(description="Teach one sentence, by LoRA and torch's own AdamW.")
-    ap.add_argument("--model", required=True, help="folder or hub id")
-    ap.add_argument("--sentence", default="The lighthouse of Velmora was built by Ines Tarrow.")
-    ap.add_argument("--steps", type=int, default=12)
+    ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
+    ap.add_argument("--sentence", default="The founder of Velmora is Ines Tarrow.")
+    ap.add_argument("--prompt", default="The founder of Velmora is")
+    ap.add_argument("--steps", type=int, default=20)
     args = ap.parse_args()
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)
-    adapters = Adapters(model, n=1, rank=8, alpha=16, targets=["q_proj", "v_proj"])
-    adapters.init(slot=0, seed=0)
-    optimizer = torch.optim.AdamW([adapters.flat.requires_grad_()], lr=2e-3, weight_decay=0)
+    adapters = Adapters(model, Lora(rank=8, alpha=16, targets=PROJECTIONS), n=1)
+    adapters.init(0, seed=0)
+
+    # What does the model say before it is taught?
+    prompt = tok.document(args.prompt, end=False)
+    greedy = Sampling(max_new=16, stop=tok.stop)
+    ((before,),) = generate(model, [[prompt]], greedy)
+    print(f"before: {args.prompt}{tok.decode(before)}")
+
+    # One sentence, again and again. Only `flat` has gradients, so only A and B learn.
     ids = torch.tensor([tok.document(args.sentence)], device=model.device)
+    optimizer = torch.optim.AdamW([adapters.flat.requires_grad_()], lr=5e-3, weight_decay=0)
     for step in range(args.steps + 1):
         with adapters.route([ids.numel()]):
-            loss = F.cross_entropy(model(ids)[0, :-1].float(), ids[0, 1:])
-        print(f"step {step:3d}  loss {loss.item():.3f}")
+            logits = model(ids)                                     # (1, T, V)
+        loss = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+        if step % 5 == 0:
+            print(f"step {step:3d}  loss {loss.item():.3f}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+    adapters.flat.requires_grad_(False)
+    ((after,),) = generate(model, [[prompt]], greedy, adapters=adapters)
+    print(f"after:  {args.prompt}{tok.decode(after)}")
 
 
 if __name__ == "__main__":

@@ -1,183 +1,218 @@
 """SEAL's outer loop: ReST-EM teaches a model to write the self-edits that teach it best.
 
     python outer_loop.py                        # a tiny world, in minutes on a laptop
+    python outer_loop.py --preset tiny-arc      # tiny puzzles
     python outer_loop.py --preset knowledge --model DIR_OR_HUB_ID --train-data FILE --eval-data FILE
 
-Algorithm 1 of the paper (arXiv 2506.10943) is `rest_em` below. A run is a folder: config.json;
-edits.jsonl, what was sampled; rollouts.jsonl, a line per self-edit with its text, answers, verdicts
-and reward; metrics.jsonl, a line per iteration; iter_N/, the weights after round N, which any
-Hugging Face program opens. The same command resumes it. Simplified: one process on one device.
+Algorithm 1 of the paper (arXiv 2506.10943) is `rest_em`. What is sampled and measured goes to the
+run's folder (run.py), and the same command resumes it. Simplified: one process on one device.
 """
+import argparse
 import dataclasses
 import random
 import resource
 import time
-from collections import Counter
 
 import numpy as np
 import torch
 
 from checkpoint import UserError, cli
+from inner_loop import in_prompt
 from lora import Adapters
-from run import Meter, Run, make_recipe, parse_args
-from selfedit import seed_for
-from sft import dialogue, sft
+from report import in_brackets, summary
+from run import Config, Meter, Run, add_flags, outer_recipe, read_flags
+from run import rewards, sample, unadapted
+from selfedit import SelfEdit, Task, seed_for
+from sft import Job, dialogue, sft
 from stats import bootstrap_ci
 
-# ------------------------------------------------------------------------------- Algorithm 1
 
-def rest_em(cfg, run):
-    """Train; returns the held-out tasks. What was measured is in run.metrics."""
-    train, held_out = run.tasks(cfg.train_data), run.tasks(cfg.eval_data)[:cfg.eval_tasks]
+def rest_em(cfg: Config, run: Run) -> list[Task]:
+    """Algorithm 1: theta is trained to maximise
+
+        J(theta) = E_{(C, tau) ~ D} E_{SE ~ LM_theta(. | C)} [ r(SE, tau, theta) ]              (1)
+
+    What was measured is in run.metrics. Returns the held-out tasks."""
+    # Tasks come in an order drawn from the seed, and each round takes the next ones.
+    train = run.tasks(cfg.train_data)
     random.Random(seed_for(cfg.seed, "order of the passages")).shuffle(train)
+    held_out = run.tasks(cfg.eval_data)[:cfg.eval_tasks]
     if cfg.iterations * cfg.tasks > len(train):
         run.log(f"note: {cfg.iterations} rounds of {cfg.tasks} tasks, but there are "
                 f"{len(train)}: some will be seen again")
-    for t in range(run.last_checkpoint(), cfg.iterations + 1):
-        model = run.load(t)                                                      # theta_t
+
+    for t in range(run.last_checkpoint(), cfg.iterations):
+        model = run.load(t)                                         # theta_t
         evaluate(cfg, run, model, held_out, t)
-        if t == cfg.iterations:
-            return held_out
-        batch = [i % len(train) for i in range(t * cfg.tasks, (t + 1) * cfg.tasks)]
-        tasks = [train[i] for i in batch]                                        # (C, tau) ~ D
-        edits = run.sample(model, tasks, t, "train", cfg.edits)                  # SE ~ LM(. | C)
-        without = run.unadapted(model, tasks)                                    # theta on tau
-        rewards = run.rewards(model, tasks, edits, t, "train", without, cfg.seeds)  # theta' on tau
-        kept = select(rewards, edits, cfg.select, cfg.keep, without if cfg.strict else None,
-                      random.Random(seed_for(cfg.seed, t, "select")))
-        run.log(f"round {t + 1}: mean reward {np.mean(rewards):.3f}, un-adapted "
-                f"{np.mean(without):.3f}; kept {len(kept)} self-edits with mean reward "
-                f"{np.mean([rewards[i][j] for i, j in kept] or [0]):.3f}")
+
+        # E-step: sample self-edits, and measure what the model updated by each is worth.
+        tasks = next_tasks(train, t, cfg.tasks)                     # (C, tau) ~ D
+        edits = sample(run, model, tasks, t, "train", cfg.edits)    # SE ~ LM_theta_t(. | C)
+        without = unadapted(run, model, tasks)
+        # For each: theta'_t <- SFT(theta_t, SE); Ans ~ LM_theta'_t(. | tau); r <- r(Ans, tau).
+        scores = rewards(run, model, tasks, edits, t, "train", without, cfg.seeds)
+
+        # M-step: fine-tune the model on the self-edits that were worth most.
+        kept = select(cfg, scores, edits, without, t)
+        log_round(run, t, scores, without, kept)
         if cfg.restart:
-            del model  # never two copies of the weights
+            del model   # never two copies of the weights
             model = run.load(0)
-        m_step(cfg, run, model, [(tasks[i], edits[i][j]) for i, j in kept], t)   # theta_t+1
-        run.save(t + 1, model)
+        m_step(cfg, run, model, [(tasks[i], edits[i][j]) for i, j in kept], t)
+        run.save(t + 1, model)                                      # theta_t+1
+
+    evaluate(cfg, run, run.load(cfg.iterations), held_out, cfg.iterations)
+    return held_out
 
 
-def select(rewards, edits, how="best", keep=1, floor=None, rng=None):
-    """(task, edit) indices of the self-edits to learn from: each task's best ones, the first of
-    equals; all those with reward 1 (Eq. 4); or any.
+def next_tasks(train: list[Task], t: int, n: int) -> list[Task]:
+    """Round t's tasks: the next n, in turn."""
+    return [train[i % len(train)] for i in range(t * n, (t + 1) * n)]
 
-    NOTE(paper): Eq. 2 gives a reward of 1 only if the update improves the model; the official code
-    keeps the best of K regardless, and so do we, unless each task has a `floor` (--strict). A
-    self-edit with nothing to learn from is never kept."""
+
+def select(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
+           without: list[float], t: int) -> list[tuple[int, int]]:
+    """(task, edit) indices of the self-edits to learn from.
+
+    best: each task's `keep` best, the first of equals. solved: all those with reward 1. random: any
+    `keep` of each task, a control that cannot learn.
+    NOTE(paper): Eq. 2 gives a reward of 1 only if the update improves the model. The official code
+    keeps the best of K regardless, and so do we but for --strict. A self-edit with nothing to learn
+    from is never kept."""
+    rng = random.Random(seed_for(cfg.seed, t, "select"))
     kept = []
-    for i, row in enumerate(rewards):
+    for i, row in enumerate(scores):
+        # Sorting is stable: of equal rewards the first stays first.
         usable = [j for j in range(len(row)) if edits[i][j].documents]
-        if how == "solved":
+        if cfg.select == "solved":
             chosen = [j for j in usable if row[j] == 1]
+        elif cfg.select == "random":
+            chosen = sorted(usable, key=lambda j: rng.random())[:cfg.keep]
         else:
-            order = lambda j: rng.random() if how == "random" else -row[j]
-            chosen = sorted(usable, key=order)[:keep]
-        kept += [(i, j) for j in chosen if floor is None or row[j] > floor[i]]
+            chosen = sorted(usable, key=lambda j: -row[j])[:cfg.keep]
+        # r = 1 if the update improves on theta_t, else 0                                       (2)
+        if cfg.strict:
+            chosen = [j for j in chosen if row[j] > without[i]]
+        kept += [(i, j) for j in chosen]
     return kept
 
 
-def m_step(cfg, run, model, kept, t):
-    """theta_t+1 <- SFT(theta_t, kept (prompt -> self-edit) pairs), merged into the weights.
+def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit]], t: int):
+    """theta_t+1 <- SFT(theta_t, kept), merged into the weights.
 
-    The loss is on the completion only, exactly as it was sampled, EOS included.
+    The gradient of J, estimated from the samples, with rewards r that are constants and here are 0
+    or 1 (docs/PAPER.md derives it):
+
+        grad J ~ 1/(N M) sum_ij r_ij sum_s grad log p_theta(y_ijs | y_ij<s, C_i)             (3, 4)
+
+    y_ij1, y_ij2, ... are the tokens of self-edit SE_ij. It is the gradient of fine-tuning on the
+    self-edits with r = 1, each after its context. So the loss is on the self-edit only, exactly as
+    it was sampled, EOS included.
     NOTE(paper): an edit that ran to the cap has no EOS, and none is added: the official code adds
     one, and so teaches the model to stop there."""
     if not kept:
         run.log("M-step: no self-edit was kept; the model stays as it is")
         return
-    recipe, examples = make_recipe(cfg, "outer"), []
-    for task, edit in kept:
-        examples.append(dialogue(run.tok.prompt(task.prompt), edit.token_ids))
-    job = recipe.job(examples, seed_for(cfg.seed, t, "M-step"))
-    ((_, trained),) = sft(model, [job], recipe, Meter("steps of the M-step"))
+    # The context is read, the self-edit is learned. One job, so one adapter, of all kept pairs.
+    recipe = outer_recipe(cfg)
+    examples = [dialogue(run.tok.prompt(task.prompt), edit.token_ids) for task, edit in kept]
+    job = Job(examples, seed_for(cfg.seed, t, "M-step"), recipe)
+    ((_, trained),) = sft(model, [job], Meter("steps of the M-step"))
     if trained.diverged:
         raise UserError(f"the M-step of round {t + 1} diverged; try a lower --outer-lr, "
                         "in a new --run-dir")
-    adapters = Adapters(model, 1, recipe.rank, recipe.alpha, recipe.targets)
-    adapters.flat[0] = trained.weights
-    adapters.merge(0)
+    # W <- W + (alpha / r) B A, once, in float32: the next round begins from these weights.
+    Adapters.stack(model, recipe.lora, [trained.weights]).merge(0)
     run.log(f"M-step: {len(kept)} self-edits, {len(trained.losses)} steps, "
             f"{trained.seconds:.0f} s, loss {trained.losses[0]:.3f} -> {trained.losses[-1]:.3f}")
 
 
-def evaluate(cfg, run, model, tasks, t):
+# ------------------------------------------------------------------------------- evaluation
+
+def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
     """Held-out reward of theta_t, with an inner loop per self-edit: a line of metrics.jsonl."""
-    if any(m["iteration"] == t for m in run.metrics):
+    if any(m["iteration"] == t for m in run.metrics.records):
         return  # a resumed run has it already
-    edits = run.sample(model, tasks, t, "eval", cfg.eval_edits)
-    without = run.unadapted(model, tasks)
-    baselines = run.baselines(model, tasks, without) if cfg.baselines and t == 0 else []
-    rewards = np.mean(run.rewards(model, tasks, edits, t, "eval", without, 1), axis=1)
+    edits = sample(run, model, tasks, t, "eval", cfg.eval_edits)
+    without = unadapted(run, model, tasks)
+    arms = []
+    if cfg.baselines and t == 0:
+        arms = baselines(run, model, tasks, without)
+    scores = rewards(run, model, tasks, edits, t, "eval", without, n_seeds=1)
+
+    # The mean over tasks. Its interval is over tasks as well: a self-edit more or less of the same
+    # task is no new evidence about other tasks.
+    per_task = np.mean(scores, axis=1)
+    low, high = bootstrap_ci(per_task)
+    kinds = by_kind(tasks, run.rollouts.of(t, "eval"))
     before = [r["reward"] for r in run.rollouts.of(t - 1, "train")]
-    forms = Counter(tasks[i].form(line) for i, row in enumerate(edits) for edit in row
-                    for line in edit.text.splitlines() if tasks[i].form)
-    chosen = Counter(name if value is True else f"{name} {value}" for row in edits for edit in row
-                     for name, value in edit.directives.items() if value is not False)
-    shares = lambda counter, n: {name: count / n for name, count in counter.most_common()}
-    run.metrics_lines.add({
-        "iteration": t, "eval_reward": float(np.mean(rewards)), "eval_ci": bootstrap_ci(rewards),
-        "eval_by_kind": run.by_kind(tasks, t, "eval"), "eval_unadapted": float(np.mean(without)),
-        "eval_tasks": len(tasks), "baselines": baselines,
-        "train_reward": float(np.mean(before)) if before else None,  # of the round that led here
-        "forms": shares(forms, forms.total()), "directives": shares(chosen, np.size(edits)),
+    run.metrics.add({
+        "iteration": t,
+        "eval_reward": float(np.mean(per_task)),
+        "eval_ci": [low, high],
+        "eval_by_kind": kinds,
+        "eval_unadapted": float(np.mean(without)),
+        "eval_tasks": len(tasks),
+        "baselines": arms,
+        "train_reward": float(np.mean(before)) if before else None,     # of the round before
+        "made_of": run.domain.describe(tasks, edits),
         "seconds": round(time.time() - run.begin, 1)})
-    run.log(describe(run.metrics[-1]))
+    run.log(f"iteration {t}: held-out reward {np.mean(per_task):.3f} [{low:.3f}, {high:.3f}]"
+            f"{in_brackets(kinds)} on {len(tasks)} tasks, un-adapted {np.mean(without):.3f}")
 
 
-def describe(m):
-    """A line of metrics.jsonl, for people."""
-    low, high = m["eval_ci"]
-    return (f"iteration {m['iteration']}: held-out reward {m['eval_reward']:.3f} "
-            f"[{low:.3f}, {high:.3f}]{by_kind(m['eval_by_kind'])} on {m['eval_tasks']} tasks, "
-            f"un-adapted {m['eval_unadapted']:.3f}")
+def baselines(run: Run, model, tasks: list[Task], without: list[float]) -> list[dict]:
+    """What the model can do without a self-edit of its own, on the same questions."""
+    # Without anything; with the passage in view; trained on what needs no model (the passage
+    # itself, or a puzzle's best known training).
+    arms = [{"name": "un-adapted", "reward": float(np.mean(without)), "by_kind": {}}]
+    if tasks[0].context:
+        read = unadapted(run, model, in_prompt(tasks))
+        arms.append({"name": "passage in the prompt", "reward": float(np.mean(read)),
+                     "by_kind": {}})
+    for name in tasks[0].references:
+        edits = [[task.references[name]] for task in tasks]
+        scores = rewards(run, model, tasks, edits, 0, name, without, n_seeds=1)
+        arms.append({"name": name, "reward": float(np.mean(scores)),
+                     "by_kind": by_kind(tasks, run.rollouts.of(0, name))})
+    return arms
 
 
-def by_kind(accuracy):
-    """' (forward .81, reversed .05)', or nothing."""
-    kinds = ", ".join(f"{kind} {share:.3f}" for kind, share in accuracy.items())
-    return f" ({kinds})" if kinds else ""
+def by_kind(tasks: list[Task], records: list[dict]) -> dict[str, float]:
+    """{kind of question: accuracy} over rollouts of these tasks."""
+    found = {}
+    for record in records:
+        kinds = tasks[record["task"]].kinds
+        for right in record["right"]:
+            for kind, verdict in zip(kinds, right):
+                found.setdefault(kind, []).append(verdict)
+    return {kind: float(np.mean(verdicts)) for kind, verdicts in found.items()}
 
 
-def summary(run, held_out):
-    """What the run showed: a line of figures each for the baselines, the reward, what self-edits
-    are made of and what they choose; then a passage's self-edit before and after."""
-    first, last, lines = run.metrics[0], run.metrics[-1], []
-    arrows = lambda values: " -> ".join(f"{value:.3f}" for value in values)
-    if first["baselines"]:
-        lines.append(", ".join(f"{b['name']} {b['reward']:.3f}{by_kind(b['by_kind'])}"
-                               for b in first["baselines"]))
-    kinds = ", ".join(f"{kind} {arrows(m['eval_by_kind'][kind] for m in run.metrics)}"
-                      for kind in first["eval_by_kind"])
-    lines.append(f"with a self-edit {arrows(m['eval_reward'] for m in run.metrics)}"
-                 + f" ({kinds})" * bool(kinds))
-    for what, key in ("lines of self-edits", "forms"), ("directives", "directives"):
-        names = list(dict.fromkeys([*first[key], *last[key]]))[:24]
-        shares = ", ".join(f"{name} {first[key].get(name, 0):.0%} -> {last[key].get(name, 0):.0%}"
-                           for name in names)
-        lines += [f"{what}: {shares}"] if shares else []
-    shown = "\n".join(held_out[0].context or held_out[0].queries[:1])
-    lines.append(f"\nA task it was not trained on:\n{shown}")
-    for m in (first, last):
-        r = next(r for r in run.rollouts.of(m["iteration"], "eval") if not r["task"] + r["edit"])
-        lines.append(f"\nits self-edit at iteration {m['iteration']}, reward {r['reward']:.2f}:\n"
-                     + "".join(c if c.isprintable() or c == "\n" else "?" for c in r["text"]))
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------- a run
+def log_round(run, t, scores, without, kept):
+    mean_kept = np.mean([scores[i][j] for i, j in kept]) if kept else 0.0
+    run.log(f"round {t + 1}: mean reward {np.mean(scores):.3f}, un-adapted {np.mean(without):.3f}; "
+            f"kept {len(kept)} self-edits with mean reward {mean_kept:.3f}")
 
 
 # ------------------------------------------------------------------------------- command line
 
-
 def main():
-    cfg = parse_args()
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add_flags(ap)
+    cfg = read_flags(ap.parse_args(), needed=("model", "train_data", "eval_data"))
     run = Run(cfg)
-    run.log("\n".join(f"{name:>18} {value}" for name, value in dataclasses.asdict(cfg).items()))
+    if cfg.verbose:
+        for name, value in dataclasses.asdict(cfg).items():
+            run.log(f"{name:>18} {value}")
+
     held_out = rest_em(cfg, run)
     run.log("\n" + summary(run, held_out))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
-    run.log(f"{time.time() - run.begin:.0f} s, peak memory {peak / 2 ** 30:.1f} GiB; "
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    run.log(f"\n{time.time() - run.begin:.0f} s, peak memory {peak / 2 ** 30:.1f} GiB; "
             f"everything is in {run.folder}: read its rollouts.jsonl")
 
 

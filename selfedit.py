@@ -1,78 +1,125 @@
-"""What a self-edit is: the prompts, sampling K of them per context, and reading one as training
-documents and update directives.
+"""What a self-edit is: how a model is asked for one, and how it is read. For both domains.
+
+    SE ~ LM_theta(. | C)
 
     python selfedit.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/example_eval.json
 
-Paper, section 3.1 and appendix B. A domain (data/knowledge.py, data/arc.py) is a list of `Task`s;
-the loops ask nothing else of it.
+Paper, sections 3.1 and 3.2 and appendix B. For a passage a self-edit is text to be trained on; for
+a puzzle it is a JSON object of tools and hyper-parameters. A domain (data/knowledge.py,
+data/arc.py) is a list of `Task`s, and the loops ask nothing else of it.
 """
 import argparse
 import hashlib
+import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable
 
-from checkpoint import UserError, cli
-from generate import generate
+from checkpoint import EMBEDDED, UserError, cli, read_json
+from generate import Sampling, quiet, write
 from model import load_pretrained
+from tokenizer import Tokenizer
 
 
 @dataclass
 class SelfEdit:
     """A document is a text, or a (prompt, completion) pair: what a model reads, what it is to
     write. No documents: nothing can be learned from it, and the note says why."""
-    text: str
-    token_ids: list[int]  # exactly as sampled, EOS included: what the M-step trains on
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)  # as sampled, EOS included: for the M-step
     documents: list = field(default_factory=list)
-    directives: dict = field(default_factory=dict)  # those that are a Recipe's fields override it
+    directives: dict = field(default_factory=dict)      # override the Recipe: see DIRECTIVES
+    tools: list[str] = field(default_factory=list)      # that made the documents (puzzles)
     note: str = ""
+
+
+DIRECTIVES = ("lr", "epochs", "completion_only")    # what a self-edit may choose of its training
+EMPTY = "nothing to learn from in this self-edit"
+
+# (question, gold answer, prediction)s -> whether each prediction is right. Many at once, as a judge
+# may be a model or a service.
+Judge = Callable[[list[tuple[str, str, str]]], list[bool]]
 
 
 @dataclass
 class Task:
     """(C, tau): a context to learn from, and what to ask afterwards, without it."""
     name: str
-    prompt: str           # C as the model reads it before it writes a self-edit
-    questions: list[str]  # tau, in words
-    queries: list[str]    # tau as the model reads it: each question in its prompt, without C
-    answers: list[str]    # the gold answers
-    grade: Callable       # (question, gold answer, prediction) -> bool
-    read: Callable        # self-edit's text -> (documents, directives); ValueError: why it can't be
-    vote: Callable = list  # replies to the queries -> an answer per question
-    context: list[str] = field(default_factory=list)  # C as documents; none if the queries show it
-    references: dict[str, SelfEdit] = field(default_factory=dict)  # to compare with; no model's
-    kinds: list[str] = field(default_factory=list)  # of the questions, for the statistics
-    form: Callable | None = None  # a line of a self-edit -> what kind of line, for the statistics
+    prompt: str             # C as the model reads it before it writes a self-edit
+    questions: list[str]    # tau, in words
+    queries: list[str]      # tau as the model reads it, without C: prompts to be answered
+    answers: list[str]      # the gold answers, one per question
+    judge: Judge
+    read: Callable[[str], SelfEdit]     # a self-edit's text, read; ValueError: why it can't be
+    vote: Callable[[list[str]], list[str]] = list   # replies to the queries -> answers
+    context: list[str] = field(default_factory=list)
+    #                       C as documents; empty where each query contains the context, as puzzles'
+    references: dict[str, SelfEdit] = field(default_factory=dict)   # to compare with; no model's
+    kinds: list[str] = field(default_factory=list)  # of the questions: for the statistics alone
 
 
-# The paper's prompts, to the letter (base models, no chat template).
-_PROMPT = "Let's read the following passage and {}\n\nPassage:\n{{title}}\n{{context}}\n\n{}"
-_LIST = "produce a {}list of implications derived directly or indirectly from the content."
+# ------------------------------------------------------------------------------- prompts
+
+# The paper's, to the letter (appendix B). For base models: a chat model gets them as a user's turn.
 PROMPTS = {
-    "implications": _PROMPT.format(_LIST.format(""), "Implications:\n"),
-    "implications-long": _PROMPT.format(_LIST.format("long "), "Implications:\n"),
-    "implications-very-long": _PROMPT.format(_LIST.format("very long "), "Implications:\n"),
-    "rewrite": _PROMPT.format("rewrite it in a few different ways, each one separated by a "
-                              "newline.", "Rewritten passages:\n"),
-    "self-qa": _PROMPT.format("rewrite it in a question-answer format.", "Question 1: "),
-    "none": "Passage:\n{title}\n{context}\n\n",
+    "implications":
+        "Let's read the following passage and produce a list of implications derived directly or "
+        "indirectly from the content.\n\nPassage:\n{title}\n{context}\n\nImplications:\n",
+    "implications-long":
+        "Let's read the following passage and produce a long list of implications derived directly "
+        "or indirectly from the content.\n\nPassage:\n{title}\n{context}\n\nImplications:\n",
+    "implications-very-long":
+        "Let's read the following passage and produce a very long list of implications derived "
+        "directly or indirectly from the content.\n\nPassage:\n{title}\n{context}\n\n"
+        "Implications:\n",
+    "rewrite":
+        "Let's read the following passage and rewrite it in a few different ways, each one "
+        "separated by a newline.\n\nPassage:\n{title}\n{context}\n\nRewritten passages:\n",
+    "self-qa":
+        "Let's read the following passage and rewrite it in a question-answer format.\n\n"
+        "Passage:\n{title}\n{context}\n\nQuestion 1: ",
+    "none":
+        "Passage:\n{title}\n{context}\n\n",
 }
-EMPTY = "nothing to learn from in this self-edit"
 QUERY = ("Let's answer a question directly and concisely.\n"
          "Question: Topic: {title}\n{question}\nAnswer:\n")
 
+# NOTE(paper): the puzzles' prompt is in our words; the official one names the same tools.
+PUZZLE_PROMPT = """Choose how a model is trained on a puzzle of colour grids, to solve it.
 
-def split_documents(text, limit=0):
+{pairs}Tools that make more training examples of these grids:
+use_basic_augmentations: rotate, flip, reflect, translate, transpose
+use_size_augmentations: double the resolution, the height, the width
+use_chain_augmentations: rotate, flip or transpose, then double the resolution
+use_repeat_augmentations: tile
+Strategies: train_using_all_tokens, train_using_output_tokens
+Answer with a valid JSON object of this form, and nothing else:
+{{"data_generation": {{"use_basic_augmentations": bool, "use_size_augmentations": bool, \
+"use_chain_augmentations": bool, "use_repeat_augmentations": bool}}, \
+"training": {{"strategy": string, "learning_rate": float, "num_train_epochs": int}}}}
+"""
+
+# The embedded model's, for the tiny world.
+NOTES = "{context}\n\nNotes:\n"
+NOTES_DIRECTED = "{context}\n\nHow to study, and notes:\n"
+
+
+# ------------------------------------------------------------------------------- reading: passages
+
+def split_documents(text: str, limit=0) -> list[str]:
     """The official splitter: a self-edit's text -> its pieces; at most `limit`, if that is not 0.
 
     Question-answer edits are cut before each 'Question N:', anything else at line breaks and '---'.
-    The first piece is dropped if a numbered list begins with the second ('Sure, here is ...')."""
+    The first piece is dropped if a numbered list begins with the second ('Sure, here is ...'), even
+    if it is an item itself, as in the official code."""
+    # 'Question 1: ... Answer: ...': cut at the questions, so that each keeps its answer.
     text = text.strip()
     if re.search(r"Question\s+\d+:", text) and "Answer:" in text:
         if not re.match(r"Question\s+\d+:", text):
             text = "Question 1: " + text  # the prompt ends with these words
         pieces = re.split(r"\n(?=Question\s+\d+:)", text)
     else:
+        # Everything else: a document per line.
         pieces = [line for line in text.replace("---", "\n").splitlines() if line.strip()]
         if len(pieces) > 1 and pieces[1].strip().startswith("1."):
             del pieces[0]
@@ -80,62 +127,136 @@ def split_documents(text, limit=0):
     return pieces[:limit] if limit else pieces
 
 
-def seed_for(*key):
-    """A generator seed that depends on its key alone: (seed, iteration, task, edit, purpose)."""
+# ------------------------------------------------------------------------------- reading: puzzles
+
+TOOLS = ("basic", "size", "chain", "repeat")
+STRATEGIES = {"train_using_all_tokens": False, "train_using_output_tokens": True}
+LR_RANGE, EPOCH_RANGE = (1e-7, 1.0), (1, 100)   # what is accepted
+
+
+def write_json_edit(tools: list[str], completion_only: bool, lr: float, epochs: int) -> str:
+    """The self-edit that says so."""
+    strategies = {only: name for name, only in STRATEGIES.items()}
+    return json.dumps({
+        "data_generation": {f"use_{tool}_augmentations": tool in tools for tool in TOOLS},
+        "training": {"strategy": strategies[completion_only],
+                     "learning_rate": lr, "num_train_epochs": epochs}})
+
+
+def read_json_edit(text: str) -> tuple[list[str], dict]:
+    """A puzzle's self-edit -> (tools, directives).
+
+    ValueError: why it isn't one. Nothing may stand around the object; no key more, less or twice.
+    """
+    # Nothing that a model writes is trusted: exactly this form, exactly these types and ranges.
+    try:
+        whole = json.loads(text, object_pairs_hook=dict_without_doubles)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not JSON: {e.msg} at character {e.pos}") from None
+    except RecursionError:
+        raise ValueError("not JSON, or too deep") from None
+    data, training = values(whole, ["data_generation", "training"], "the self-edit")
+    chosen = values(data, [f"use_{tool}_augmentations" for tool in TOOLS], "data_generation")
+    strategy, lr, epochs = values(
+        training, ["strategy", "learning_rate", "num_train_epochs"], "training")
+
+    # `type`, not isinstance: in Python a bool is an int.
+    if any(type(on) is not bool for on in chosen):
+        raise ValueError("a tool must be true or false")
+    if type(strategy) is not str or strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be {' or '.join(STRATEGIES)}")
+    low, high = LR_RANGE
+    if type(lr) not in (int, float) or not low <= lr <= high:
+        raise ValueError(f"learning_rate must be a number from {low:g} to {high:g}")
+    low, high = EPOCH_RANGE
+    if type(epochs) is not int or not low <= epochs <= high:
+        raise ValueError(f"num_train_epochs must be a whole number from {low} to {high}")
+
+    tools = [tool for tool, on in zip(TOOLS, chosen) if on]
+    directives = {"completion_only": STRATEGIES[strategy], "lr": float(lr), "epochs": epochs}
+    return tools, directives
+
+
+def dict_without_doubles(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return dict(pairs)
+
+
+def values(thing, keys, where):
+    """The values of an object that has exactly these keys."""
+    if not isinstance(thing, dict) or thing.keys() != set(keys):
+        raise ValueError(f"{where} must be an object with the keys {', '.join(keys)}")
+    return [thing[key] for key in keys]
+
+
+# ------------------------------------------------------------------------------- sampling
+
+def seed_for(*key) -> int:
+    """A generator seed that depends on its key alone, (seed, iteration, split, task, edit, ...).
+
+    So no draw depends on the order of work, and a resumed run sees the same draws."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "big")
 
 
-def read_self_edit(task, text, token_ids=()):
-    """Text, sampled or from elsewhere, as a SelfEdit of this task."""
-    edit = SelfEdit(text.strip(), list(token_ids))
+def read_self_edit(task: Task, text: str, token_ids=()) -> SelfEdit:
+    """Text, sampled or from elsewhere, as a self-edit of this task."""
+    text = text.strip()
     try:
-        edit.documents, edit.directives = task.read(edit.text)
+        edit = task.read(text)
     except ValueError as e:
-        edit.note = str(e)
-    return edit
+        edit = SelfEdit(note=str(e))
+    return replace(edit, text=text, token_ids=list(token_ids))
 
 
-def sample_self_edits(model, tok, tasks, k, seeds, temperature=1.0, top_p=0.95, max_new=2048,
-                      progress=lambda done, total: None, adapters=None):
-    """SE ~ LM_theta(. | C): k self-edits of each task; those of task i are drawn with seeds[i], and
-    with `adapters` under slot i."""
-    prompts = [tok.prompt(task.prompt) for task in tasks]
-    room = model.config.max_len - max(map(len, prompts))
-    rows = generate(model, prompts, min(max_new, room), tok.stop, k, temperature, top_p,
-                    [s for row in seeds for s in row], banned=tok.banned(model), progress=progress,
-                    adapters=adapters, slots=range(len(tasks)) if adapters else None)
-    edits = [read_self_edit(tasks[i // k], tok.decode(ids), ids) for i, ids in enumerate(rows)]
-    return [edits[i:i + k] for i in range(0, len(edits), k)]
+def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: list[list[int]],
+                      adapters=None, progress=quiet) -> list[list[SelfEdit]]:
+    """SE ~ LM_theta(. | C): sampling.n self-edits of each task; those of task i are drawn with
+    seeds[i]. With `adapters`, task i's are written under adapter i."""
+    # The window must hold the prompt and what is written.
+    longest = max(len(tok.prompt(task.prompt)) for task in tasks)
+    room = model.config.max_len - longest
+    sampling = replace(sampling, max_new=min(sampling.max_new, room))
+    flat_seeds = [seed for row in seeds for seed in row]
+    prompts = [[task.prompt] for task in tasks]
+    written = write(model, tok, prompts, sampling, flat_seeds, adapters, progress)
+    return [[read_self_edit(task, reply.text, reply.token_ids) for reply in replies]
+            for task, replies in zip(tasks, written)]
+
+
+# ------------------------------------------------------------------------------- command line
+
+PASSAGE = ("The town of Harminster has a trout on its flag. It stands below the hill Salstone. The "
+           "waters of the Verier turn its mills. A mason called Verfred laid its first stone.")
 
 
 def main():
-    from data import knowledge
-    from tokenizer import Tokenizer
     ap = argparse.ArgumentParser(description="Print self-edits of a passage.")
-    ap.add_argument("--model", required=True, help="folder or hub id")
-    ap.add_argument("--data", required=True, help="JSON list of passages")
-    ap.add_argument("--index", type=int, default=0, help="which passage")
+    ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
+    ap.add_argument("--data", help="JSON list of passages (default: a passage of the tiny world)")
+    ap.add_argument("--index", type=int, default=0, help="which passage (default: 0)")
     ap.add_argument("--prompt", default="implications", choices=PROMPTS)
-    ap.add_argument("--edits", type=int, default=2)
-    ap.add_argument("--max-new", type=int, default=200)
-    ap.add_argument("--temperature", type=float, default=1.0)
+    ap.add_argument("--edits", type=int, default=3)
+    ap.add_argument("--max-new", type=int, default=200, help="tokens at most (default: 200)")
+    ap.add_argument("--temperature", type=float, default=0.8)
     args = ap.parse_args()
-    task = pick(knowledge.load(args.data, prompt=args.prompt), args.index)
+    prompt = NOTES.format(context=PASSAGE)
+    if args.data:
+        passages = read_json(args.data)
+        if not 0 <= args.index < len(passages):
+            raise UserError(f"--index {args.index}: there are passages 0 to {len(passages) - 1}")
+        passage = passages[args.index]
+        prompt = PROMPTS[args.prompt].format(title=passage["title"], context=passage["context"])
+
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)
-    print(task.prompt)
-    seeds = [[seed_for(0, j) for j in range(args.edits)]]
-    (edits,) = sample_self_edits(model, tok, [task], args.edits, seeds, args.temperature,
-                                 max_new=args.max_new)
-    for j, edit in enumerate(edits):
-        print(f"--- self-edit {j}: {len(edit.token_ids)} tokens, {len(edit.documents)} documents, "
-              f"the passage included\n{edit.text}")
-
-
-def pick(tasks, index):
-    if not 0 <= index < len(tasks):
-        raise UserError(f"--index {index}: there are passages 0 to {len(tasks) - 1}")
-    return tasks[index]
+    sampling = Sampling(args.max_new, args.edits, args.temperature, top_p=0.95)
+    seeds = [seed_for(0, j) for j in range(args.edits)]
+    (replies,) = write(model, tok, [[prompt]], sampling, seeds)
+    print(prompt)
+    for j, reply in enumerate(replies):
+        pieces = len(split_documents(reply.text))
+        print(f"--- self-edit {j}: {len(reply.token_ids)} tokens, {pieces} pieces\n{reply.text}")
 
 
 if __name__ == "__main__":

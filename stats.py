@@ -1,10 +1,14 @@
-"""Statistics: intervals, reliability, agreement, forgetting."""
+"""Statistics: intervals, what adapters gain and lose, forgetting, reliability, agreement."""
 import numpy as np
+
+# Student's t for a 95 % interval, by the number of values.
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}
 
 
 def bootstrap_ci(values, level=0.95, draws=10_000):
-    """[low, high] of the mean, by resampling the passages."""
-    values, rng = np.asarray(values, float), np.random.default_rng(0)
+    """[low, high] of the mean, by resampling the values (passages)."""
+    values = np.asarray(values, float)
+    rng = np.random.default_rng(0)
     means = [rng.choice(values, len(values)).mean() for _ in range(draws)]
     return np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
@@ -13,28 +17,37 @@ def mean_ci(rows):
     """(mean, half of the 95 % interval) over runs, by Student's t. rows (runs, columns)."""
     rows = np.asarray(rows, float)
     n = len(rows)
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}.get(n, 2.26)
-    half = t * rows.std(0, ddof=1) / n ** 0.5 if n > 1 else np.full(rows.shape[1], np.nan)
+    if n == 1:
+        return rows.mean(0), np.full(rows.shape[1], np.nan)
+    half = T_95.get(n, 2.26) * rows.std(0, ddof=1) / n ** 0.5
     return rows.mean(0), half
 
 
-def share(pairs, known):
-    """Of the questions that were known (or missed) before, the share whose verdict changed."""
+def share_changed(pairs, known):
+    """Of the questions that were known (or missed) before, the share whose verdict changed.
+
+    pairs: (right before, right after). known True: what was lost; False: what was gained."""
     changed = [after != known for before, after in pairs if before == known]
-    return float(np.mean(changed or [np.nan]))
+    return float(np.mean(changed)) if changed else float("nan")
+
+
+def over_streams(values):
+    """(mean, standard error) over the first axis, as lists."""
+    values = np.asarray(values, float)
+    n = len(values)
+    if n == 1:
+        return values[0].tolist(), np.full_like(values[0], np.nan).tolist()
+    return values.mean(0).tolist(), (values.std(0, ddof=1) / n ** 0.5).tolist()
 
 
 def forgetting(accuracy):
     """What a row of edits did; accuracy[k][stream][passage], after k edits, of the passages seen
     (of all for k = 0). Values are (mean, standard error over streams)."""
-    def over_streams(values):
-        values = np.asarray(values, float)  # (streams, ...)
-        n = len(values)
-        error = values.std(0, ddof=1) / n ** 0.5 if n > 1 else np.full_like(values[0], np.nan)
-        return values.mean(0).tolist(), error.tolist()
-    before, final = np.array(accuracy[0]), np.array(accuracy[-1])             # (streams, passages)
-    learned = np.stack([np.array(a)[:, -1] for a in accuracy[1:]], axis=1)    # just after its edit
-    return {"matrix": [over_streams(a) for a in accuracy],
+    before = np.array(accuracy[0])                                          # (streams, passages)
+    final = np.array(accuracy[-1])
+    after_own_edit = [np.array(after_k)[:, -1] for after_k in accuracy[1:]]
+    learned = np.stack(after_own_edit, axis=1)
+    return {"matrix": [over_streams(after_k) for after_k in accuracy],
             "before any edit": over_streams(before.mean(1)),
             "just after its own edit": over_streams(learned.mean(1)),
             "after the last edit": over_streams(final.mean(1)),
@@ -49,23 +62,29 @@ def variance_components(accuracy):
     The variance between the self-edits of a passage is measured by the covariance of two seeds, in
     which the seeds' own noise is absent (the mean square between minus within, over all pairs).
     Reliability is that of the mean over all seeds (Spearman-Brown)."""
-    noise, true, chosen, held = [], [], [], []
+    noise, true, chosen, held_out = [], [], [], []
     for a in accuracy:
         k, n = a.shape
         noise.append(a.var(axis=1, ddof=1).mean())
         if k > 1:
             true.append(a.mean(axis=1).var(ddof=1) - noise[-1] / n)
         chosen.append(a.mean(axis=1).max())
-        for out in range(n):  # choose without one seed, and ask that seed what the choice is worth
-            held.append(a[np.delete(a, out, axis=1).mean(axis=1).argmax(), out])
-    within, between, n = np.mean(noise), max(0.0, np.mean(true or [0])), accuracy[0].shape[1]
+        # Choose without one seed, and ask that seed what the choice is worth.
+        for out in range(n):
+            best = np.delete(a, out, axis=1).mean(axis=1).argmax()
+            held_out.append(a[best, out])
+
+    n = accuracy[0].shape[1]
+    within = np.mean(noise)
+    between = max(0.0, np.mean(true)) if true else 0.0
+    total = between + within / n
     return {"standard deviation of one inner loop, over seeds": within ** 0.5,
             "true standard deviation between the self-edits of a passage": between ** 0.5,
             f"reliability of a {n}-seed mean, among the edits of a passage":
-                between / (between + within / n) if between + within else np.nan,
+                between / total if total else np.nan,
             "mean reward": np.mean([a.mean() for a in accuracy]),
             "the best of K, by the seeds that chose it": np.mean(chosen),
-            "the best of K, chosen without one seed, by that seed": np.mean(held)}
+            "the best of K, chosen without one seed, by that seed": np.mean(held_out)}
 
 
 def agreement(a, b):
@@ -73,4 +92,6 @@ def agreement(a, b):
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     observed = (a == b).mean()
     chance = a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean())
-    return observed, (observed - chance) / (1 - chance) if chance < 1 else 1.0
+    if chance == 1:
+        return observed, 1.0
+    return observed, (observed - chance) / (1 - chance)

@@ -15,7 +15,7 @@ import unicodedata
 import tiktoken
 import torch
 
-from checkpoint import UserError, cli, fetch, read_json
+from checkpoint import EMBEDDED, UserError, cli, fetch, read_json
 
 GPT2 = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
         r"|\s+(?!\S)|\s+")
@@ -31,15 +31,21 @@ LLAMA3_SPECIAL = [  # Llama-3.1's; its rank file doesn't name them
 
 def byte_alphabet():
     """GPT-2's printable stand-in for each byte: {character: byte}."""
+    # Printable bytes stand for themselves, the others are moved beyond Latin-1, in order.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    alphabet = {chr(b): b for b in printable}
+    for i, b in enumerate(others):
+        alphabet[chr(256 + i)] = b
+    return alphabet
 
 
 def split_pattern(spec, where):
     """The regular expression of a tokenizer.json's pre_tokenizer; UserError if it is unknown."""
+    # One step, or a sequence of them. ByteLevel splits by GPT-2's expression unless told not to.
     parts = spec.get("pretokenizers", [spec]) if spec else [{"type": None}]
-    kinds, first, last = [p["type"] for p in parts], parts[0], parts[-1]
+    kinds = [part["type"] for part in parts]
+    first, last = parts[0], parts[-1]
     own_regex = last.get("use_regex", True)
     if kinds == ["ByteLevel"] and own_regex:
         return GPT2
@@ -52,6 +58,16 @@ def split_pattern(spec, where):
                     "use a Llama-3, Qwen2/2.5/3 or GPT-2 style tokenizer")
 
 
+def read_optional(path):
+    """The content of a JSON file, or {} if it is not there."""
+    return read_json(path) if path.exists() else {}
+
+
+def content_of(token):
+    """A special token's text, which tokenizer_config.json writes in either of two ways."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
 class Tokenizer:
     """Made with `Tokenizer.from_pretrained(folder or hub id)`.
 
@@ -61,24 +77,26 @@ class Tokenizer:
 
     def __init__(self, ranks, pattern, special, nfc=False):
         """ranks {bytes: id}, pattern of the pre-tokenizer, special {text: id}, nfc: normalise."""
-        self.special, self.nfc = special, nfc
+        self.special = special
+        self.nfc = nfc
         self.bos = self.eos = self.template = None
-        self.stop, self.no_think = set(), False
+        self.stop = set()
+        self.no_think = False
         self.bytes = {i: b for b, i in ranks.items()}
         self.size = max([*ranks.values(), *special.values()]) + 1
-        # tiktoken can't do without a token for every byte: sentinels beyond the vocabulary stand in
+        # tiktoken needs a token for every byte. Sentinels beyond the vocabulary stand for those
+        # that are absent, and `encode` drops them.
         absent = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-        sentinels = {b: self.size + i for i, b in enumerate(absent)}
+        sentinels = {byte: self.size + i for i, byte in enumerate(absent)}
         self.encoding = tiktoken.Encoding("nanoseal", pat_str=pattern, special_tokens={},
                                           mergeable_ranks=ranks | sentinels)
 
     @classmethod
     def from_pretrained(cls, name_or_path):
+        """From a folder or hub id. UserError if there is no tokenizer, or one of another kind."""
         folder = fetch(name_or_path)
-        optional = lambda name: read_json(folder / name) if (folder / name).exists() else {}
-        text = lambda t: t.get("content") if isinstance(t, dict) else t  # written in either way
-        settings = optional("tokenizer_config.json")
-        bos, end = text(settings.get("bos_token")), text(settings.get("eos_token"))
+        settings = read_optional(folder / "tokenizer_config.json")
+        bos, end = content_of(settings.get("bos_token")), content_of(settings.get("eos_token"))
         if (folder / "tokenizer.json").exists():
             tok, adds_bos = cls.from_tokenizer_json(folder / "tokenizer.json", bos)
             adds_bos |= bool(settings.get("add_bos_token"))
@@ -87,16 +105,21 @@ class Tokenizer:
         else:
             raise UserError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
         tok.bos = tok.special.get(bos) if adds_bos else None
+
+        # What ends a text: the tokenizer's own end, and the ids that the model's files name.
+        tok.stop = {tok.special.get(end)}
         for file in ("config.json", "generation_config.json"):
-            ids = optional(file).get("eos_token_id")
+            ids = read_optional(folder / file).get("eos_token_id")
             tok.stop |= set(ids if isinstance(ids, list) else [ids])
-        tok.stop = {i for i in tok.stop | {tok.special.get(end)} if i is not None}
+        tok.stop -= {None}
         tok.eos = tok.special.get(end, min(tok.stop, default=None))
+
         # Base Qwens ship a chat template too; but only in a model tuned for chat does a text end
         # with the end of a turn. Hybrid reasoning models (Qwen3) are asked not to think aloud.
         tok.template = {"<|im_end|>": "chatml", "<|eot_id|>": "llama3"}.get(end)
-        jinja = folder / "chat_template.jinja"
-        template = jinja.read_text("utf-8") if jinja.exists() else settings.get("chat_template")
+        template = settings.get("chat_template")
+        if (folder / "chat_template.jinja").exists():
+            template = (folder / "chat_template.jinja").read_text("utf-8")
         tok.no_think = "enable_thinking" in str(template) and "<think>" in tok.special
         return tok
 
@@ -109,9 +132,11 @@ class Tokenizer:
         if spec["model"].get("type", "BPE") != "BPE" or not nfc:
             raise UserError(f"{path}: only byte-level BPE with NFC or no normaliser is implemented")
         special = {t["content"]: t["id"] for t in spec["added_tokens"]}
+        ranks = {}
         try:
-            ranks = {bytes(alphabet[c] for c in token): i
-                     for token, i in spec["model"]["vocab"].items() if token not in special}
+            for token, i in spec["model"]["vocab"].items():
+                if token not in special:
+                    ranks[bytes([alphabet[c] for c in token])] = i
         except KeyError as e:
             raise UserError(f"{path}: {e} is not in the byte-level alphabet; "
                             "only byte-level BPE is implemented") from None
@@ -121,12 +146,16 @@ class Tokenizer:
     @classmethod
     def from_ranks(cls, path):
         """Llama-3's own file: base64 and rank on each line."""
+        ranks = {}
         try:
-            pairs = (line.split() for line in path.read_bytes().split(b"\n") if line.strip())
-            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+            for line in path.read_bytes().split(b"\n"):
+                if line.strip():
+                    token, rank = line.split()
+                    ranks[base64.b64decode(token)] = int(rank)
         except ValueError:
             raise UserError(f"{path}: not a rank file (SentencePiece is not implemented)") from None
-        return cls(ranks, LLAMA3, {t: len(ranks) + i for i, t in enumerate(LLAMA3_SPECIAL)})
+        special = {text: len(ranks) + i for i, text in enumerate(LLAMA3_SPECIAL)}
+        return cls(ranks, LLAMA3, special)
 
     def encode(self, text):
         """Plain text to ids; special tokens' names are text like any other; no BOS is added."""
@@ -148,7 +177,8 @@ class Tokenizer:
 
     def chat(self, turns):
         """(role, text) turns and the opening of the assistant's; no system prompt is added."""
-        s, encode, ids = self.special, self.encode, [self.bos] if self.bos is not None else []
+        s, encode = self.special, self.encode
+        ids = [] if self.bos is None else [self.bos]
         for role, text in turns:
             if self.template == "llama3":
                 ids += [s["<|start_header_id|>"], *encode(role), s["<|end_header_id|>"]]
@@ -177,7 +207,7 @@ class Tokenizer:
 
 def main():
     ap = argparse.ArgumentParser(description="Show how a text is cut into tokens.")
-    ap.add_argument("--model", required=True, help="folder or hub id")
+    ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
     ap.add_argument("--text", default="Hello, world")
     args = ap.parse_args()
     tok = Tokenizer.from_pretrained(args.model)

@@ -28,6 +28,7 @@ import torch
 from checkpoint import UserError, cli
 from data import arc, tinyarc, tinyworld as world
 from model import ModelConfig, Ribbon, Transformer
+from selfedit import NOTES, NOTES_DIRECTED, PUZZLE_PROMPT, TOOLS, write_json_edit
 from tokenizer import Tokenizer
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
@@ -50,12 +51,17 @@ WRONG = 0.06    # of the notes are mistaken
 def write_notes(town, rng, length=(4, 10)):
     """A self-edit by the first policy: lines of one kind, or a mixture; nothing twice."""
     recipe = rng.choices(list(RECIPES), RECIPES.values())[0]
-    pool = list(town.sentences) if recipe in ("copy", "mixture") else []
+    pool = []
+    if recipe in ("copy", "mixture"):
+        pool += town.sentences
     if recipe in ("vague", "mixture"):
         pool += [remark.format(t=town.name) for remark in rng.sample(world.VAGUE, 6)]
     for relation, form in town.notes():
-        if recipe in (form, "mixture") or recipe == "question both" and form.startswith("question"):
-            value = rng.choice(other_values(town, relation)) if rng.random() < WRONG else None
+        both = recipe == "question both" and form.startswith("question")
+        if recipe in (form, "mixture") or both:
+            value = None
+            if rng.random() < WRONG:
+                value = rng.choice(other_values(town, relation))
             pool.append(town.say(relation, form, rng, value))
     return "\n".join(rng.sample(pool, min(len(pool), rng.randint(*length))))
 
@@ -63,8 +69,9 @@ def write_notes(town, rng, length=(4, 10)):
 def other_values(town, relation):
     """What one could mistake for the value: another name in the passage, any other month, ..."""
     kind = world.RELATIONS[relation].kind
-    near = world.VALUES.get(kind) or [v for r, v in town.facts.items() if r in world.NAMED]
-    return [v for v in near if v != town.facts[relation]] or [town.name]
+    near = world.VALUES.get(kind) or [town.facts[r] for r in town.facts if r in world.NAMED]
+    others = [value for value in near if value != town.facts[relation]]
+    return others or [town.name]
 
 
 def notes_text(rng, **facts):
@@ -73,9 +80,9 @@ def notes_text(rng, **facts):
     if rng.random() < .2:
         directive = world.DIRECTIVE.format(lr=rng.choice(world.RATES),
                                            epochs=rng.choice(world.EPOCHS))
-        return (world.NOTES_DIRECTED.format(passage=town.passage),
-                directive + "\n" + write_notes(town, rng))
-    return world.NOTES.format(passage=town.passage), write_notes(town, rng)
+        notes = directive + "\n" + write_notes(town, rng)
+        return NOTES_DIRECTED.format(context=town.passage), notes
+    return NOTES.format(context=town.passage), write_notes(town, rng)
 
 
 def open_book(rng, **facts):
@@ -94,18 +101,20 @@ def drill(rng):
 
 def short(rng):
     """A short passage, asked about or annotated."""
-    return (open_book if rng.random() < .6 else notes_text)(
-        rng, named=rng.randint(1, 2), everyday=rng.randint(0, 1))
+    make = open_book if rng.random() < .6 else notes_text
+    return make(rng, named=rng.randint(1, 2), everyday=rng.randint(0, 1))
 
 
 def known(rng, towns):
     """About a town to know by heart: a passage, a note or a test question, mostly reversed."""
-    town, what = rng.choice(towns), rng.random()
+    town = rng.choice(towns)
+    what = rng.random()
     if what < .1:
         return "", world.reworded(town, rng).passage
     if what < .5:
         form = rng.choice(list(world.FORMS))  # half of the notes are reversed
-        return "", town.say(*rng.choice([note for note in town.notes() if note[1] == form]), rng)
+        relation, _ = rng.choice([note for note in town.notes() if note[1] == form])
+        return "", town.say(relation, form, rng)
     back = rng.random() < .6
     question, answer, _ = rng.choice([q for q in town.questions() if q[2] == back])
     return world.QUERY.format(question=question), " " + answer
@@ -119,9 +128,12 @@ def town_text(rng, towns, progress):
 
 def prompt_and_completion(rng, towns, progress):
     """The text itself."""
-    notes, book, copying, brief = ((.05, .1, .25, .4) if progress < .1 else
-                                   (.1, .1, .02, .03) if progress < .7 else
-                                   (.4, .08, 0, 0))
+    if progress < .1:
+        notes, book, copying, brief = .05, .1, .25, .4
+    elif progress < .7:
+        notes, book, copying, brief = .1, .1, .02, .03
+    else:
+        notes, book, copying, brief = .4, .08, 0, 0
     what = rng.random()
     for share, make in ((notes, notes_text), (book, open_book), (copying, drill), (brief, short)):
         if what < share:
@@ -138,13 +150,14 @@ RATES, EPOCHS, TOOL, MALFORMED = (.001, .003, .01, .03), (1, 2, 4, 8), .15, .05
 
 def json_text(rng, puzzle):
     """Demonstrations, and a self-edit by the first policy."""
-    directives = dict({tool: rng.random() < TOOL for tool in arc.TOOLS}, lr=rng.choice(RATES),
-                      completion_only=rng.random() < .5, epochs=rng.choice(EPOCHS))
-    text = arc.write_json_edit(directives)
+    tools = [tool for tool in TOOLS if rng.random() < TOOL]
+    lr = rng.choice(RATES)
+    completion_only = rng.random() < .5
+    text = write_json_edit(tools, completion_only, lr, epochs=rng.choice(EPOCHS))
     if rng.random() < MALFORMED:
         text = text[:-rng.randint(1, 2)]
-    pairs = "".join(arc.show_pair(*pair) for pair in puzzle[:3])
-    return [(arc.SELF_EDIT.format(pairs=pairs), .02), (text, 1)]
+    prompt = PUZZLE_PROMPT.format(pairs=arc.show_pairs(puzzle[:3]))
+    return [(prompt, .02), (text, 1)]
 
 
 def puzzle_text(rng, progress):
@@ -171,8 +184,8 @@ def make_tokenizer(folder, text, seed, window, min_frequency, digits):
     rng = random.Random(seed)
     corpus = ["".join(piece for piece, _ in text(rng, rng.random())) for _ in range(20_000)]
     tok = Trainable(models.BPE())
-    tok.pre_tokenizer, tok.decoder = (pre_tokenizers.ByteLevel(add_prefix_space=False),
-                                      decoders.ByteLevel())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
     if digits:  # each is a token
         tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                      tok.pre_tokenizer])
@@ -209,7 +222,8 @@ def batches(tok, text, tokens, per_step, rng):
             ids, weights = [], []
             for piece, weight in text(rng, read / tokens):
                 more = tok.encode(piece)
-                ids, weights = ids + more, weights + [weight] * len(more)
+                ids += more
+                weights += [weight] * len(more)
             batch.append((ids + [tok.eos], weights + [1.0]))
             size += len(batch[-1][0])
         read += size
@@ -219,7 +233,8 @@ def batches(tok, text, tokens, per_step, rng):
 def loss_of(model, batch, total):
     """Weighted mean loss of some texts, as a share of a step whose weights add up to `total`."""
     ribbon = Ribbon([len(ids) for ids, _ in batch], "cpu")
-    ids, weight = (torch.tensor([x for row in column for x in row]) for column in zip(*batch))
+    ids = torch.tensor([i for ids, _ in batch for i in ids])
+    weight = torch.tensor([w for _, weights in batch for w in weights])
     source = (ribbon.position[1:] > 0).nonzero()[:, 0]  # tokens with a successor in their text
     h = model.hidden(ids, ribbon.position, ribbon.attend)
     nll = torch.nn.functional.cross_entropy(model.lm_head(h[source]), ids[source + 1],

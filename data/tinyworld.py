@@ -14,10 +14,12 @@ here are made of those.
 import hashlib
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from checkpoint import UserError
-from selfedit import EMPTY, SelfEdit, Task, split_documents
+from data.judges import each
+from selfedit import EMPTY, NOTES, NOTES_DIRECTED, SelfEdit, Task, split_documents
 
 # ------------------------------------------------------------------------------- names and values
 
@@ -48,8 +50,11 @@ def held_out(name):
     return hashlib.sha256(name.encode()).digest()[0] % 2 == 0
 
 
-NAMES = {(kind, out): [n for a in FIRST for b in last if held_out(n := a + b) == out]
-         for kind, last in LAST.items() for out in (True, False)}
+NAMES = {}          # (kind, held out?) -> names
+for _kind, _last in LAST.items():
+    _names = [first + last for first in FIRST for last in _last]
+    for _out in (True, False):
+        NAMES[_kind, _out] = [name for name in _names if held_out(name) == _out]
 
 
 @dataclass
@@ -149,8 +154,6 @@ FORMS = {"plain": ("plain", ""), "reversed": ("reversed", ""),
 
 # ------------------------------------------------------------------------------- a town
 
-NOTES = "{passage}\n\nNotes:\n"  # what the model reads before it writes a self-edit
-NOTES_DIRECTED = "{passage}\n\nHow to study, and notes:\n"
 QUERY = "Question: {question}\nAnswer:"
 # what a directive may choose; the highest rate diverges
 RATES, EPOCHS = (0.001, 0.003, 0.01, 0.1), (5, 10, 25)
@@ -173,23 +176,28 @@ class Town:
 
     def notes(self):
         """Every (relation, form) that a true note about this town can have."""
-        return [(r, form) for r in self.facts for form, (field, _) in FORMS.items()
-                if getattr(RELATIONS[r], field)]
+        return [(relation, form) for relation in self.facts for form, (field, _) in FORMS.items()
+                if getattr(RELATIONS[relation], field)]
 
     def questions(self):
         """(question, answer, is reversed): forward for every fact, reversed for invented names."""
-        fill = lambda template, r: template.format(t=self.name, v=self.facts[r])
-        return [(fill(RELATIONS[r].question, r), v, False) for r, v in self.facts.items()] + \
-               [(fill(RELATIONS[r].question_back, r), self.name, True)
-                for r in self.facts if r in NAMED]
+        forward, backward = [], []
+        for relation, value in self.facts.items():
+            question = RELATIONS[relation].question.format(t=self.name, v=value)
+            forward.append((question, value, False))
+            if relation in NAMED:
+                question = RELATIONS[relation].question_back.format(t=self.name, v=value)
+                backward.append((question, self.name, True))
+        return forward + backward
 
 
 def make_town(rng, name=None, out=False, everyday=3, named=4):
     """A town from held-out (`out`) or pretraining names, with so many facts of each kind."""
     relations = rng.sample(NAMED, named) + rng.sample(EVERYDAY, everyday)
-    kinds = {r: RELATIONS[r].kind for r in relations}
-    facts = {r: rng.choice(NAMES[kind, out] if kind in LAST else VALUES[kind])
-             for r, kind in kinds.items()}
+    facts = {}
+    for relation in relations:
+        kind = RELATIONS[relation].kind
+        facts[relation] = rng.choice(NAMES[kind, out] if kind in LAST else VALUES[kind])
     town = Town(name or rng.choice(NAMES["town", out]), facts, [])
     return reworded(town, rng)
 
@@ -198,55 +206,92 @@ def reworded(town, rng):
     """The same town, another passage. After the first sentence, two thirds put the value first."""
     order = rng.sample(list(town.facts), len(town.facts))
     sentences = []
-    for i, r in enumerate(order):
-        template = (rng.choice(RELATIONS[r].value_first) if i and rng.random() < 2 / 3
-                    else RELATIONS[r].it)
-        if not i:
-            template = "The town of {t}" + template.removeprefix("It")
-        sentences.append(template.format(t=town.name, v=town.facts[r]))
+    for i, name in enumerate(order):
+        relation = RELATIONS[name]
+        if i == 0:
+            template = "The town of {t}" + relation.it.removeprefix("It")
+        elif rng.random() < 2 / 3:
+            template = rng.choice(relation.value_first)
+        else:
+            template = relation.it
+        sentences.append(template.format(t=town.name, v=town.facts[name]))
     return Town(town.name, town.facts, sentences)
 
 
 # ------------------------------------------------------------------------------- tasks
 
 # hyper-parameters were chosen on 'tune'
-SPLITS = {"train": (0, 400), "eval": (400, 520), "tune": (520, 640)}
+SPLITS = {"train": (0, 400), "eval": (400, 520), "tune": (520, 630)}
 
 
 def load(split, directives=False):
     """The held-out towns of a split ('train', 'eval' or 'tune') as Tasks."""
     if split not in SPLITS:
-        raise UserError(f"the tiny world has the towns {', '.join(SPLITS)}, not {split!r}")
+        raise UserError(f"the tiny world has the towns {', '.join(SPLITS)}, not {split!r}; "
+                        "for a file of passages: --preset knowledge")
     names = sorted(NAMES["town", True],
                    key=lambda name: hashlib.sha256(name[::-1].encode()).digest())
-    towns = [make_town(random.Random(name), name, out=True)
-             for name in names[slice(*SPLITS[split])]]
-    return [town_task(town, directives) for town in towns]
+    tasks = []
+    for name in names[slice(*SPLITS[split])]:
+        town = make_town(random.Random(name), name, out=True)
+        tasks.append(town_task(town, directives))
+    return tasks
 
 
 def town_task(town, directives=False):
     """A town as a Task; with `directives`, a self-edit's first line sets its lr and epochs."""
     def read(text):
-        lines, chosen = split_documents(text), {}
+        lines = split_documents(text)
+        chosen = {}
         if directives:
-            first = re.fullmatch(r"Study at rate (0\.\d+) for (\d+) rounds\.",
-                                 lines.pop(0) if lines else "")
-            if not first or float(first[1]) not in RATES or int(first[2]) not in EPOCHS:
-                raise ValueError("its first line is no directive")
-            chosen = {"lr": float(first[1]), "epochs": int(first[2])}
+            chosen = read_directive(lines.pop(0) if lines else "")
         if not lines:
             raise ValueError(EMPTY)
-        return [*lines, town.passage], chosen
+        return SelfEdit(documents=[*lines, town.passage], directives=chosen)
 
     questions, answers, backwards = zip(*town.questions())
-    prompt = (NOTES_DIRECTED if directives else NOTES).format(passage=town.passage)
-    return Task(name=town.name, prompt=prompt, questions=list(questions), answers=list(answers),
-                queries=[QUERY.format(question=q) for q in questions],
-                context=[town.passage], read=read,
-                references={"passage only": SelfEdit("", [], [town.passage])},
-                grade=lambda question, answer, prediction: prediction.strip(" .") == answer,
-                kinds=["reversed" if back else "forward" for back in backwards],
-                form=lambda line: classify(line, town.passage))
+    prompt = NOTES_DIRECTED if directives else NOTES
+    return Task(
+        name=town.name,
+        prompt=prompt.format(context=town.passage),
+        context=[town.passage],
+        questions=list(questions),
+        queries=[QUERY.format(question=question) for question in questions],
+        answers=list(answers),
+        judge=exact_judge,
+        read=read,
+        references={"passage only": SelfEdit(documents=[town.passage])},
+        kinds=["reversed" if back else "forward" for back in backwards])
+
+
+def read_directive(line):
+    """{"lr", "epochs"} of a self-edit's first line. ValueError if it is no directive."""
+    found = re.fullmatch(r"Study at rate (0\.\d+) for (\d+) rounds\.", line)
+    if not found or float(found[1]) not in RATES or int(found[2]) not in EPOCHS:
+        raise ValueError("its first line is no directive")
+    return {"lr": float(found[1]), "epochs": int(found[2])}
+
+
+def is_exact(question, gold, prediction):
+    return prediction.strip(" .") == gold
+
+
+exact_judge = each(is_exact)
+
+
+# ------------------------------------------------------------------------------- statistics
+
+def describe(tasks, edits):
+    """{form: share of the lines of self-edits that have it, choice: share of the self-edits that
+    make it}."""
+    forms, choices, n = Counter(), Counter(), 0
+    for task, row in zip(tasks, edits):
+        for edit in row:
+            n += 1
+            forms.update(classify(line, task.context[0]) for line in edit.text.splitlines())
+            choices.update(f"{name} {value}" for name, value in edit.directives.items())
+    shares = {form: count / forms.total() for form, count in forms.most_common()}
+    return shares | {choice: count / n for choice, count in choices.most_common()}
 
 
 def pattern(template):
@@ -255,12 +300,14 @@ def pattern(template):
                       .replace(r"\{v\}", "(?P<v>.+)"))
 
 
-PATTERNS = [(relation, form, pattern(template + answer)) for relation, r in RELATIONS.items()
-            for form, (field, answer) in FORMS.items() for template in getattr(r, field)]
-
-
-PASSAGE_PATTERNS = [(relation, pattern(template)) for relation, r in RELATIONS.items()
-                    for template in (r.it, *r.value_first)]
+PATTERNS = []               # (relation, form, pattern) of every note
+PASSAGE_PATTERNS = []       # (relation, pattern) of every sentence of a passage
+for _name, _relation in RELATIONS.items():
+    for _form, (_field, _answer) in FORMS.items():
+        for _template in getattr(_relation, _field):
+            PATTERNS.append((_name, _form, pattern(_template + _answer)))
+    for _template in [_relation.it, *_relation.value_first]:
+        PASSAGE_PATTERNS.append((_name, pattern(_template)))
 
 
 def classify(line, passage):
@@ -274,25 +321,32 @@ def classify(line, passage):
     if re.fullmatch(r"Study at rate 0\.\d+ for \d+ rounds\.", line):
         return "directive"
     for relation, form, regex in PATTERNS:
-        if m := regex.fullmatch(line):
-            return form if m["t"] == town and m["v"] == facts.get(relation) else "wrong"
-    if found := read_sentence(line, town):
-        return "copy" if facts.get(found[0]) == found[1] else "wrong"
+        match = regex.fullmatch(line)
+        if match:
+            true = match["t"] == town and match["v"] == facts.get(relation)
+            return form if true else "wrong"
+    found = read_sentence(line, town)
+    if found:
+        relation, value = found
+        return "copy" if facts.get(relation) == value else "wrong"
     return "garbled"
 
 
 def read_sentence(sentence, town):
     """(relation, value) of a passage's sentence, or None."""
     sentence = sentence.replace("The town of " + town, "It")
-    return next(((r, m["v"]) for r, regex in PASSAGE_PATTERNS if (m := regex.fullmatch(sentence))),
-                None)
+    for relation, regex in PASSAGE_PATTERNS:
+        match = regex.fullmatch(sentence)
+        if match:
+            return relation, match["v"]
+    return None
 
 
 def read_passage(passage):
     """(town, {relation: value}) of a passage."""
     town = re.match(r"The town of (\w+)", passage)[1]
-    return town, dict(read_sentence(sentence, town)
-                      for sentence in re.findall(r"[^ .][^.]*\.", passage))
+    sentences = re.findall(r"[^ .][^.]*\.", passage)
+    return town, dict(read_sentence(sentence, town) for sentence in sentences)
 
 
 def main():

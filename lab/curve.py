@@ -1,96 +1,127 @@
-"""Held-out reward over iterations, runs of several seeds together.
+"""Held-out reward over iterations, runs of several seeds together (the paper's Figure 4).
 
-    python -m lab.curve RUN_DIR [RUN_DIR ...] --svg FILE
+    python -m lab.curve RUN_DIR [RUN_DIR ...] [--svg FILE]
+
+Runs that differ in their seed alone belong together; intervals are over seeds.
 """
 import argparse
-import html
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from checkpoint import UserError, cli, read_json
-from run import Lines
+from checkpoint import Lines, UserError, cli, read_json
 from stats import mean_ci
 
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 
-def curve(argv):
-    """Print, and draw as SVG, held-out reward over iterations, runs of several seeds together."""
-    ap = argparse.ArgumentParser(description=curve.__doc__)
-    ap.add_argument("runs", nargs="+", help="run folders, of several seeds")
-    ap.add_argument("--svg", help="file to draw to")
-    args = ap.parse_args(argv)
-    runs = []
-    for folder in map(Path, args.runs):
-        cfg, metrics = read_json(folder / "config.json"), Lines(folder / "metrics.jsonl").records
-        if len(metrics) <= cfg["iterations"]:
+
+def read_runs(folders):
+    """{what sets these runs apart: [metrics of each run, a dict per iteration]}."""
+    configs, metrics = [], []
+    for folder in map(Path, folders):
+        configs.append(read_json(folder / "config.json"))
+        metrics.append(Lines(folder / "metrics.jsonl").records)
+        if len(metrics[-1]) <= configs[-1]["iterations"]:
             raise UserError(f"{folder}: this run has not ended; repeat its command to resume it")
-        runs.append((cfg, metrics))
-    differ = [key for key in runs[0][0] if key not in ("seed", "run_dir", "model")
-              and any(cfg[key] != runs[0][0][key] for cfg, _ in runs)]
+
+    differ = []
+    for name in configs[0]:
+        values = {json_value(config.get(name)) for config in configs}
+        if len(values) > 1 and name not in ("seed", "run_dir", "model", "verbose"):
+            differ.append(name)
     groups = {}
-    for cfg, metrics in runs:  # runs that differ in the seed alone belong together
-        said = {key: cfg[key] for key in differ if cfg[key] is not False}
-        name = ", ".join(key if value is True else f"{key} {value}" for key, value in said.items())
-        groups.setdefault(name or "all runs", []).append(metrics)
-    lines = {}
-    for name, runs in groups.items():
-        reward, half = mean_ci([[m["eval_reward"] for m in run] for run in runs])
-        lines[name] = reward, half
-        gains = [run[-1]["eval_reward"] - run[0]["eval_reward"] for run in runs]
-        gain, gain_half = mean_ci(np.reshape(gains, (-1, 1)))
-        arrows = lambda mean, half: " -> ".join(f"{r:.3f} ±{h:.3f}" for r, h in zip(mean, half))
-        print(f"{name}, {len(runs)} seeds: {arrows(reward, half)}")
-        each = " ".join(f"{g:+.3f}" for g in gains)
-        print(f"    gain {gain[0]:+.3f} ±{gain_half[0]:.3f}, by seed {each}")
-        for kind in runs[0][0]["eval_by_kind"]:
-            by_kind = [[m["eval_by_kind"][kind] for m in run] for run in runs]
-            print(f"    {kind} questions: {arrows(*mean_ci(by_kind))}")
-        for what, key in ("lines", "forms"), ("chosen", "directives"):
-            for item in dict.fromkeys(item for run in runs for m in run for item in m[key]):
-                shares = np.mean([[m[key].get(item, 0) for m in run] for run in runs], axis=0)
-                if max(shares) >= .02:
-                    print(f"    {item} {what}: {' -> '.join(f'{share:.0%}' for share in shares)}")
-    if args.svg:
-        floor = [b["reward"] for runs in groups.values() for run in runs
-                 for b in run[0]["baselines"] if b["name"] == "passage only"]
-        Path(args.svg).write_text(draw(lines, np.mean(floor) if floor else None))
+    for config, records in zip(configs, metrics):
+        words = []
+        for name in differ:
+            value = config.get(name)
+            if value is not False:
+                words.append(name if value is True else f"{name} {value}")
+        groups.setdefault(", ".join(words) or "all runs", []).append(records)
+    return groups
 
 
-def draw(lines, floor):
-    """An SVG of {name: (means, half-intervals)} over iterations; `floor` is a dashed line."""
-    x = lambda t: 60 + 130 * t
-    n = max(len(mean) for mean, _ in lines.values())
-    lines = {name: (mean, np.nan_to_num(half)) for name, (mean, half) in lines.items()}
-    low = min([floor or 1.0] + [min(mean - half) for mean, half in lines.values()]) - 0.03
-    high = max(max(mean + half) for mean, half in lines.values()) + 0.03
-    y = lambda r: 300 - 270 * (r - low) / (high - low)
-    text = lambda px, py, words, more="": (
-        f'<text x="{px:.0f}" y="{py:.0f}" {more}>{html.escape(words)}</text>')
-    path = lambda d, colour, more="": f'<path d="{d}" fill="none" stroke="{colour}" {more}/>'
-    end = x(n - 1)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{end + 240}" height="350" '
-             'font-family="sans-serif" font-size="13">',
-             '<rect width="100%" height="100%" fill="white"/>',
-             text(60, 18, "held-out reward (95 % interval over seeds)"),
-             text(x((n - 1) / 2), 342, "iteration of ReST-EM", 'text-anchor="middle"')]
-    parts += [text(x(t), 322, str(t), 'text-anchor="middle"') for t in range(n)]
-    for tick in np.arange(np.ceil(low * 10) / 10, high, 0.1):
-        parts += [path(f"M60 {y(tick):.1f}H{end}", "#ddd"),
-                  text(28, y(tick) + 4, f"{tick + 0.0:.1f}")]
+def json_value(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def over_seeds(runs, value):
+    """(means, half-intervals) over runs of value(metrics), per iteration."""
+    return mean_ci([[value(m) for m in run] for run in runs])
+
+
+def arrows(mean, half):
+    return " -> ".join(f"{m:.3f} ±{h:.3f}" for m, h in zip(mean, half))
+
+
+def describe(name, runs):
+    """Lines of figures about the runs of a group."""
+    lines = [f"{name}, {len(runs)} seeds: " + arrows(*over_seeds(runs, lambda m: m["eval_reward"]))]
+    gains = [run[-1]["eval_reward"] - run[0]["eval_reward"] for run in runs]
+    mean, half = mean_ci(np.reshape(gains, (-1, 1)))
+    by_seed = " ".join(f"{gain:+.3f}" for gain in gains)
+    lines.append(f"    gain {mean[0]:+.3f} ±{half[0]:.3f}, by seed {by_seed}")
+    for kind in runs[0][0]["eval_by_kind"]:
+        found = over_seeds(runs, lambda m: m["eval_by_kind"][kind])
+        lines.append(f"    {kind} questions: {arrows(*found)}")
+
+    parts = {}          # of self-edits, in the order in which they were met
+    for run in runs:
+        for m in run:
+            parts |= dict.fromkeys(m["made_of"])
+    for part in parts:
+        shares, _ = over_seeds(runs, lambda m: m["made_of"].get(part, 0))
+        if max(shares) >= .02:
+            lines.append(f"    {part}: {' -> '.join(f'{share:.0%}' for share in shares)}")
+    return lines
+
+
+def passage_only(groups):
+    """Mean reward of training on the passage alone, or None."""
+    found = []
+    for runs in groups.values():
+        for run in runs:
+            found += [arm["reward"] for arm in run[0]["baselines"] if arm["name"] == "passage only"]
+    return np.mean(found) if found else None
+
+
+def draw(groups, floor, file):
+    """A figure of mean rewards with intervals; `floor` is a dashed line."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "nanoSEAL"    # the same file each time
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for i, (name, runs) in enumerate(groups.items()):
+        mean, half = over_seeds(runs, lambda m: m["eval_reward"])
+        t = np.arange(len(mean)) + 0.03 * i                # beside each other, not on top
+        axes.errorbar(t, mean, np.nan_to_num(half), color=COLOURS[i % 4], marker="o", capsize=3,
+                      label=f"{name} (n = {len(runs)})")
     if floor is not None:
-        parts += [path(f"M60 {y(floor):.1f}H{end}", "#777", 'stroke-dasharray="5"'),
-                  text(end + 12, y(floor) + 4, f"passage only {floor:.2f}", 'fill="#777"')]
-    colours = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
-    for (name, (mean, half)), colour in zip(lines.items(), colours):
-        points = " L".join(f"{x(t)} {y(r):.1f}" for t, r in enumerate(mean))
-        parts.append(path("M" + points, colour, 'stroke-width="2.5"'))
-        for t, (r, h) in enumerate(zip(mean, half)):
-            parts.append(path(f"M{x(t)} {y(r - h):.1f}V{y(r + h):.1f}", colour))
-        parts.append(text(x(len(mean) - 1) + 12, y(mean[-1]) + 4, f"{name} {mean[-1]:.2f}",
-                          f'fill="{colour}"'))
-    return "\n".join([*parts, "</svg>\n"])
+        axes.axhline(floor, color="#777", linestyle="--", label="trained on the passage only")
+    axes.set_xlabel("iteration of ReST-EM")
+    axes.set_ylabel("held-out reward (95 % interval over seeds)", fontsize=9)
+    axes.set_xticks(range(max(len(runs[0]) for runs in groups.values())))
+    axes.set_ylim(0, 1)
+    axes.grid(axis="y", color="#ddd")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    ap.add_argument("runs", nargs="+", help="run folders, of several seeds")
+    ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
+    args = ap.parse_args()
+    groups = read_runs(args.runs)
+    for name, runs in groups.items():
+        print("\n".join(describe(name, runs)))
+    if args.svg:
+        draw(groups, passage_only(groups), args.svg)
 
 
 if __name__ == "__main__":
-    cli(lambda: curve(sys.argv[1:]))
+    cli(main)

@@ -1,83 +1,103 @@
-"""How far judges agree with the released verdicts of GPT-4.1.
+"""How far judges agree with the released verdicts of GPT-4.1, by the method that was judged.
 
-    python -m lab.judges FILE [--model DIR_OR_HUB_ID]
+    python -m lab.judges FILE [--model DIR_OR_HUB_ID] [--openai]
+
+FILE is a JSON list of passages, each with "released": {method: {"answers": [{question, gold,
+baseline, baseline_ok, adapter, adapter_ok}]}}. --model judges as well; --openai adds the endpoint
+of --judge openai.
 """
 import argparse
-import sys
 
 import numpy as np
 
 from checkpoint import UserError, cli, read_json
-from data.judges import JUDGES, model_judge, openai_judge
+from data.judges import RULES, model_judge, openai
 from model import load_pretrained
-from stats import agreement, bootstrap_ci, share
+from stats import agreement, bootstrap_ci, share_changed
 from tokenizer import Tokenizer
-
-
-def judges(argv):
-    """Print how far judges agree with the released verdicts of GPT-4.1, by method: the rules, and
-    with --model DIR_OR_HUB_ID that model; --openai adds the endpoint of --judge openai."""
-    ap = argparse.ArgumentParser(description=judges.__doc__)
-    ap.add_argument("file", help="JSON list of passages, each with released: {method: {answers: "
-                    "[{question, gold, baseline, baseline_ok, adapter, adapter_ok}]}}")
-    ap.add_argument("--model", help="folder or hub id of a model that judges")
-    ap.add_argument("--openai", action="store_true", help="ask an OpenAI-compatible endpoint, too")
-    ap.add_argument("--limit", type=int, help="only so many answers of each method")
-    args = ap.parse_args(argv)
-    file, one_by_one = args.file, lambda judge: lambda triples: [judge(*t) for t in triples]
-    every = {name: one_by_one(judge) for name, judge in JUDGES.items()}
-    if args.model:
-        model = load_pretrained(args.model)
-        tok = Tokenizer.from_pretrained(model.folder)
-        every["model"] = lambda triples: model_judge(model, tok, triples)
-    if args.openai:
-        every["openai"] = openai_judge
-    records = read_json(file)
-    try:
-        methods = {method: [(x["question"], x["gold"], x[arm], x[f"{arm}_ok"])
-                            for r in records for x in r["released"][method]["answers"]
-                            for arm in ("baseline", "adapter")][:args.limit]
-                   for method in records[0]["released"]}
-    except (KeyError, TypeError, IndexError) as e:
-        raise UserError(f"{file}: no released verdicts ({type(e).__name__}: {e})") from None
-    print("by GPT-4.1's verdicts; means over passages [95 % CI]; gained: of the questions missed "
-          "without adaptation, lost: of those known")
-    for method, row in released(records).items():
-        print("{:>12}  {:.3f} [{:.3f}, {:.3f}]  gained {:.3f}  lost {:.3f}".format(
-            method, np.mean(row["accuracy"]), *bootstrap_ci(row["accuracy"]), row["gained"],
-            row["lost"]))
-    print()
-    print(f"{'answers of':>12} {'n':>6} {'GPT-4.1':>8}"
-          + "".join(f" | {name:>10} says right, agrees, kappa" for name in every))
-    said = {name: [] for name in every}  # of all methods so far: (verdict, GPT-4.1's)
-
-    def show(label, n):
-        line = f"{label:>12} {n:>6} {np.mean([ok for _, ok in said['rule'][-n:]]):8.3f}"
-        for pairs in said.values():
-            ours, gpt = zip(*pairs[-n:])
-            line += " | {:>21.3f}  {:6.3f}  {:5.3f}".format(np.mean(ours), *agreement(ours, gpt))
-        print(line, flush=True)
-
-    for method, rows in methods.items():
-        for name, judge in every.items():
-            verdicts = judge([(q, gold, p) for q, gold, p, _ in rows])
-            said[name] += [(bool(p.strip()) and right, ok)
-                           for (*_, p, ok), right in zip(rows, verdicts)]
-        show(method, len(rows))
-    show("all", len(said["rule"]))
 
 
 def released(records):
     """{method: its row of the paper's table, from the released verdicts alone}."""
     rows = {}
     for method in records[0]["released"]:
-        answers = [r["released"][method]["answers"] for r in records]
-        pairs = [(x["baseline_ok"], x["adapter_ok"]) for row in answers for x in row]
-        rows[method] = {"accuracy": [float(np.mean([x["adapter_ok"] for x in row]))
-                                     for row in answers],
-                        "gained": share(pairs, False), "lost": share(pairs, True)}
+        accuracy, pairs = [], []
+        for record in records:
+            answers = record["released"][method]["answers"]
+            accuracy.append(float(np.mean([x["adapter_ok"] for x in answers])))
+            pairs += [(x["baseline_ok"], x["adapter_ok"]) for x in answers]
+        rows[method] = {"accuracy": accuracy,
+                        "gained": share_changed(pairs, known=False),
+                        "lost": share_changed(pairs, known=True)}
     return rows
 
 
+def answers_of(records, method, limit=None):
+    """((question, gold, prediction)s, GPT-4.1's verdicts) of a method."""
+    triples, verdicts = [], []
+    for record in records:
+        for x in record["released"][method]["answers"]:
+            for arm in ("baseline", "adapter"):
+                triples.append((x["question"], x["gold"], x[arm]))
+                verdicts.append(x[f"{arm}_ok"])
+    return triples[:limit], verdicts[:limit]
+
+
+def judged(judge, triples):
+    """Verdicts of a judge. An empty prediction is wrong, and no judge is asked about it."""
+    asked = [triple for triple in triples if triple[2].strip()]
+    verdict = dict(zip(asked, judge(asked)))
+    return [verdict.get(triple, False) for triple in triples]
+
+
+def show(label, gpt, verdicts):
+    """A line of the table: verdicts {judge: its verdicts}."""
+    line = f"{label:>12} {len(gpt):>6} {np.mean(gpt):8.3f}"
+    for own in verdicts.values():
+        observed, kappa = agreement(own, gpt)
+        line += f" | {np.mean(own):>21.3f}  {observed:6.3f}  {kappa:5.3f}"
+    print(line, flush=True)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    ap.add_argument("file", help="passages with released answers and verdicts")
+    ap.add_argument("--model", help="folder or hub id of a model that judges")
+    ap.add_argument("--openai", action="store_true", help="ask an OpenAI-compatible endpoint, too")
+    ap.add_argument("--limit", type=int, help="only so many answers of each method")
+    args = ap.parse_args()
+    judges = dict(RULES)
+    if args.model:
+        model = load_pretrained(args.model)
+        tok = Tokenizer.from_pretrained(model.folder)
+        judges["model"] = lambda triples: model_judge(model, tok, triples)
+    if args.openai:
+        judges["openai"] = openai
+
+    records = read_json(args.file)
+    try:
+        table = released(records)
+        answers = {method: answers_of(records, method, args.limit) for method in table}
+    except (KeyError, TypeError, IndexError) as e:
+        raise UserError(f"{args.file}: no released verdicts ({type(e).__name__}: {e})") from None
+    print("by GPT-4.1's verdicts; means over passages [95 % CI]; gained: of the questions missed "
+          "without adaptation, lost: of those known")
+    for method, row in table.items():
+        low, high = bootstrap_ci(row["accuracy"])
+        print(f"{method:>12}  {np.mean(row['accuracy']):.3f} [{low:.3f}, {high:.3f}]  "
+              f"gained {row['gained']:.3f}  lost {row['lost']:.3f}")
+
+    heads = "".join(f" | {name:>10} says right, agrees, kappa" for name in judges)
+    print(f"\n{'answers of':>12} {'n':>6} {'GPT-4.1':>8}{heads}")
+    all_gpt, all_verdicts = [], {name: [] for name in judges}
+    for method, (triples, gpt) in answers.items():
+        verdicts = {name: judged(judge, triples) for name, judge in judges.items()}
+        show(method, gpt, verdicts)
+        all_gpt += gpt
+        for name, own in verdicts.items():
+            all_verdicts[name] += own
+    show("all", all_gpt, all_verdicts)
+
+
 if __name__ == "__main__":
-    cli(lambda: judges(sys.argv[1:]))
+    cli(main)

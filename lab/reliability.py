@@ -1,46 +1,57 @@
-"""How far a run's rewards can be trusted.
+"""How far a run's rewards can be trusted: between the seeds of the inner loop, and what the best of
+K is worth by seeds that did not choose it.
 
     python -m lab.reliability RUN_DIR
 """
 import argparse
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from checkpoint import UserError, cli
-from run import Lines
+from checkpoint import Lines, UserError, cli
 from stats import variance_components
 
 
-def reliability(argv):
-    """Print how far a run's rewards can be trusted: between the seeds of the inner loop, and what
-    the best of K is worth by seeds that did not choose it."""
-    ap = argparse.ArgumentParser(description=reliability.__doc__)
-    ap.add_argument("run", help="a run's folder")
-    rollouts = Lines(Path(ap.parse_args(argv).run) / "rollouts.jsonl").records
-    rows = defaultdict(dict)  # (iteration, passage) -> {self-edit: record}
-    for r in rollouts:
+def read_groups(folder):
+    """The rollouts of training self-edits, a list per (iteration, passage)."""
+    groups = defaultdict(list)
+    for r in Lines(Path(folder) / "rollouts.jsonl").records:
         if r["split"] == "train" and r["right"]:
-            rows[r["iteration"], r["task"]][r["edit"]] = r
-    groups = [list(edits.values()) for edits in rows.values()]
+            groups[r["iteration"], r["task"]].append(r)
     if not groups:
         raise UserError("no rewards of training self-edits in this run")
-    accuracy = [np.array([[np.mean(right) for right in r["right"]] for r in group])
-                for group in groups]  # per passage (K, seeds)
+    return [sorted(group, key=lambda r: r["edit"]) for group in groups.values()]
+
+
+def accuracy_of(group):
+    """(K, seeds): the accuracy of each self-edit of a passage with each seed."""
+    return np.array([[np.mean(right) for right in r["right"]] for r in group])
+
+
+def correlation(x, y):
+    return np.corrcoef(x, y)[0, 1] if np.std(x) and np.std(y) else np.nan
+
+
+def main():
+    ap = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    ap.add_argument("run", help="a run's folder")
+    groups = read_groups(ap.parse_args().run)
+    accuracy = [accuracy_of(group) for group in groups]
     seeds = min(a.shape[1] for a in accuracy)
     print(f"{len(groups)} passages, {sum(map(len, groups))} self-edits, {seeds} seeds each")
     if seeds > 1:
         for what, value in variance_components(accuracy).items():
             print(f"  {what:<66} {value:6.3f}")
-    everything = [r for group in groups for r in group]
-    reward = [r["reward"] for r in everything]
-    for what, x in (("tokens", [len(r["token_ids"]) for r in everything]),
-                    ("documents", [r["documents"] for r in everything])):
+
+    rollouts = [r for group in groups for r in group]
+    reward = [r["reward"] for r in rollouts]
+    tokens = [len(r["token_ids"]) for r in rollouts]
+    documents = [r["documents"] for r in rollouts]
+    for what, x in (("tokens", tokens), ("documents", documents)):
         print(f"  correlation of the reward with the number of {what:<18} "
-              f"{np.corrcoef(reward, x)[0, 1] if np.std(x) and np.std(reward) else np.nan:10.3f}")
+              f"{correlation(reward, x):10.3f}")
 
 
 if __name__ == "__main__":
-    cli(lambda: reliability(sys.argv[1:]))
+    cli(main)

@@ -1,12 +1,11 @@
-"""Checkpoints that the tests write, and the real ones if they can be had.
+"""Fixtures: checkpoints that the tests write, small data files, and real ones if they are there.
 
-SmolLM2 is looked for in $NANOSEAL_SMOLLM2; without it, a script ../shared/tools/smollm2.py makes it where there is one. The measured
-SQuAD passages are looked for in $NANOSEAL_DATA, or ../shared/data. Tests that need what is not there are skipped."""
+NANOSEAL_SMOLLM2 may name the folder of a real checkpoint (SmolLM2-135M-Instruct, float32), and
+NANOSEAL_DATA a folder with squad_val_60.json and squad_train_50.json (the authors' released
+self-edits). Tests that need what is not there are skipped."""
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from tests.make_checkpoint import make_checkpoint  # noqa: E402
 from model import load_pretrained  # noqa: E402
+from tests.helpers import SMALL  # noqa: E402
+from tests.make_checkpoint import make_checkpoint  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 
@@ -38,24 +38,42 @@ def tiny(tiny_folder):
 
 
 @pytest.fixture(scope="session")
+def model64(tiny_folder):
+    """The same in float64, in which rounding hides nothing. Tests leave it as it is."""
+    return load_pretrained(tiny_folder, "cpu", torch.float64)
+
+
+@pytest.fixture(scope="session")
 def tok(tiny_folder):
     return Tokenizer.from_pretrained(tiny_folder)
 
 
 @pytest.fixture(scope="session")
 def passages(tmp_path_factory):
-    """A small data file."""
+    """A data file of six passages with two questions each."""
+    records = []
+    for i in range(6):
+        records.append({
+            "title": f"Town {i}",
+            "context": f"The river of town {i} is the Ob{i}. It was founded by Ana{i} Reis.",
+            "extra": 1,
+            "questions": [{"question": "Which river?", "answer": f"Ob{i}"},
+                          {"question": "Who founded it?", "answer": f"Ana{i} Reis"}]})
     path = tmp_path_factory.mktemp("data") / "passages.json"
-    path.write_text(json.dumps([
-        {"title": f"Town {i}", "context": f"The river of town {i} is the Ob{i}. It was founded by Ana{i} Reis.", "extra": 1,
-         "questions": [{"question": "Which river?", "answer": f"Ob{i}"}, {"question": "Who founded it?", "answer": f"Ana{i} Reis"}]}
-        for i in range(6)]))
+    path.write_text(json.dumps(records))
     return path
+
+
+@pytest.fixture()
+def argv(tiny_folder, passages, tmp_path):
+    """Flags of a small run on the random model: 2 rounds of 2 passages with 3 self-edits each."""
+    return ["--model", str(tiny_folder), "--train-data", str(passages),
+            "--eval-data", str(passages), "--run-dir", str(tmp_path / "run"), *SMALL.split()]
 
 
 @pytest.fixture(scope="session")
 def shared_data():
-    folder = Path(os.environ.get("NANOSEAL_DATA", ROOT.parent / "shared" / "data"))
+    folder = Path(os.environ.get("NANOSEAL_DATA", "nowhere"))
     if not (folder / "squad_val_60.json").exists():
         pytest.skip("the released passages are not here (NANOSEAL_DATA)")
     return folder
@@ -64,13 +82,7 @@ def shared_data():
 @pytest.fixture(scope="session")
 def smollm2():
     """Folder of a real pretrained checkpoint, SmolLM2-135M-Instruct in float32."""
-    if folder := os.environ.get("NANOSEAL_SMOLLM2"):
-        return Path(folder)
-    script, folder = ROOT.parent / "shared" / "tools" / "smollm2.py", Path(tempfile.gettempdir()) / "nanoseal-smollm2"
-    if not script.exists():
+    folder = Path(os.environ.get("NANOSEAL_SMOLLM2", "nowhere"))
+    if not (folder / "config.json").exists():
         pytest.skip("SmolLM2 is not here (NANOSEAL_SMOLLM2)")
-    if not (folder / "tokenizer_config.json").exists():
-        made = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True)
-        if made.returncode:
-            pytest.skip(f"SmolLM2 could not be made: {made.stderr[-300:]}")
     return folder

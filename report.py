@@ -1,0 +1,74 @@
+"""What a run showed, in words: the last lines that `python outer_loop.py` prints."""
+from run import Run
+from selfedit import Task
+
+
+def summary(run: Run, held_out: list[Task]) -> str:
+    """Baselines, reward over iterations, what self-edits are made of, and two tasks."""
+    metrics = run.metrics.records
+    first, last = metrics[0], metrics[-1]
+    lines = []
+    if first["baselines"]:
+        arms = [f"{arm['name']} {number(arm['reward'])}{in_brackets(arm['by_kind'])}"
+                for arm in first["baselines"]]
+        lines.append(", ".join(arms))
+
+    rises = arrows([m["eval_reward"] for m in metrics])
+    kinds = {kind: arrows([m["eval_by_kind"][kind] for m in metrics])
+             for kind in first["eval_by_kind"]}
+    lines.append(f"with a self-edit {rises}{in_brackets(kinds)}")
+
+    shares = []
+    for part in dict.fromkeys([*first["made_of"], *last["made_of"]]):
+        before, after = first["made_of"].get(part, 0), last["made_of"].get(part, 0)
+        shares.append(f"{part} {before:.0%} -> {after:.0%}")
+    if shares:
+        lines.append("self-edits: " + ", ".join(shares))
+
+    # One task is an anecdote, and the first one may be lucky. Beside it stands a typical one.
+    i = typical_task(run, last)
+    lines += show_task(run, held_out, 0, "The first task that it was not trained on")
+    if i != 0:
+        lines += show_task(run, held_out, i, "The one whose gain is nearest to the mean gain")
+    return "\n".join(lines)
+
+
+def typical_task(run, last) -> int:
+    """The held-out task whose gain, by its first self-edit, is nearest to the mean gain."""
+    def first_edits(t):
+        return {r["task"]: r["reward"] for r in run.rollouts.of(t, "eval") if r["edit"] == 0}
+
+    before, after = first_edits(0), first_edits(last["iteration"])
+    mean_gain = last["eval_reward"] - run.metrics.records[0]["eval_reward"]
+    return min(sorted(after), key=lambda i: abs(after[i] - before[i] - mean_gain))
+
+
+def show_task(run, held_out, i, title) -> list[str]:
+    """A task, and its first self-edit before the first round and after the last."""
+    task = held_out[i]
+    lines = [f"\n{title}:", "\n".join(task.context or task.queries[:1])]
+    for t in (0, run.metrics.records[-1]["iteration"]):
+        r = next(r for r in run.rollouts.of(t, "eval") if (r["task"], r["edit"]) == (i, 0))
+        lines.append(f"\nits self-edit at iteration {t}, reward {r['reward']:.2f} "
+                     f"(un-adapted {r['unadapted']:.2f}):")
+        lines.append(printable(r["text"]))
+    return lines
+
+
+def printable(text) -> str:
+    """What a model writes may hold anything; a terminal gets only what can be printed."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def number(value) -> str:
+    return value if isinstance(value, str) else f"{value:.3f}"
+
+
+def arrows(values) -> str:
+    return " -> ".join(map(number, values))
+
+
+def in_brackets(shares: dict) -> str:
+    """' (forward .810, reversed .050)', or nothing."""
+    words = [f"{name} {number(share)}" for name, share in shares.items()]
+    return f" ({', '.join(words)})" if words else ""

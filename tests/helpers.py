@@ -1,0 +1,94 @@
+"""What several test files share: random peers, jobs that differ in everything, a run."""
+import argparse
+import json
+from dataclasses import replace
+
+import torch
+from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
+                          Qwen3ForCausalLM)
+
+from lora import Lora
+from outer_loop import rest_em
+from run import Run, add_flags, read_flags
+from sft import Job, Recipe
+
+# ------------------------------------------------------------------------------- models
+
+COMMON = dict(vocab_size=320, hidden_size=64, intermediate_size=112, num_hidden_layers=3,
+              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+              initializer_range=0.15)
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+QWEN2_ROPE = {"rope_type": "default", "rope_theta": 1e6}
+# Random models of transformers, of every kind that model.py implements.
+CASES = {
+    "llama3": lambda: LlamaForCausalLM(LlamaConfig(**COMMON, rope_parameters=LLAMA3_ROPE)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**COMMON, tie_word_embeddings=True)),
+    "llama-mha": lambda: LlamaForCausalLM(LlamaConfig(**COMMON | {"num_key_value_heads": 4})),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**COMMON, rope_parameters=QWEN2_ROPE)),
+    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**COMMON, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=32)),
+}
+
+# ------------------------------------------------------------------------------- jobs
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# A rank that is a multiple of 8: float32 takes the grouped product, float64 the padded one.
+RECIPE = Recipe(Lora(rank=8, alpha=16, targets=ALL), lr=1e-2, epochs=3, batch=2)
+
+
+def mixed_jobs(seed=0, n=7, shortest=3, recipe=RECIPE):
+    """Jobs that differ in everything: documents, lengths, masks, learning rate and its schedule,
+    epochs, batch size."""
+    g = torch.Generator().manual_seed(seed)
+
+    def pick(low, high):
+        return torch.randint(low, high, (1,), generator=g).item()
+
+    jobs = []
+    for i in range(n):
+        examples = []
+        for _ in range(pick(1, 6)):
+            # Not two tokens: attention over one token gives q and k a gradient of exactly 0, whose
+            # rounding noise AdamW blows up.
+            length = pick(shortest, 40)
+            start = pick(1, length - 1)     # as in the M-step: loss on a completion only
+            ids = torch.randint(0, 256, (length,), generator=g).tolist()
+            examples.append((ids, [j >= start for j in range(length)]))
+        lr = [3e-4, 1e-3, 3e-3][pick(0, 3)]
+        own = replace(recipe, lr=lr, epochs=pick(1, 4), batch=pick(1, 4),
+                      schedule=["linear", "cosine"][i % 2], warmup=2 * (i % 3 == 2))
+        jobs.append(Job(examples, seed=i, recipe=own))
+    return jobs
+
+
+# ------------------------------------------------------------------------------- runs
+
+SMALL = ("--preset knowledge --iterations 2 --tasks 2 --edits 3 --seeds 2 --eval-tasks 2 "
+         "--max-edit-tokens 24 --max-answer-tokens 6 --inner-rank 4 --inner-epochs 2 "
+         "--outer-rank 4 --device cpu")
+
+
+def parse(argv, needed=("model", "train_data", "eval_data")):
+    """A Config from flags, as outer_loop.py reads it."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser)
+    return read_flags(parser.parse_args([str(word) for word in argv]), needed)
+
+
+def run_it(argv):
+    """The outer loop with these flags: the run."""
+    cfg = parse(argv)
+    run = Run(cfg)
+    rest_em(cfg, run)
+    return run
+
+
+def read_lines(path):
+    """The records of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def even_length(question, gold, prediction):
+    """A rule whose rewards differ on a random model: is the number of letters even?"""
+    return len(prediction) % 2 == 0

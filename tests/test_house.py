@@ -1,0 +1,63 @@
+"""The house: imports run downhill, no core file is too large, lines are short."""
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# From the ground up. A file may import from those before it, in its functions as well.
+FLOORS = ["checkpoint", "memory", "stats", "tokenizer", "model", "generate", "lora", "padding",
+          "packing", "sft", "selfedit", "data.judges", "data.knowledge", "data.arc",
+          "data.tinyworld", "data.tinyarc", "data.pretrain_tiny", "inner_loop", "run", "report",
+          "outer_loop", "eval", "bench", "lab.curve", "lab.reliability", "lab.judges"]
+CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]
+
+
+def path_of(name):
+    return ROOT / (name.replace(".", "/") + ".py")
+
+
+def our_imports(path):
+    """The files of ours that a file imports anywhere, by their names in FLOORS."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+            # `from data import arc` imports data.arc
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & set(FLOORS)
+
+
+def test_every_file_has_a_floor():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("lab/*.py")]
+    names = {str(f.relative_to(ROOT).with_suffix("")).replace("/", ".") for f in files}
+    assert names - {"data.__init__", "lab.__init__"} == set(FLOORS)
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_imports_run_downhill(name):
+    below = FLOORS[:FLOORS.index(name)]
+    assert our_imports(path_of(name)) <= set(below)
+
+
+def test_nothing_imports_the_lab():
+    for name in FLOORS:
+        if not name.startswith("lab."):
+            assert not any(other.startswith("lab.") for other in our_imports(path_of(name)))
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_a_core_file_is_read_in_one_sitting(name):
+    assert len(path_of(name).read_text().splitlines()) <= 360
+
+
+def test_lines_are_short():
+    long = []
+    for folder in ("", "data", "lab", "tests"):
+        for path in (ROOT / folder).glob("*.py"):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                if len(line) > 100:
+                    long.append(f"{path.relative_to(ROOT)}:{number}")
+    assert long == []

@@ -1,0 +1,306 @@
+"""The instruments of lab/: curves over seeds, how far rewards and judges can be trusted."""
+import json
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from checkpoint import UserError
+from data import judges as rules
+from data.judges import each
+from lab import curve, judges, reliability
+from tests.helpers import SMALL, even_length, run_it
+
+
+def call(program, *words):
+    """Run a program's main function as `python -m` does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [program.__name__, *map(str, words)])
+        program.main()
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder, passages, tmp_path_factory):
+    """Two runs that differ in their seed, and one that differs in its selection as well."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = ["--model", tiny_folder, "--train-data", passages, "--eval-data", passages,
+              *SMALL.split(), "--iterations", "1", "--baselines"]
+    folders = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rules.RULES, "rule", each(even_length))
+        for words in ("--seed 0", "--seed 1", "--seed 0 --select random --strict"):
+            folders.append(folder / f"run{len(folders)}")
+            run_it([*common, *words.split(), "--run-dir", folders[-1]])
+    return folders
+
+
+# ------------------------------------------------------------------------------- curve
+
+def write_run(folder, rewards, made_of=(), iterations=None, **settings):
+    """A run's folder as lab.curve reads it."""
+    folder.mkdir()
+    config = {"iterations": len(rewards) - 1, "seed": 0, "run_dir": str(folder), "model": "m",
+              "verbose": False, "select": "best", "strict": False, "targets": ["q_proj"]}
+    if iterations:
+        config["iterations"] = iterations
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    with (folder / "metrics.jsonl").open("w") as f:
+        for t, reward in enumerate(rewards):
+            metrics = {"iteration": t, "eval_reward": reward, "eval_by_kind": {"forward": reward},
+                       "made_of": made_of[t] if made_of else {},
+                       "baselines": [{"name": "passage only", "reward": 0.3}] if t == 0 else []}
+            f.write(json.dumps(metrics) + "\n")
+    return folder
+
+
+def test_a_curve_by_hand(tmp_path, capsys):
+    """Two seeds; Student's t for two values is 12.71."""
+    one = write_run(tmp_path / "one", [0.2, 0.5], [{"copy": 1.0}, {"copy": 0.4, "rare": 0.01}])
+    two = write_run(tmp_path / "two", [0.4, 0.9], [{"copy": 0.8}, {"copy": 0.2}], seed=1)
+
+    call(curve, one, two)
+
+    # The standard deviation of two values is their distance over sqrt(2), the error half of it.
+    assert capsys.readouterr().out.splitlines() == [
+        "all runs, 2 seeds: 0.300 ±1.271 -> 0.700 ±2.542",
+        "    gain +0.400 ±1.271, by seed +0.300 +0.500",
+        "    forward questions: 0.300 ±1.271 -> 0.700 ±2.542",
+        "    copy: 90% -> 30%"]
+
+
+def test_runs_are_grouped_by_what_sets_them_apart(tmp_path):
+    folders = [
+        write_run(tmp_path / "a", [0.1, 0.2]),
+        write_run(tmp_path / "b", [0.3, 0.4], seed=1),
+        write_run(tmp_path / "c", [0.5, 0.6], select="random", strict=True),
+        write_run(tmp_path / "d", [0.7, 0.8], targets=["q_proj", "v_proj"], model="other")]
+
+    groups = curve.read_runs(folders)
+
+    names = list(groups)
+    assert names[0].startswith("select best, targets")
+    assert names[1].startswith("select random, strict, targets")
+    assert [len(group) for group in groups.values()] == [2, 1, 1]
+    rewards = [m["eval_reward"] for m in groups[names[0]][1]]
+    assert rewards == [0.3, 0.4]
+
+
+def test_a_run_that_has_not_ended_is_an_error(tmp_path):
+    folder = write_run(tmp_path / "run", [0.1, 0.2], iterations=2)
+
+    with pytest.raises(UserError, match="run: this run has not ended; repeat its command"):
+        call(curve, folder)
+
+
+def test_the_floor_is_the_mean_of_training_on_the_passage_only(tmp_path):
+    folders = [write_run(tmp_path / "a", [0.1]), write_run(tmp_path / "b", [0.1], seed=1)]
+    groups = curve.read_runs(folders)
+
+    assert curve.passage_only(groups) == pytest.approx(0.3)
+    groups["all runs"][0][0]["baselines"] = []
+    assert curve.passage_only(groups) == pytest.approx(0.3)
+    groups["all runs"][1][0]["baselines"] = []
+    assert curve.passage_only(groups) is None
+
+
+def test_curves_of_runs_are_drawn(runs, tmp_path, capsys):
+    """Runs that differ in their seed alone are one line, with an interval."""
+    pytest.importorskip("matplotlib")
+
+    call(curve, *runs, "--svg", tmp_path / "curve.svg")
+    call(curve, *runs, "--svg", tmp_path / "again.svg")
+
+    out = capsys.readouterr().out
+    assert "select best, 2 seeds: " in out
+    assert "select random, strict, 1 seeds: " in out
+    assert "    gain " in out
+    drawing = (tmp_path / "curve.svg").read_text()
+    assert ElementTree.fromstring(drawing).tag.endswith("svg")
+    # matplotlib writes each text, drawn as shapes, into a comment as well.
+    for text in ("select best (n = 2)", "select random, strict (n = 1)", "iteration of ReST-EM",
+                 "trained on the passage only"):
+        assert f"<!-- {text} -->" in drawing
+    assert drawing == (tmp_path / "again.svg").read_text()
+
+
+def test_without_a_baseline_there_is_no_floor_in_the_drawing(runs, tmp_path):
+    pytest.importorskip("matplotlib")
+
+    curve.draw(curve.read_runs(runs), None, tmp_path / "curve.svg")
+
+    assert "trained on the passage only" not in (tmp_path / "curve.svg").read_text()
+
+
+def test_drawing_without_matplotlib_is_an_error(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    with pytest.raises(UserError, match="needs matplotlib"):
+        call(curve, *runs, "--svg", tmp_path / "curve.svg")
+
+
+# ------------------------------------------------------------------------------- reliability
+
+def test_reliability_of_a_run(runs, capsys):
+    call(reliability, runs[0])
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 passages, 6 self-edits, 2 seeds each"
+    words = [line.rsplit(maxsplit=1)[0].strip() for line in lines[1:]]
+    assert "reliability of a 2-seed mean, among the edits of a passage" in words
+    assert "correlation of the reward with the number of documents" in words
+    assert "correlation of the reward with the number of tokens" in words
+
+
+def write_rollouts(folder, rollouts):
+    with (folder / "rollouts.jsonl").open("w") as f:
+        for r in rollouts:
+            f.write(json.dumps(r) + "\n")
+
+
+def rollout(task, edit, right, tokens, split="train"):
+    accuracy = [sum(verdicts) / len(verdicts) for verdicts in right]
+    reward = sum(accuracy) / len(accuracy) if accuracy else 0
+    return {"iteration": 0, "split": split, "task": task, "edit": edit, "right": right,
+            "reward": reward, "token_ids": [1] * tokens, "documents": 10 - tokens}
+
+
+def test_reliability_by_hand(tmp_path, capsys):
+    """Of what was trained on, and could be; self-edits in any order."""
+    yes, no = [True, True], [False, False]
+    write_rollouts(tmp_path, [
+        rollout(0, 1, [yes, yes], tokens=4),
+        rollout(0, 0, [no, no], tokens=2),
+        rollout(1, 0, [[True, False], [True, False]], tokens=3),
+        rollout(1, 1, [], tokens=9),                    # nothing to learn from
+        rollout(0, 0, [yes], tokens=9, split="eval")])
+
+    groups = reliability.read_groups(tmp_path)
+    assert [reliability.accuracy_of(group).tolist() for group in groups] == [
+        [[0, 0], [1, 1]], [[0.5, 0.5]]]
+
+    call(reliability, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 passages, 3 self-edits, 2 seeds each"
+    values = dict(line.strip().rsplit(maxsplit=1) for line in lines[1:])
+    assert values["mean reward"] == "0.500"
+    assert values["the best of K, by the seeds that chose it"] == "0.750"
+    assert values["correlation of the reward with the number of tokens"] == "1.000"
+    assert values["correlation of the reward with the number of documents"] == "-1.000"
+
+
+def test_one_seed_tells_nothing_about_seeds(tmp_path, capsys):
+    write_rollouts(tmp_path, [rollout(0, 0, [[True]], 3), rollout(0, 1, [[False]], 3)])
+
+    call(reliability, tmp_path)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 passages, 2 self-edits, 1 seeds each"
+    # All have as many tokens, so that there is no correlation.
+    assert [line.split()[-1] for line in lines[1:]] == ["nan", "nan"]
+
+
+def test_a_run_without_rewards_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no rewards of training self-edits"):
+        call(reliability, tmp_path)
+
+
+# ------------------------------------------------------------------------------- judges
+
+def answered(gold, baseline, baseline_ok, adapter, adapter_ok):
+    return {"question": "Which?", "gold": gold, "baseline": baseline, "baseline_ok": baseline_ok,
+            "adapter": adapter, "adapter_ok": adapter_ok}
+
+
+@pytest.fixture()
+def verdicts_file(tmp_path):
+    """Two passages, two released answers each. GPT-4.1 let "in two" pass, which no rule does."""
+    first = [answered("Ob", "the Rhine", False, "the Ob", True),
+             answered("Ana Reis", "Ana Reis", True, "Reis, Ana", True)]
+    second = [answered("Ob", " ", False, "Ob", True),
+              answered("half", "half", True, "in two", True)]
+    path = tmp_path / "released.json"
+    records = []
+    for answers in (first, second):
+        records.append({"released": {"naive": {"answers": answers}}})
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_judges_are_compared_with_released_verdicts(verdicts_file, capsys):
+    call(judges, verdicts_file)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "       naive  1.000 [1.000, 1.000]  gained 1.000  lost 0.000"
+    # GPT-4.1 says right 6 times of 8, the rule 5 times, as substring 4: there "Reis, Ana" is wrong.
+    *_, naive, everything = lines
+    assert naive.replace("|", "").split() == [
+        "naive", "8", "0.750", "0.625", "0.875", "0.714", "0.500", "0.750", "0.500"]
+    assert everything.split()[1:] == naive.split()[1:]
+
+
+def test_a_judge_is_not_asked_about_an_empty_prediction():
+    asked = []
+
+    def judge(triples):
+        asked.extend(triples)
+        return [True] * len(triples)
+
+    triples = [("q", "g", " "), ("q", "g", "p"), ("q", "g", "")]
+    assert judges.judged(judge, triples) == [False, True, False]
+    assert asked == [("q", "g", "p")]
+
+
+def test_a_limit_takes_the_first_answers_of_each_method(verdicts_file, capsys):
+    call(judges, verdicts_file, "--limit", "3")
+
+    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["all", "3", "0.667"]
+
+
+def test_a_model_and_an_endpoint_can_judge_as_well(verdicts_file, tiny_folder, monkeypatch, capsys):
+    monkeypatch.setattr(judges, "model_judge", lambda model, tok, triples: [True] * len(triples))
+    monkeypatch.setattr(judges, "openai", lambda triples: [False] * len(triples))
+
+    call(judges, verdicts_file, "--model", tiny_folder, "--openai")
+
+    *_, heads, _, everything = capsys.readouterr().out.splitlines()
+    assert "model says right" in heads
+    assert "openai says right" in heads
+    # Of the last two judges: says right, agrees, kappa. One prediction of eight is empty.
+    assert everything.replace("|", "").split()[9:] == [
+        "0.875", "0.875", "0.600", "0.000", "0.250", "0.000"]
+
+
+@pytest.mark.parametrize("content", [[], {}, [1], [{"title": "T"}],
+                                     [{"released": {"naive": {"edit": "x"}}}]])
+def test_a_file_without_verdicts_is_an_error(content, tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps(content))
+
+    with pytest.raises(UserError, match="file.json: no released verdicts"):
+        call(judges, path)
+
+
+def test_released_verdicts_are_the_released_figures(shared_data):
+    """The accuracies that the authors' files state, and what adapters gain and lose."""
+    records = json.loads((shared_data / "squad_val_60.json").read_text())
+
+    rows = judges.released(records)
+
+    assert list(rows) == ["base", "iter1", "iter2", "gpt4_1", "naive"]
+    for method, row in rows.items():
+        stated = [float(record["released"][method]["adapter_accuracy"]) for record in records]
+        assert row["accuracy"] == pytest.approx(stated, abs=1e-3)
+    assert 0.05 < rows["naive"]["gained"] < rows["iter2"]["gained"]
+    assert rows["naive"]["lost"] < rows["iter2"]["lost"] < 0.5
+
+
+def test_the_rules_agree_with_the_released_verdicts(shared_data, capsys):
+    call(judges, shared_data / "squad_val_60.json")
+
+    last_line = capsys.readouterr().out.strip().splitlines()[-1]
+    name, n, _, _, agrees, kappa, _, substring_agrees, _ = last_line.replace("|", "").split()
+    assert name == "all"
+    assert int(n) == 2830
+    assert 0.85 <= float(agrees) <= 0.92
+    assert float(kappa) > 0.7
+    assert 0.84 <= float(substring_agrees) <= 0.90
