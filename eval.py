@@ -47,8 +47,9 @@ class Table:
     def add(self, name: str, edits: list[list[SelfEdit]], t=0, folder=None) -> dict:
         """A row: theta_t (of the run in another folder) trained on each task's self-edits."""
         run = self.run
-        rewards(run, run.load(t, folder), self.tasks, edits, t, name, self.without, run.cfg.seeds)
-        self.rows.append(row_of(name, run.rollouts.of(t, name), self.base))
+        rewards(run, run.load(t, folder), self.tasks, edits, t, "eval", self.without,
+                run.cfg.seeds, arm=name)
+        self.rows.append(row_of(name, run.rollouts.of(t, "eval", name), self.base))
         return self.rows[-1]
 
     def add_rounds(self, folder, k: int):
@@ -210,7 +211,7 @@ def arc(args, run: Run):
         attempts = {}
         for r in run.rollouts.records:
             if r["task"] == i and r["answers"]:
-                attempts[f"{r['split']} {r['edit']}"] = r["answers"][0]
+                attempts[f"{r['arm']} {r['edit']}"] = r["answers"][0]
         file = re.sub(r"[^\w-]+", "_", f"{i}_{task.name}") + ".svg"
         replace_file(run.folder / file, picture(task, attempts))
     run.log(f"pictures of the puzzles: {run.folder}/*.svg")
@@ -335,7 +336,7 @@ def learn_all(run, model, tasks: list[Task], name: str, texts: list[str]) -> dic
     examples = [(ids, [True] * len(ids)) for ids in documents]
     right, losses = [], []
     for seed in range(run.cfg.seeds):
-        job = Job(examples, seed_for(run.cfg.seed, name, seed, "adapter"), run.recipe)
+        job = Job(examples, seed_for(run.cfg.seed, "cpt", seed, "adapter"), run.recipe)
         ((_, trained),) = sft(model, [job], Meter(f"steps, {name}"))
         adapter = Adapters.stack(model, run.recipe.lora, [trained.weights])
         (answers,) = ask(model, run.tok, [tasks], run.answering, adapter)

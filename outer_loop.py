@@ -172,9 +172,9 @@ def baselines(run: Run, model, tasks: list[Task], without: list[float]) -> list[
                      "by_kind": {}})
     for name in tasks[0].references:
         edits = [[task.references[name]] for task in tasks]
-        scores = rewards(run, model, tasks, edits, 0, name, without, n_seeds=1)
+        scores = rewards(run, model, tasks, edits, 0, "eval", without, n_seeds=1, arm=name)
         arms.append({"name": name, "reward": float(np.mean(scores)),
-                     "by_kind": by_kind(tasks, run.rollouts.of(0, name))})
+                     "by_kind": by_kind(tasks, run.rollouts.of(0, "eval", name))})
     return arms
 
 

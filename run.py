@@ -242,10 +242,13 @@ class Meter:
 
 
 class Records(Lines):
-    """Lines that belong to an iteration and a split."""
+    """Lines that belong to an iteration, a split (train or eval) and an arm: what the model is
+    trained on, "" for its own self-edits."""
 
-    def of(self, t, split):
-        return [r for r in self.records if (r["iteration"], r["split"]) == (t, split)]
+    def of(self, t, split, arm=""):
+        place = (t, split, arm)
+        return [r for r in self.records
+                if (r["iteration"], r["split"], r.get("arm", "")) == place]
 
 
 # ------------------------------------------------------------------------------- the folder
@@ -400,12 +403,14 @@ def unadapted(run: Run, model, tasks: list[Task]) -> list[float]:
 
 
 def rewards(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: int, split: str,
-            without: list[float], n_seeds: int) -> list[list[float]]:
+            without: list[float], n_seeds: int, arm="") -> list[list[float]]:
     """The reward of every self-edit of theta_t. without: the un-adapted accuracies, for the record.
 
-    Each is on disk as soon as it is known, and those on disk are not computed again."""
+    arm names the self-edits if they are not the model's own. No draw depends on it: all arms begin
+    from the same adapters, so that they differ in what they are trained on alone. Each reward is on
+    disk as soon as it is known, and those on disk are not computed again."""
     # What is on disk already, by (task, edit), and what is left to do.
-    known = {(r["task"], r["edit"]): r["reward"] for r in run.rollouts.of(t, split)}
+    known = {(r["task"], r["edit"]): r["reward"] for r in run.rollouts.of(t, split, arm)}
     todo = []
     for i, row in enumerate(edits):
         todo += [(i, j) for j in range(len(row)) if (i, j) not in known]
@@ -421,14 +426,14 @@ def rewards(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: 
         i, j = todo[number]
         known[i, j] = outcome.reward
         record = rollout(tasks[i], edits[i][j], outcome)
-        run.rollouts.add({"iteration": t, "split": split, "task": i, "edit": j,
+        run.rollouts.add({"iteration": t, "split": split, "arm": arm, "task": i, "edit": j,
                           "unadapted": without[i]} | record)
         if run.cfg.verbose:
             run.log(f"  {tasks[i].name[:24]} {i}.{j}: reward {outcome.reward:.2f} (un-adapted "
                     f"{without[i]:.2f}), {len(edits[i][j].documents)} documents, "
                     f"{outcome.note or outcome.losses} | {edits[i][j].text[:60]!r}")
     if todo:
-        run.log(f"iteration {t}, {split}: {len(todo)} rewards, mean "
+        run.log(f"iteration {t}, {arm or split}: {len(todo)} rewards, mean "
                 f"{np.mean(list(known.values())):.3f}, in {time.time() - begin:.0f} s")
     return [[known[i, j] for j in range(len(row))] for i, row in enumerate(edits)]
 

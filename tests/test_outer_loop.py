@@ -354,7 +354,7 @@ def test_baselines_are_measured_once_at_the_beginning(whole):
 def test_baselines_are_accuracies_on_the_same_questions(whole):
     unadapted, in_prompt, passage_only = whole.metrics.records[0]["baselines"]
 
-    rollouts = whole.rollouts.of(0, "passage only")
+    rollouts = whole.rollouts.of(0, "eval", "passage only")
     assert unadapted["reward"] == pytest.approx(mean([r["unadapted"] for r in rollouts]))
     assert passage_only["reward"] == pytest.approx(mean([r["reward"] for r in rollouts]))
     assert [r["documents"] for r in rollouts] == [1, 1]
@@ -371,7 +371,7 @@ def test_without_the_flag_there_are_no_baselines(argv):
     run = run_it([*argv, "--iterations", "1"])
 
     assert run.metrics.records[0]["baselines"] == []
-    assert run.rollouts.of(0, "passage only") == []
+    assert run.rollouts.of(0, "eval", "passage only") == []
 
 
 def test_accuracy_by_kind_of_question_by_hand():

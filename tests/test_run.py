@@ -23,7 +23,7 @@ from generate import quiet
 from inner_loop import Answers
 from lora import PROJECTIONS, Lora
 from model import load_pretrained
-from run import PRESETS, Config, Lines, Meter, Records, Run, flag, unadapted
+from run import PRESETS, Config, Lines, Meter, Records, Run, flag, rewards, unadapted
 from sft import Recipe
 from tests.helpers import SMALL, even_length, parse, read_lines, run_it
 
@@ -333,13 +333,34 @@ def test_a_file_with_nothing_but_a_torn_line_is_empty(tmp_path):
     assert path.read_bytes() == b""
 
 
-def test_lines_of_an_iteration_and_a_split(tmp_path):
-    lines = Records(tmp_path / "lines.jsonl")
+def test_records_of_an_iteration_a_split_and_an_arm(tmp_path):
+    records = Records(tmp_path / "lines.jsonl")
     first = {"iteration": 0, "split": "train", "x": 1}
-    second = {"iteration": 0, "split": "train", "x": 2}
-    lines.add(first, {"iteration": 0, "split": "eval"}, {"iteration": 1, "split": "train"}, second)
+    second = {"iteration": 0, "split": "train", "arm": "", "x": 2}
+    other = {"iteration": 0, "split": "train", "arm": "passage only"}
+    records.add(first, {"iteration": 0, "split": "eval"}, {"iteration": 1, "split": "train"})
+    records.add(second, other)
 
-    assert lines.of(0, "train") == [first, second]
+    assert records.of(0, "train") == [first, second]
+    assert records.of(0, "train", "passage only") == [other]
+
+
+def test_rewording_an_arm_s_name_changes_no_draw(argv):
+    """Two arms with the same self-edits have the same answers, losses and rewards."""
+    run = Run(parse(argv))
+    tasks = run.tasks(run.cfg.eval_data)[:2]
+    model = run.load(0)
+    edits = [[task.references["passage only"]] for task in tasks]
+
+    for name in ("passage only", "the passage alone"):
+        rewards(run, model, tasks, edits, 0, "eval", [0.0, 0.0], n_seeds=2, arm=name)
+
+    one = run.rollouts.of(0, "eval", "passage only")
+    other = run.rollouts.of(0, "eval", "the passage alone")
+    assert len(one) == 2
+    for a, b in zip(one, other):
+        assert a["losses"] == b["losses"]
+        assert a["answers"] == b["answers"]
 
 
 # ------------------------------------------------------------------------------- what is on disk
