@@ -129,7 +129,9 @@ class Adapters:
 
     @torch.no_grad()
     def merge(self, i: int):
-        """W <- W + (alpha / r) B A, in float32 (or float64), rounded to W's dtype once."""
+        """W <- W + (alpha / r) B A, in float32 (or float64), rounded to W's dtype once.
+
+        NOTE(paper): the official code merges in bfloat16, which rounds twice."""
         for (A, B), layer in zip(self.pairs(self.flat[i:i + 1]), self.layers.values()):
             layer.weight.copy_(layer.weight.to(A.dtype) + self.scale * B[0] @ A[0])
 

@@ -55,6 +55,8 @@ def rest_em(cfg: Config, run: Run) -> list[Task]:
         # M-step: fine-tune the model on the self-edits that were worth most.
         kept = select(cfg, scores, edits, without, t)
         log_round(run, t, scores, without, kept)
+        # NOTE(paper): a round goes on from the last one, as in the official code. ReST-EM as Singh et
+        # al. describe it starts from the base model every time: --restart.
         if cfg.restart:
             del model   # never two copies of the weights
             model = run.load(0)

@@ -172,7 +172,10 @@ class Tokenizer:
         return [i for i in ids if i is not None]
 
     def prompt(self, text):
-        """What a model reads before it writes: the text itself, or a chat model's user turn."""
+        """What a model reads before it writes: the text itself, or a chat model's user turn.
+
+        NOTE(paper): the paper's passages are for base models, without a chat template. Its puzzles
+        are for a chat model, and the official code writes two BOS there; here it is one."""
         return self.chat([("user", text)]) if self.template else self.document(text, end=False)
 
     def chat(self, turns):

@@ -15,8 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+from data import judges  # noqa: E402
+from data.judges import each  # noqa: E402
 from model import load_pretrained  # noqa: E402
-from tests.helpers import SMALL  # noqa: E402
+from tests.helpers import SMALL, even_length  # noqa: E402
 from tests.make_checkpoint import make_checkpoint  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -69,6 +71,12 @@ def argv(tiny_folder, passages, tmp_path):
     """Flags of a small run on the random model: 2 rounds of 2 passages with 3 self-edits each."""
     return ["--model", str(tiny_folder), "--train-data", str(passages),
             "--eval-data", str(passages), "--run-dir", str(tmp_path / "run"), *SMALL.split()]
+
+
+@pytest.fixture()
+def varied_rewards(monkeypatch):
+    """Rewards that differ on a random model."""
+    monkeypatch.setitem(judges.RULES, "rule", each(even_length))
 
 
 @pytest.fixture(scope="session")

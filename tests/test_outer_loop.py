@@ -30,12 +30,6 @@ from tokenizer import Tokenizer
 UP = "model.layers.0.mlp.up_proj.weight"    # a weight that every M-step changes
 
 
-@pytest.fixture()
-def varied_rewards(monkeypatch):
-    """Rewards that differ on a random model."""
-    monkeypatch.setitem(judges.RULES, "rule", each(even_length))
-
-
 @pytest.fixture(scope="module")
 def whole(tiny_folder, passages, tmp_path_factory):
     """A run of two rounds with varied rewards and baselines. Tests only read it."""

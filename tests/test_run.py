@@ -32,12 +32,6 @@ NEEDED = ["--model", "m", "--train-data", "a", "--eval-data", "b"]
 UP = "model.layers.0.mlp.up_proj.weight"    # a weight that every M-step changes
 
 
-@pytest.fixture()
-def varied_rewards(monkeypatch):
-    """Rewards that differ on a random model."""
-    monkeypatch.setitem(judges.RULES, "rule", each(even_length))
-
-
 @pytest.fixture(scope="module")
 def whole(tiny_folder, passages, tmp_path_factory):
     """A run that was left alone, with varied rewards. Tests only read it."""
