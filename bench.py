@@ -13,7 +13,6 @@ A B C; medians are shown. An arm whose library is missing is named and left out.
 import argparse
 import json
 import random
-import resource
 import statistics
 import tempfile
 import time
@@ -26,7 +25,7 @@ from checkpoint import EMBEDDED, UserError, cli
 from generate import Sampling, generate
 from inner_loop import batched
 from lora import Adapters, Lora
-from memory import auto_slots, step_memory
+from memory import auto_slots, peak_memory, step_memory
 from model import ModelConfig, Transformer, load_pretrained
 from sft import Job, Recipe, sft
 
@@ -212,7 +211,7 @@ def reset_peak():
 
 def peak_of_process():
     if not Path("/proc/self/status").exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_memory()
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 

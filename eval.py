@@ -28,7 +28,7 @@ from generate import Sampling
 from inner_loop import ask, grade_all, in_prompt, make_job
 from lora import Adapters
 from run import Meter, Run, add_flags, read_flags
-from run import rewards, sample, unadapted, verdicts
+from run import sample_edits, score_edits, unadapted, verdicts
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from sft import Job, sft
 from stats import bootstrap_ci, forgetting, share_changed
@@ -47,7 +47,7 @@ class Table:
     def add(self, name: str, edits: list[list[SelfEdit]], t=0, folder=None) -> dict:
         """A row: theta_t (of the run in another folder) trained on each task's self-edits."""
         run = self.run
-        rewards(run, run.load(t, folder), self.tasks, edits, t, "eval", self.without,
+        score_edits(run, run.load(t, folder), self.tasks, edits, t, "eval", self.without,
                 run.cfg.seeds, arm=name)
         self.rows.append(row_of(name, run.rollouts.of(t, "eval", name), self.base))
         return self.rows[-1]
@@ -59,7 +59,7 @@ class Table:
             raise UserError(f"{folder}: no checkpoint iter_1 there")
         for t in range(1, rounds + 1):
             model = self.run.load(t, folder)
-            edits = sample(self.run, model, self.tasks, t, "eval", k)
+            edits = sample_edits(self.run, model, self.tasks, t, "eval", k)
             self.add(f"self-edits after round {t}", edits, t, folder)
 
 
@@ -136,7 +136,7 @@ def single(args, run: Run):
     tasks = passages(run)[:cfg.eval_tasks]
     table = Table(run, tasks)
     model = run.load(0)
-    own_edits = sample(run, model, tasks, 0, "eval", 1)
+    own_edits = sample_edits(run, model, tasks, 0, "eval", 1)
     passage = [[task.references["passage only"]] for task in tasks]
     table.add("passage only", passage)
 
@@ -199,7 +199,7 @@ def arc(args, run: Run):
     if tasks[0].context:
         raise UserError("this experiment is about puzzles; for passages: python eval.py single")
     table = Table(run, tasks, first_row="in-context learning")
-    own_edits = sample(run, run.load(0), tasks, 0, "eval", cfg.eval_edits)
+    own_edits = sample_edits(run, run.load(0), tasks, 0, "eval", cfg.eval_edits)
     reference = table.add("its own self-edits", own_edits)
     for name in tasks[0].references:
         table.add(name, [[task.references[name]] for task in tasks])
@@ -224,6 +224,8 @@ def continual(args, run: Run):
     6); many such streams are learned side by side."""
     cfg, length = run.cfg, args.length
     tasks = passages(run)
+    if cfg.weight_decay:
+        raise UserError("--weight-decay: it would shrink what the earlier edits have taught")
     if length > len(tasks):
         raise UserError(f"--length {length}: there are {len(tasks)} passages")
     streams = []
@@ -311,7 +313,7 @@ def cpt(args, run: Run):
     cfg = run.cfg
     tasks = passages(run)[:cfg.eval_tasks]
     model = run.load(0)
-    edits = sample(run, model, tasks, 0, "eval", cfg.edits)
+    edits = sample_edits(run, model, tasks, 0, "eval", cfg.edits)
     contexts = [text for task in tasks for text in task.context]
     own_texts = [edit.text for row in edits for edit in row if edit.text]
     corpora = {"passages": contexts, "passages and its own self-edits": contexts + own_texts}

@@ -150,7 +150,8 @@ def sample(logits, temperature, top_p, u):
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
     # The nucleus is nearly always within the first 1,024 tokens, and on a CPU to find these is ten
-    # times faster than to sort all.
+    # times faster than to sort all. On CUDA it would take a wait for the device to know, so there
+    # all are sorted.
     top, index = p.topk(min(1024, p.shape[-1]))
     if top.shape[-1] < p.shape[-1] and (p.is_cuda or (top.sum(-1) < top_p).any()):
         top, index = p.sort(-1, descending=True)
@@ -181,7 +182,8 @@ class Sampler:
         self.u = to_device(u, model.device)
 
     def choose(self, logits, text, age):
-        """The next token of each row, (B,). logits (B, V); text, age (B,): which text's, which."""
+        """The next token of each row, (B,). logits (B, V); text (B,): which text a row writes; age
+        (B,): how many tokens of it are written."""
         if self.sampling.banned is not None:
             logits = logits.masked_fill(self.sampling.banned, -torch.inf)
         s = self.sampling
@@ -297,6 +299,7 @@ def has_graphs(device):
 
 @dataclass
 class Admitted:
+    """A prompt that is to be read now."""
     prompt: int             # its number
     adapter: int
     places: list[int]       # the n rows that continue it
@@ -382,7 +385,7 @@ def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=Non
     def route(counts):
         return adapters.route(counts) if adapters else nullcontext()
 
-    here = route(grid.row_counts())
+    decoding = route(grid.row_counts())
     while True:
         alive = rows.alive()
         done = total - len(alive) - n * grid.waiting()
@@ -408,8 +411,8 @@ def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=Non
         folded = grid.fold(alive)
         if folded or room > rows.cache.size:
             rows.keep(grid.resized(alive, folded or grid.per), room)
-            here = route(grid.row_counts())
-        with here:
+            decoding = route(grid.row_counts())
+        with decoding:
             for _ in range(steps):
                 rows.step()
 

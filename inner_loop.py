@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Iterable, Iterator
 
 from checkpoint import EMBEDDED, UserError, cli
-from data import knowledge, tinyworld
+from data import knowledge, tinyworld   # for the command line only
 from generate import Sampling, quiet, write
 from lora import Adapters, Lora, PROJECTIONS
 from memory import auto_answering
@@ -31,10 +31,10 @@ ANSWERS = Sampling(max_new=64, newline_stops=True)
 def make_job(model, tok, edit: SelfEdit, seed: int, recipe: Recipe) -> Job:
     """The SFT job of a self-edit: examples of its documents, a recipe with its directives.
 
-    A text that exceeds the context window is cut, a (prompt, completion) pair is left out.
-    ValueError: why nothing can be learned.
+    A text longer than the context window is cut; a (prompt, completion) pair longer than it is left
+    out. ValueError: why nothing can be learned.
     NOTE(paper): a document ends with one EOS, which is learned. The official code pads every row
-    with EOS to 2048 tokens and learns them all, 98 % of its targets: --pad-to 2048."""
+    with EOS to 2048 tokens, and about 98 % of its targets are pads: --pad-to 2048."""
     if not edit.documents:
         raise ValueError(edit.note or EMPTY)
     unknown = set(edit.directives) - set(DIRECTIVES)
@@ -94,16 +94,16 @@ def ask(model, tok, groups: list[list[Task]], sampling: Sampling = ANSWERS,
 
 
 def in_prompt(tasks: list[Task]) -> list[Task]:
-    """The same tasks with their context in front of every query: an upper bound."""
-    opened = []
+    """The same tasks with their context in front of every query."""
+    with_context = []
     for task in tasks:
         queries = ["\n\n".join([*task.context, query]) for query in task.queries]
-        opened.append(replace(task, queries=queries))
-    return opened
+        with_context.append(replace(task, queries=queries))
+    return with_context
 
 
 def grade_all(tasks: list[Task], answers: list[list[str]]) -> list[list[bool]]:
-    """r(Ans, tau): which questions are answered rightly, per task. Their mean is the accuracy.
+    """r(Ans, tau): which questions are answered correctly, per task. Their mean is the accuracy.
 
     An empty answer is wrong. A judge sees all of its answers at once, as it may be slow."""
     # Collect for each judge the places of the answers that it is to see, then fill in its verdicts.
@@ -128,7 +128,7 @@ class Outcome:
     accuracy: list[float] = field(default_factory=list)
     answers: list[list[str]] = field(default_factory=list)
     right: list[list[bool]] = field(default_factory=list)
-    losses: list[list[float]] = field(default_factory=list)     # [first, last]
+    losses: list[list[float]] = field(default_factory=list)     # [first, last] of each seed
     seconds: float = 0.0
     cut: int = 0                                    # replies that ran to the cap, of all seeds
     note: str = ""
@@ -157,34 +157,44 @@ def update_and_score(model, tok, tasks: list[Task], edits: list[SelfEdit], seeds
     jobs, owner = [], []
     for i, edit in enumerate(edits):
         try:
-            job = make_job(model, tok, edit, 0, recipe)
+            job = make_job(model, tok, edit, 0, recipe)     # its seed is set below
         except ValueError as e:
             yield i, Outcome(note=str(e))
             continue
         jobs += [replace(job, seed=seed) for seed in seeds[i]]
         owner += [i] * len(seeds[i])
 
-    # Adapters are asked as soon as enough of them are trained, so that they answer in one batch and
-    # their weights need not all be kept.
+    # Adapters are asked in batches, as they finish training: answering many together is faster, and
+    # the weights of all need not be kept.
     outcomes = defaultdict(Outcome)
     at_once = auto_answering(model, recipe.lora)
-    for finished in batched(sft(model, jobs, progress), at_once):       # theta' <- SFT(theta, SE)
-        # A diverged adapter is not asked: its answers are empty, and so they are wrong.
-        sound = [(j, trained) for j, trained in finished if not trained.diverged]
-        answers = {j: Answers([""] * len(tasks[owner[j]].questions), 0) for j, _ in finished}
-        if sound:
-            adapters = Adapters.stack(model, recipe.lora, [trained.weights for _, trained in sound])
-            asked = [[tasks[owner[j]]] for j, _ in sound]
-            given = ask(model, tok, asked, sampling, adapters)          # Ans ~ LM_theta'(. | tau)
-            answers |= {j: answer for (j, _), (answer,) in zip(sound, given)}
-        verdicts = grade_all([tasks[owner[j]] for j, _ in finished],    # r(Ans, tau)
-                             [answers[j].texts for j, _ in finished])
+    for finished in batched(sft(model, jobs, progress), at_once):   # theta' <- SFT(theta, SE)
+        numbers = [owner[j] for j, _ in finished]
+        trained = [one for _, one in finished]
+        asked = [tasks[i] for i in numbers]
+        # Ans ~ LM_theta'(. | tau), and r(Ans, tau).
+        answers = answer_each(model, tok, asked, trained, recipe.lora, sampling)
+        verdicts = grade_all(asked, [answer.texts for answer in answers])
         # The reward is the mean over seeds, known when the last one is.
-        for (j, trained), right in zip(finished, verdicts):
-            i = owner[j]
-            outcomes[i].add(trained, answers[j], right)
+        for i, one, answer, right in zip(numbers, trained, answers, verdicts):
+            outcomes[i].add(one, answer, right)
             if len(outcomes[i].accuracy) == len(seeds[i]):
                 yield i, outcomes.pop(i)
+
+
+def answer_each(model, tok, tasks: list[Task], trained: list[Trained], lora: Lora,
+                sampling: Sampling) -> list[Answers]:
+    """The answers to tasks[k] under the adapter trained[k], all in one batch.
+
+    A diverged adapter is not asked: its answers are empty, and so they are wrong."""
+    answers = [Answers([""] * len(task.questions), cut=0) for task in tasks]
+    sound = [k for k, one in enumerate(trained) if not one.diverged]
+    if sound:
+        adapters = Adapters.stack(model, lora, [trained[k].weights for k in sound])
+        given = ask(model, tok, [[tasks[k]] for k in sound], sampling, adapters)
+        for k, (answer,) in zip(sound, given):      # a group of one task has one Answers
+            answers[k] = answer
+    return answers
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:

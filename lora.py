@@ -2,6 +2,7 @@
 
     python lora.py --model HuggingFaceTB/SmolLM2-135M-Instruct     # teach one sentence
 
+A *ribbon* (model.py) is the tokens of many sequences laid end to end, without padding.
 LoRA (arXiv 2106.09685) replaces W x by W x + (alpha / r) B A x, with A (r, in) random and B
 (out, r) zero at first. Only A and B are trained. Here n adapters are trained or used at once: the
 ribbon's tokens lie sorted by adapter, every frozen product runs once over all of them, and only
@@ -13,6 +14,7 @@ Simplified: no LoRA dropout (the paper's is 0), no bias, no variants.
 import argparse
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass
 class Lora:
-    """The shape of an adapter."""
+    """Rank, scale and places of an adapter; no weights."""
     rank: int
     alpha: float            # the low-rank term is scaled by alpha / rank
     targets: list[str]      # which linear layers have one, by their last name
@@ -52,15 +54,16 @@ class Lora:
 def low_rank(x, A, B, scale, segments, grouped):
     """(alpha / r) B A x, each token under the adapter of its segment.
 
-    x (T, in), A (n, r, in), B (n, out, r) -> (T, out). segments: a Ribbon of n lengths."""
-    # One kernel that takes the segments as they lie. Where all are equally long, a batched product
-    # is as good and needs no offsets.
+    x (T, in), A (n, r, in), B (n, out, r) -> (T, out). segments: a model.Ribbon of n lengths, one
+    per adapter, in one group. Its `ends` (n,) are where they end; `even`: all are equally long."""
+    # One kernel multiplies each segment by its own matrix, without padding.
     if grouped and not segments.even:
         h = F.grouped_mm(x, A.mT, offs=segments.ends)                   # (T, r)
         return F.grouped_mm(h * scale, B.mT, offs=segments.ends)        # (T, out)
-    # Elsewhere the segments are unrolled, which pads them, and a batched product does the same.
-    (x,) = segments.unroll(x)                                           # (n, L, in)
-    return segments.roll([(x @ A.mT * scale) @ B.mT])
+    # Or a product batched over adapters. `unroll` pads segments that differ in length.
+    (x,) = segments.unroll(x)                                           # one group: (n, L, in)
+    h = x @ A.mT                                                        # (n, L, r)
+    return segments.roll([(h * scale) @ B.mT])                          # (T, out)
 
 
 class Adapters:
@@ -95,7 +98,8 @@ class Adapters:
 
     @torch.no_grad()
     def init(self, i: int, seed: int):
-        """Adapter i as new: A uniform in +-1/sqrt(in), as PEFT's, B zero. It changes nothing."""
+        """Initialise adapter i: A uniform in +-1/sqrt(in) as PEFT does, B zero, so that it changes
+        nothing at first."""
         # Drawn on the host from a seed of its own: the same adapter in any slot of any batch.
         generator = torch.Generator().manual_seed(seed)
         row = torch.zeros(1, self.flat.shape[1])
@@ -115,7 +119,8 @@ class Adapters:
         return pairs
 
     def part(self, low: int, high: int):
-        """(P,) bool: where rows low .. high - 1 of every A, and those columns of every B, lie."""
+        """(P,) bool, for eval.py continual: True at the parameters of ranks low .. high - 1, which
+        are rows of every A and columns of every B."""
         mask = torch.zeros(1, self.flat.shape[1], dtype=torch.bool, device=self.flat.device)
         for A, B in self.pairs(mask):
             A[:, low:high] = True
@@ -160,15 +165,14 @@ class Route:
     def __init__(self, adapters: Adapters, counts: list[int]):
         assert len(counts) == adapters.n
         segments = Ribbon(counts, adapters.model.device, one_group=True)
-
-        # A function per layer, as each has its own A and B.
-        def delta_of(A, B):
-            return lambda x: low_rank(x, A, B, adapters.scale, segments, adapters.grouped)
-
-        # The masters are float32; the products run in the model's dtype.
+        # `flat` is float32; the products run in the model's dtype. In bfloat16 this is a copy, so a
+        # later change of `flat` needs a new Route.
         pairs = adapters.pairs(adapters.flat.to(adapters.model.dtype))
-        self.deltas = [(layer, delta_of(A, B))
-                       for layer, (A, B) in zip(adapters.layers.values(), pairs)]
+        self.deltas = []
+        for layer, (A, B) in zip(adapters.layers.values(), pairs):
+            delta = partial(low_rank, A=A, B=B, scale=adapters.scale, segments=segments,
+                            grouped=adapters.grouped)
+            self.deltas.append((layer, delta))
 
     def __enter__(self):
         for linear, delta in self.deltas:
@@ -180,7 +184,7 @@ class Route:
 
 
 def can_group(model, lora):
-    """Whether grouped_mm multiplies here: fused in bfloat16 on Hopper and later, a loop in C++ on a
+    """Whether to use F.grouped_mm here: fused in bfloat16 on Hopper and later, a loop in C++ on a
     CPU. Every width must be a multiple of 8."""
     if model.device.type == "cuda":
         fast = (model.dtype == torch.bfloat16

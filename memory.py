@@ -1,6 +1,7 @@
-"""What fits: bytes of each phase, and how much to do side by side. Pure arithmetic but for one look
-at the device."""
+"""What fits: bytes of each phase, and how much to do side by side. Arithmetic, but for a look at
+the device."""
 import os
+import sys
 
 import torch
 
@@ -11,6 +12,18 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS
     return os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory():
+    """Most bytes used so far: on CUDA by torch's allocator, else by the process (0: unknown)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:     # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024      # ru_maxrss: bytes on macOS, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def step_memory(model, lora, slots, tokens):

@@ -10,8 +10,8 @@ Modules keep Hugging Face's names, so loading is a `load_state_dict` and what we
 Simplified: RoPE 'default' or 'llama3', no sliding window, no biases but Qwen2's, no dropout. A
 checkpoint that needs more is refused.
 
-Shapes: B sequences, T tokens, L longest sequence, D = dim, V vocabulary, H heads, K key/value
-heads, E = head_dim.
+Shapes: B rows, T tokens, n sequences of a group, L the longest of them, D = dim, V vocabulary, H
+heads, K key/value heads, E = head_dim.
 """
 import argparse
 import math
@@ -121,24 +121,27 @@ class Ribbon:
         return x if self.even else x.index_select(0, self.cell)
 
     def attend(self, layer, q, k, v):
-        """Causal attention within each sequence. q (T, H, E), k and v (T, K, E) -> (T, H, E)."""
+        """Causal attention within each sequence. q (T, H, E), k and v (T, K, E) -> (T, H, E).
+
+        `layer` is not used here: generate.Cache's attend needs it."""
         # Grouped-query attention: several query heads share a key head.
         shared_heads = q.shape[1] != k.shape[1]
         # One call per group of like lengths. Within it sequences are a batch, and heads are too.
         outputs = []
-        for q, k, v, mask in zip(self.unroll(q), self.unroll(k), self.unroll(v), self.masks):
+        groups = zip(self.unroll(q), self.unroll(k), self.unroll(v), self.masks)
+        for q_view, k_view, v_view, mask in groups:                         # (n, L, H or K, E)
             y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),    # (n, H or K, L, E)
+                q_view.transpose(1, 2), k_view.transpose(1, 2), v_view.transpose(1, 2),
                 attn_mask=mask, is_causal=mask is None, enable_gqa=shared_heads)
             outputs.append(y.transpose(1, 2))                               # (n, L, H, E)
         return self.roll(outputs)
 
 
 def like_lengths(lengths):
-    """Indices of sequences in groups of like lengths, within a factor of four.
+    """Indices of sequences in groups: 1 to 32 tokens, 33 to 128, 129 to 512, ...
 
     One long sequence must not pad a hundred short ones to its own length."""
-    # The number of binary digits, two of them to a group: 1 to 32, 33 to 128, 129 to 512 tokens...
+    # The number of binary digits of n - 1, halved.
     groups = {}
     for i, n in enumerate(lengths):
         size = (max(n, 16) - 1).bit_length() // 2
@@ -171,12 +174,12 @@ class RMSNorm(nn.Module):
 def rope_frequencies(c, device):
     """Radians per token of each pair of components, (E/2,), in float32.
 
-    'llama3' slows the pairs that turn too seldom within the window of the first training."""
+    'llama3' extends the context window by dividing the low frequencies."""
     # The first pair turns fastest, by one radian a token; the last by 1 / theta.
     f = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim)
     if c.rope_scaling:
-        # Pairs that turn often stay as they are, those that turn seldom are slowed by `factor`, and
-        # those between are mixed.
+        # High frequencies stay, low ones are divided by `factor`, those between are interpolated.
+        # `turns`: how often a pair turns within the original window.
         s = c.rope_scaling
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         turns = s["original_max_position_embeddings"] * f / (2 * math.pi)
@@ -241,8 +244,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`folder` is where the weights came from: its tokenizer files are saved along."""
-    recompute = False   # a block's activations in the backward pass: less memory, a third more time
+    """A decoder-only transformer. `folder` is where its weights came from: save_pretrained copies
+    the tokenizer's files from there."""
+    # Compute a block's activations again in the backward pass: less memory, a third more time.
+    recompute = False
 
     def __init__(self, config, folder=None):
         super().__init__()
@@ -265,9 +270,9 @@ class Transformer(nn.Module):
     def hidden(self, ids, position, attend):
         """The residual stream after the last norm: ids, position (T,) -> (T, D).
 
-        `attend` mixes the tokens: Ribbon.attend, or one of generate.Cache's."""
+        `attend` mixes the tokens: Ribbon.attend, or what generate.Cache's methods return."""
         x = self.model.embed_tokens(ids)
-        # Angles are taken in float32: a position of thousands has no room in bfloat16.
+        # Angles are computed in float32: bfloat16 cannot hold every integer above 256.
         angle = position[:, None, None] * rope_frequencies(self.config, ids.device)  # (T, 1, E/2)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for block in self.model.layers:
@@ -297,13 +302,13 @@ def load_pretrained(name_or_path, device=None, dtype=None):
     """A Transformer from a local folder or a hub id, frozen.
 
     Default: bfloat16 on CUDA if there is one, else float32 on the CPU. The model is built without
-    memory (meta device) and each tensor is put in place as it is read: one copy in all."""
+    memory (meta device) and each tensor is put in place as it is read, so there is one copy."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if dtype == torch.bfloat16 and device.type == "cpu":
         print("note: bfloat16 is slow on most CPUs; float32 is faster", file=sys.stderr)
 
-    # A model of shapes only. Its parameters become those that are read, whatever their dtype.
+    # Shapes only: load_state_dict(assign=True) puts the tensors that are read in their place.
     folder = fetch(name_or_path)
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_folder(folder), folder)

@@ -10,18 +10,17 @@ run's folder (run.py), and the same command resumes it. Simplified: one process 
 import argparse
 import dataclasses
 import random
-import resource
 import time
 
 import numpy as np
-import torch
 
 from checkpoint import UserError, cli
 from inner_loop import in_prompt
 from lora import Adapters
+from memory import peak_memory
 from report import in_brackets, summary
 from run import Config, Meter, Run, add_flags, outer_recipe, read_flags
-from run import rewards, sample, unadapted
+from run import sample_edits, score_edits, unadapted
 from selfedit import SelfEdit, Task, seed_for
 from sft import Job, dialogue, sft
 from stats import bootstrap_ci
@@ -42,26 +41,28 @@ def rest_em(cfg: Config, run: Run) -> list[Task]:
                 f"{len(train)}: some will be seen again")
 
     for t in range(run.last_checkpoint(), cfg.iterations):
-        model = run.load(t)                                         # theta_t
+        model = run.load(t)                                             # theta_t
         evaluate(cfg, run, model, held_out, t)
 
-        # E-step: sample self-edits, and measure what the model updated by each is worth.
-        tasks = next_tasks(train, t, cfg.tasks)                     # (C, tau) ~ D
-        edits = sample(run, model, tasks, t, "train", cfg.edits)    # SE ~ LM_theta_t(. | C)
+        # E-step: sample self-edits, and measure the model that each of them makes. These functions
+        # of run.py call selfedit.sample_self_edits, inner_loop.ask and inner_loop.update_and_score,
+        # and keep on disk what those return.
+        tasks = next_tasks(train, t, cfg.tasks)                         # (C, tau) ~ D
+        edits = sample_edits(run, model, tasks, t, "train", cfg.edits)  # SE ~ LM_theta_t(. | C)
         without = unadapted(run, model, tasks)
         # For each: theta'_t <- SFT(theta_t, SE); Ans ~ LM_theta'_t(. | tau); r <- r(Ans, tau).
-        scores = rewards(run, model, tasks, edits, t, "train", without, cfg.seeds)
+        scores = score_edits(run, model, tasks, edits, t, "train", without, cfg.seeds)
 
         # M-step: fine-tune the model on the self-edits that were worth most.
         kept = select(cfg, scores, edits, without, t)
         log_round(run, t, scores, without, kept)
-        # NOTE(paper): a round goes on from the last one, as in the official code. ReST-EM as Singh et
-        # al. describe it starts from the base model every time: --restart.
-        if cfg.restart:
+        # NOTE(paper): a round goes on from the last one, as in the official code. ReST-EM as Singh
+        # et al. describe it starts from the base model every time: --restart.
+        if cfg.restart and kept:
             del model   # never two copies of the weights
             model = run.load(0)
         m_step(cfg, run, model, [(tasks[i], edits[i][j]) for i, j in kept], t)
-        run.save(t + 1, model)                                      # theta_t+1
+        run.save(t + 1, model)                                          # theta_t+1
 
     evaluate(cfg, run, run.load(cfg.iterations), held_out, cfg.iterations)
     return held_out
@@ -79,18 +80,18 @@ def select(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
     best: each task's `keep` best, the first of equals. solved: all those with reward 1. random: any
     `keep` of each task, a control that cannot learn.
     NOTE(paper): Eq. 2 gives a reward of 1 only if the update improves the model. The official code
-    keeps the best of K regardless, and so do we but for --strict. A self-edit with nothing to learn
-    from is never kept."""
+    keeps the best of K regardless, and so do we, unless --strict is given."""
     rng = random.Random(seed_for(cfg.seed, t, "select"))
     kept = []
     for i, row in enumerate(scores):
-        # Sorting is stable: of equal rewards the first stays first.
+        # A self-edit without documents teaches nothing, and is never kept.
         usable = [j for j in range(len(row)) if edits[i][j].documents]
         if cfg.select == "solved":
             chosen = [j for j in usable if row[j] == 1]
         elif cfg.select == "random":
             chosen = sorted(usable, key=lambda j: rng.random())[:cfg.keep]
         else:
+            # Sorting is stable: of equal rewards the first stays first.
             chosen = sorted(usable, key=lambda j: -row[j])[:cfg.keep]
         # r = 1 if the update improves on theta_t, else 0                                       (2)
         if cfg.strict:
@@ -100,16 +101,17 @@ def select(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
 
 
 def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit]], t: int):
-    """theta_t+1 <- SFT(theta_t, kept), merged into the weights.
+    """theta_t+1 <- SFT(theta, kept), merged into the weights. theta is theta_t, or theta_0 with
+    --restart.
 
-    The gradient of J, estimated from the samples, with rewards r that are constants and here are 0
-    or 1 (docs/PAPER.md derives it):
+    The gradient of J, estimated from the samples, with the rewards as constants (docs/PAPER.md
+    derives it). r_ij is 1 for the self-edits that `select` kept and 0 for the others:
 
         grad J ~ 1/(N M) sum_ij r_ij sum_s grad log p_theta(y_ijs | y_ij<s, C_i)             (3, 4)
 
-    y_ij1, y_ij2, ... are the tokens of self-edit SE_ij. It is the gradient of fine-tuning on the
-    self-edits with r = 1, each after its context. So the loss is on the self-edit only, exactly as
-    it was sampled, EOS included.
+    y_ij1, y_ij2, ... are the tokens of self-edit SE_ij. Up to a factor this is the gradient of
+    fine-tuning on the kept self-edits, each after its context. So the loss is on the self-edit
+    only, exactly as it was sampled, EOS included.
     NOTE(paper): an edit that ran to the cap has no EOS, and none is added: the official code adds
     one, and so teaches the model to stop there."""
     if not kept:
@@ -117,7 +119,10 @@ def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit]], t: i
         return
     # The context is read, the self-edit is learned. One job, so one adapter, of all kept pairs.
     recipe = outer_recipe(cfg)
-    examples = [dialogue(run.tok.prompt(task.prompt), edit.token_ids) for task, edit in kept]
+    examples = []
+    for task, edit in kept:
+        prompt = run.tok.prompt(task.prompt)
+        examples.append(dialogue(prompt, edit.token_ids, completion_only=True))
     job = Job(examples, seed_for(cfg.seed, t, "M-step"), recipe)
     ((_, trained),) = sft(model, [job], Meter("steps of the M-step"))
     if trained.diverged:
@@ -135,19 +140,19 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
     """Held-out reward of theta_t, with an inner loop per self-edit: a line of metrics.jsonl."""
     if any(m["iteration"] == t for m in run.metrics.records):
         return  # a resumed run has it already
-    edits = sample(run, model, tasks, t, "eval", cfg.eval_edits)
+    edits = sample_edits(run, model, tasks, t, "eval", cfg.eval_edits)
     without = unadapted(run, model, tasks)
     arms = []
     if cfg.baselines and t == 0:
         arms = baselines(run, model, tasks, without)
-    scores = rewards(run, model, tasks, edits, t, "eval", without, n_seeds=1)
+    scores = score_edits(run, model, tasks, edits, t, "eval", without, n_seeds=1)
 
-    # The mean over tasks. Its interval is over tasks as well: a self-edit more or less of the same
-    # task is no new evidence about other tasks.
+    # The mean over tasks, with a bootstrap interval over tasks, not over self-edits: more
+    # self-edits of one task say nothing about other tasks.
     per_task = np.mean(scores, axis=1)
     low, high = bootstrap_ci(per_task)
     kinds = by_kind(tasks, run.rollouts.of(t, "eval"))
-    before = [r["reward"] for r in run.rollouts.of(t - 1, "train")]
+    last_round = [r["reward"] for r in run.rollouts.of(t - 1, "train")]
     run.metrics.add({
         "iteration": t,
         "eval_reward": float(np.mean(per_task)),
@@ -156,7 +161,7 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
         "eval_unadapted": float(np.mean(without)),
         "eval_tasks": len(tasks),
         "baselines": arms,
-        "train_reward": float(np.mean(before)) if before else None,     # of the round before
+        "train_reward": float(np.mean(last_round)) if last_round else None,
         "made_of": run.domain.describe(tasks, edits),
         "seconds": round(time.time() - run.begin, 1)})
     run.log(f"iteration {t}: held-out reward {np.mean(per_task):.3f} [{low:.3f}, {high:.3f}]"
@@ -164,9 +169,8 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
 
 
 def baselines(run: Run, model, tasks: list[Task], without: list[float]) -> list[dict]:
-    """What the model can do without a self-edit of its own, on the same questions."""
-    # Without anything; with the passage in view; trained on what needs no model (the passage
-    # itself, or a puzzle's best known training).
+    """What the model can do without a self-edit of its own, on the same questions: as it is; with
+    the passage in the prompt; trained on reference self-edits, which no model wrote."""
     arms = [{"name": "un-adapted", "reward": float(np.mean(without)), "by_kind": {}}]
     if tasks[0].context:
         read = unadapted(run, model, in_prompt(tasks))
@@ -174,7 +178,7 @@ def baselines(run: Run, model, tasks: list[Task], without: list[float]) -> list[
                      "by_kind": {}})
     for name in tasks[0].references:
         edits = [[task.references[name]] for task in tasks]
-        scores = rewards(run, model, tasks, edits, 0, "eval", without, n_seeds=1, arm=name)
+        scores = score_edits(run, model, tasks, edits, 0, "eval", without, n_seeds=1, arm=name)
         arms.append({"name": name, "reward": float(np.mean(scores)),
                      "by_kind": by_kind(tasks, run.rollouts.of(0, "eval", name))})
     return arms
@@ -191,7 +195,7 @@ def by_kind(tasks: list[Task], records: list[dict]) -> dict[str, float]:
     return {kind: float(np.mean(verdicts)) for kind, verdicts in found.items()}
 
 
-def log_round(run, t, scores, without, kept):
+def log_round(run: Run, t: int, scores, without, kept):
     mean_kept = np.mean([scores[i][j] for i, j in kept]) if kept else 0.0
     run.log(f"round {t + 1}: mean reward {np.mean(scores):.3f}, un-adapted {np.mean(without):.3f}; "
             f"kept {len(kept)} self-edits with mean reward {mean_kept:.3f}")
@@ -210,11 +214,7 @@ def main():
 
     held_out = rest_em(cfg, run)
     run.log("\n" + summary(run, held_out))
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    run.log(f"\n{time.time() - run.begin:.0f} s, peak memory {peak / 2 ** 30:.1f} GiB; "
+    run.log(f"\n{time.time() - run.begin:.0f} s, peak memory {peak_memory() / 2 ** 30:.1f} GiB; "
             f"everything is in {run.folder}: read its rollouts.jsonl")
 
 

@@ -17,13 +17,14 @@ class Example:
     ids: torch.Tensor       # (L,)
     source: torch.Tensor    # (N,) the tokens that predict a label
     labels: torch.Tensor    # (N,)
-    weight: torch.Tensor    # (N,) of each label in the mean over its micro-batch: 1, but for pads
+    weight: torch.Tensor    # (N,) 1 for each label; more for a pad that stands for many
     position: torch.Tensor  # (L,)
     pads: int = 0           # how many of the last ids are pads (padding.py)
 
     @classmethod
     def of(cls, ids: list[int], learn: list[bool], pad_to=0):
-        """Token j predicts token j + 1, if that one is to be learned."""
+        """Token j predicts token j + 1, if that one is to be learned: learn [F, F, T, T] gives
+        source [1, 2] and labels ids[2], ids[3]."""
         if pad_to:
             ids, learn = ids[:pad_to], learn[:pad_to]
         ids = torch.tensor(ids)
@@ -49,8 +50,10 @@ def pack(running, device, dtype) -> Packed:
     """
     texts, counts, source, weight, slots = [], [], [], [], []
     begin = 0       # of the text on the ribbon
-    for slot, run in enumerate(running):
-        batch = [run.examples[e] for e in next(run.batches)] if run else []
+    for slot, active in enumerate(running):
+        batch = []
+        if active:
+            batch = [active.examples[number] for number in next(active.batches)]
         # The loss is a mean over the slot's own labels, so each weighs one over their number.
         total = sum(float(x.weight.sum()) for x in batch)
         for x in batch:

@@ -1,10 +1,10 @@
 """The official code's padded rows, imitated: --pad-to 2048. Nothing else needs this file.
 
 NOTE(paper): the official code fills every document with EOS to a row of 2048 tokens and learns the
-pads as well, which are about 98 % of its targets. In such a row a pad sees the content and no other
-pad, since the padding mask hides those; so pads differ in their position alone (RoPE). Here eight
-of them, spread evenly over the row and weighted, stand for all. Rows filled plainly, in which pads
-see pads, train something else: docs/RESULTS.md compares the three.
+pads as well, which are about 98 % of its targets. In such a row a pad sees the content and no pad,
+not even itself, since the padding mask hides those; so pads differ in their position alone (RoPE).
+Here eight of them, spread evenly over the row and weighted, stand for all. Rows filled plainly, in
+which pads see pads, train something else: docs/RESULTS.md compares the three.
 """
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from model import Ribbon, like_lengths, to_device
 
 
 def with_pads(example, pad_to, n_pads=8):
-    """An sft.Example whose text ends with one EOS, as if it filled a row of pad_to tokens.
+    """A packing.Example whose text ends with one EOS, as if it filled a row of pad_to tokens.
 
     That EOS is the first pad. Each pad but the last predicts the next one: `n` of them do."""
     content = len(example.ids) - 1

@@ -52,7 +52,7 @@ class Config:
     seeds: int = 3                  # inner loops per self-edit; the reward is their mean
     eval_tasks: int = 200           # held-out tasks
     eval_edits: int = 1             # self-edits of each of them, with one inner loop each
-    baselines: bool = False         # measure what to compare with, too, once
+    baselines: bool = False         # at iteration 0, also measure what to compare with
 
     # Self-edits.
     prompt: str = "implications"    # or ...-long, ...-very-long; or rewrite, self-qa, none
@@ -69,7 +69,7 @@ class Config:
     inner_targets: list = field(default_factory=lambda: ["q_proj", "v_proj"])  # adapted layers
     inner_lr: float = 1e-3          # learning rate, which falls to 0
     inner_schedule: str = "linear"  # how it falls: linear or cosine
-    inner_warmup: int = 0           # steps before, in which it rises from 0
+    inner_warmup: int = 0           # first steps, in which it rises from 0
     inner_epochs: int = 10          # passes over a self-edit's documents
     inner_batch: int = 1            # documents per step
     pad_to: int = 0                 # as if documents were padded, pads learned (official: 2048)
@@ -99,7 +99,7 @@ class Config:
     dtype: str = ""                 # of the weights; default: bfloat16 on cuda, else float32
     slots: int = 0                  # adapters trained side by side; 0: automatic
     rows: int = 0                   # sequences decoded side by side; 0: automatic
-    recompute: bool = False         # activations in the backward pass: less memory, slower
+    recompute: bool = False         # compute activations again in the backward pass: less memory
 
     def __post_init__(self):
         """Every rule about the values; a UserError names the flag."""
@@ -326,6 +326,8 @@ class Run:
         """The tasks of a source that fit in the model's context window."""
         # From config.json alone: the weights are read when something is to be computed.
         window = ModelConfig.from_folder(fetch(self.cfg.model)).max_len
+        if self.cfg.pad_to > window:
+            raise UserError(f"--pad-to {self.cfg.pad_to}: the model's window is {window}")
         tasks = []
         for task in self.read_tasks(source):
             texts = (task.prompt, *task.context, *task.queries)
@@ -364,7 +366,8 @@ class Run:
 
 # ------------------------------------------------------------------------------- the E-step, kept
 
-def sample(run: Run, model, tasks: list[Task], t: int, split: str, k: int) -> list[list[SelfEdit]]:
+def sample_edits(run: Run, model, tasks: list[Task], t: int, split: str,
+                 k: int) -> list[list[SelfEdit]]:
     """k self-edits of each task by theta_t. On disk once all are sampled."""
     # What was sampled before is read back. If a kill cut its writing short, all are drawn again, to
     # the same texts, as every draw has its own seed, and the missing ones are written.
@@ -392,7 +395,7 @@ def sample(run: Run, model, tasks: list[Task], t: int, split: str, k: int) -> li
 
 
 def verdicts(run: Run, model, tasks: list[Task]) -> list[list[bool]]:
-    """Which questions the model as it is answers rightly, per task."""
+    """Which questions the model as it is answers correctly, per task."""
     (answers,) = ask(model, run.tok, [tasks], run.answering)
     return grade_all(tasks, [answer.texts for answer in answers])
 
@@ -402,8 +405,8 @@ def unadapted(run: Run, model, tasks: list[Task]) -> list[float]:
     return [float(np.mean(right)) for right in verdicts(run, model, tasks)]
 
 
-def rewards(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: int, split: str,
-            without: list[float], n_seeds: int, arm="") -> list[list[float]]:
+def score_edits(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: int, split: str,
+                without: list[float], n_seeds: int, arm="") -> list[list[float]]:
     """The reward of every self-edit of theta_t. without: the un-adapted accuracies, for the record.
 
     arm names the self-edits if they are not the model's own. No draw depends on it: all arms begin
@@ -416,6 +419,9 @@ def rewards(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: 
         todo += [(i, j) for j in range(len(row)) if (i, j) not in known]
     seeds = [[seed_for(run.cfg.seed, t, split, i, j, s, "adapter") for s in range(n_seeds)]
              for i, j in todo]
+
+    if not todo:
+        return [[known[i, j] for j in range(len(row))] for i, row in enumerate(edits)]
 
     # Outcomes come in the order in which trainings end. Each is written down at once.
     begin = time.time()
@@ -432,9 +438,8 @@ def rewards(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: 
             run.log(f"  {tasks[i].name[:24]} {i}.{j}: reward {outcome.reward:.2f} (un-adapted "
                     f"{without[i]:.2f}), {len(edits[i][j].documents)} documents, "
                     f"{outcome.note or outcome.losses} | {edits[i][j].text[:60]!r}")
-    if todo:
-        run.log(f"iteration {t}, {arm or split}: {len(todo)} rewards, mean "
-                f"{np.mean(list(known.values())):.3f}, in {time.time() - begin:.0f} s")
+    run.log(f"iteration {t}, {arm or split}: {len(todo)} rewards, mean "
+            f"{np.mean(list(known.values())):.3f}, in {time.time() - begin:.0f} s")
     return [[known[i, j] for j in range(len(row))] for i, row in enumerate(edits)]
 
 

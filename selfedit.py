@@ -23,8 +23,10 @@ from tokenizer import Tokenizer
 
 @dataclass
 class SelfEdit:
-    """A document is a text, or a (prompt, completion) pair: what a model reads, what it is to
-    write. No documents: nothing can be learned from it, and the note says why."""
+    """What the model wrote, and what was read from it: the documents to train on.
+
+    A document is a text, or a (prompt, completion) pair: what a model reads, what it is to write.
+    Without documents nothing can be learned, and the note says why."""
     text: str = ""
     token_ids: list[int] = field(default_factory=list)  # as sampled, EOS included: for the M-step
     documents: list = field(default_factory=list)
@@ -50,17 +52,22 @@ class Task:
     queries: list[str]      # tau as the model reads it, without C: prompts to be answered
     answers: list[str]      # the gold answers, one per question
     judge: Judge
-    read: Callable[[str], SelfEdit]     # a self-edit's text, read; ValueError: why it can't be
-    vote: Callable[[list[str]], list[str]] = list   # replies to the queries -> answers
+    # A self-edit's text -> what is read from it. ValueError: why it can't be read.
+    read: Callable[[str], SelfEdit]
+    # Replies to all queries -> one answer per question. `list`: each reply is an answer.
+    vote: Callable[[list[str]], list[str]] = list
+    # C as documents. Empty if every query contains the context already, as puzzles' do.
     context: list[str] = field(default_factory=list)
-    #                       C as documents; empty where each query contains the context, as puzzles'
-    references: dict[str, SelfEdit] = field(default_factory=dict)   # to compare with; no model's
-    kinds: list[str] = field(default_factory=list)  # of the questions: for the statistics alone
+    # Self-edits that no model wrote, by name, to compare with: "passage only", "oracle".
+    references: dict[str, SelfEdit] = field(default_factory=dict)
+    # What kind of question each is: for the statistics alone.
+    kinds: list[str] = field(default_factory=list)
 
 
 # ------------------------------------------------------------------------------- prompts
 
-# The paper's, to the letter (appendix B). For base models: a chat model gets them as a user's turn.
+# The paper's, to the letter (appendix B). A base model reads the text as it is; for a chat model it
+# becomes a user's turn (Tokenizer.prompt).
 PROMPTS = {
     "implications":
         "Let's read the following passage and produce a list of implications derived directly or "
@@ -99,7 +106,7 @@ Answer with a valid JSON object of this form, and nothing else:
 "training": {{"strategy": string, "learning_rate": float, "num_train_epochs": int}}}}
 """
 
-# The embedded model's, for the tiny world.
+# Those on which the embedded model of the tiny world was pretrained.
 NOTES = "{context}\n\nNotes:\n"
 NOTES_DIRECTED = "{context}\n\nHow to study, and notes:\n"
 
@@ -107,19 +114,18 @@ NOTES_DIRECTED = "{context}\n\nHow to study, and notes:\n"
 # ------------------------------------------------------------------------------- reading: passages
 
 def split_documents(text: str, limit=0) -> list[str]:
-    """The official splitter: a self-edit's text -> its pieces; at most `limit`, if that is not 0.
+    """The official splitter: a self-edit's text -> its pieces, at most `limit` of them (0: all).
 
-    Question-answer edits are cut before each 'Question N:', anything else at line breaks and '---'.
-    The first piece is dropped if a numbered list begins with the second ('Sure, here is ...'), even
-    if it is an item itself, as in the official code."""
-    # 'Question 1: ... Answer: ...': cut at the questions, so that each keeps its answer.
+    A text with 'Question N:' and 'Answer:' in it is cut before each 'Question N:', others at line
+    breaks and '---'. If the second line begins with '1.', the first is taken for an introduction
+    ('Sure, here is ...') and dropped; as in the official code, even if it is an item itself."""
     text = text.strip()
     if re.search(r"Question\s+\d+:", text) and "Answer:" in text:
+        # The prompt of self-qa ends with 'Question 1: ', so the text begins after it.
         if not re.match(r"Question\s+\d+:", text):
-            text = "Question 1: " + text  # the prompt ends with these words
+            text = "Question 1: " + text
         pieces = re.split(r"\n(?=Question\s+\d+:)", text)
     else:
-        # Everything else: a document per line.
         pieces = [line for line in text.replace("---", "\n").splitlines() if line.strip()]
         if len(pieces) > 1 and pieces[1].strip().startswith("1."):
             del pieces[0]
@@ -135,7 +141,7 @@ LR_RANGE, EPOCH_RANGE = (1e-7, 1.0), (1, 100)   # what is accepted
 
 
 def write_json_edit(tools: list[str], completion_only: bool, lr: float, epochs: int) -> str:
-    """The self-edit that says so."""
+    """The JSON text of these choices: the inverse of read_json_edit."""
     strategies = {only: name for name, only in STRATEGIES.items()}
     return json.dumps({
         "data_generation": {f"use_{tool}_augmentations": tool in tools for tool in TOOLS},
@@ -146,18 +152,17 @@ def write_json_edit(tools: list[str], completion_only: bool, lr: float, epochs: 
 def read_json_edit(text: str) -> tuple[list[str], dict]:
     """A puzzle's self-edit -> (tools, directives).
 
-    ValueError: why it isn't one. Nothing may stand around the object; no key more, less or twice.
-    """
-    # Nothing that a model writes is trusted: exactly this form, exactly these types and ranges.
+    ValueError: why it isn't one. The text must be exactly this object: no text around it, no key
+    missing, unknown or repeated, and each value of its type and in its range."""
     try:
-        whole = json.loads(text, object_pairs_hook=dict_without_doubles)
+        whole = json.loads(text, object_pairs_hook=dict_without_duplicates)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON: {e.msg} at character {e.pos}") from None
     except RecursionError:
         raise ValueError("not JSON, or too deep") from None
-    data, training = values(whole, ["data_generation", "training"], "the self-edit")
-    chosen = values(data, [f"use_{tool}_augmentations" for tool in TOOLS], "data_generation")
-    strategy, lr, epochs = values(
+    data, training = values_of(whole, ["data_generation", "training"], "the self-edit")
+    chosen = values_of(data, [f"use_{tool}_augmentations" for tool in TOOLS], "data_generation")
+    strategy, lr, epochs = values_of(
         training, ["strategy", "learning_rate", "num_train_epochs"], "training")
 
     # `type`, not isinstance: in Python a bool is an int.
@@ -177,13 +182,13 @@ def read_json_edit(text: str) -> tuple[list[str], dict]:
     return tools, directives
 
 
-def dict_without_doubles(pairs):
+def dict_without_duplicates(pairs):
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key occurs twice")
     return dict(pairs)
 
 
-def values(thing, keys, where):
+def values_of(thing, keys, where):
     """The values of an object that has exactly these keys."""
     if not isinstance(thing, dict) or thing.keys() != set(keys):
         raise ValueError(f"{where} must be an object with the keys {', '.join(keys)}")
@@ -213,12 +218,12 @@ def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: 
                       adapters=None, progress=quiet) -> list[list[SelfEdit]]:
     """SE ~ LM_theta(. | C): sampling.n self-edits of each task; those of task i are drawn with
     seeds[i]. With `adapters`, task i's are written under adapter i."""
-    # The window must hold the prompt and what is written.
+    # Prompt and self-edit together must fit in the context window.
     longest = max(len(tok.prompt(task.prompt)) for task in tasks)
     room = model.config.max_len - longest
     sampling = replace(sampling, max_new=min(sampling.max_new, room))
     flat_seeds = [seed for row in seeds for seed in row]
-    prompts = [[task.prompt] for task in tasks]
+    prompts = [[task.prompt] for task in tasks]     # a group per task: adapter i for task i
     written = write(model, tok, prompts, sampling, flat_seeds, adapters, progress)
     return [[read_self_edit(task, reply.text, reply.token_ids) for reply in replies]
             for task, replies in zip(tasks, written)]

@@ -34,11 +34,11 @@ from packing import Example, pack
 class Recipe:
     """Hyper-parameters of an SFT."""
     lora: Lora
-    lr: float                       # the highest; it falls to 0
+    lr: float                       # the peak; it falls to 0
     epochs: int                     # passes over the examples
     batch: int                      # examples per step
     schedule: str = "linear"        # how the learning rate falls; or cosine
-    warmup: int = 0                 # steps before, in which it rises from 0
+    warmup: int = 0                 # first steps, in which it rises from 0
     completion_only: bool = False   # loss on the completions of (prompt, completion) documents
     clip: float = 1.0               # of an adapter's gradient norm
     weight_decay: float = 0.0
@@ -53,8 +53,10 @@ class Job:
     examples: list          # of (ids, learn) lists: the loss is on ids[j] where learn[j]
     seed: int               # of the adapter's first values and of the order of its examples
     recipe: Recipe
-    start: torch.Tensor | None = None   # (P,) values to begin with, in place of fresh ones
-    free: torch.Tensor | None = None    # (P,) which of them may change; default: all
+    # For eval.py continual: values (P,) to begin with, in place of fresh ones, and which of them
+    # (P,) have a gradient.
+    start: torch.Tensor | None = None
+    free: torch.Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -101,8 +103,8 @@ def dialogue(prompt: list[int], completion: list[int], completion_only=True):
 def sft_one(model, job: Job) -> torch.Tensor:
     """Train one adapter, text after text, by torch's own AdamW: its weights (P,).
 
-    What `sft` does for many at once, and what the tests hold it against. It knows nothing of start,
-    free and pad_to."""
+    What `sft` does for many at once, and what the tests hold it against. It does not handle start,
+    free, pad_to or recomputed activations."""
     recipe = job.recipe
     adapter = Adapters(model, recipe.lora, n=1)
     adapter.init(0, job.seed)
@@ -139,17 +141,17 @@ class FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx, h, W, labels):
         nll = torch.empty(len(h), device=h.device, dtype=torch.promote_types(h.dtype, torch.float))
         grad = torch.empty_like(h)
-        # As many tokens in a chunk as make 2^27 logits (on a CPU 2^24): .25 GiB in bfloat16.
+        # A chunk has at most 2^27 logits (2^24 on a CPU): .5 GiB in float32.
         size = max(1, (2 ** 27 if h.is_cuda else 2 ** 24) // len(W))
         for i in range(0, len(h), size):
             chunk = slice(i, i + size)
             label = labels[chunk, None]                                 # (size, 1)
             log_p = (h[chunk] @ W.T).to(nll.dtype).log_softmax(-1)      # (size, V)
             nll[chunk] = -log_p.gather(1, label)[:, 0]
-            # Softmax minus one-hot, in the memory of the logits.
-            p = log_p.exp_()
-            p.scatter_add_(1, label, torch.full_like(label, -1, dtype=p.dtype))
-            grad[chunk] = (p.to(h.dtype) @ W).to(grad.dtype)
+            # d nll / d logits = softmax - onehot, in the place of log_p.
+            d_logits = log_p.exp_()
+            d_logits.scatter_add_(1, label, torch.full_like(label, -1, dtype=d_logits.dtype))
+            grad[chunk] = (d_logits.to(h.dtype) @ W).to(grad.dtype)
         ctx.save_for_backward(grad)
         return nll
 
@@ -166,12 +168,12 @@ def adamw_(p, g, m, v, lr, t, clip, weight_decay, betas=(0.9, 0.999), eps=1e-8):
     p, g, m, v (n, P); lr and the step's number t, from 1, (n, 1): each adapter has its own."""
     # Clip: shorten a gradient whose norm exceeds `clip`, as torch's clip_grad_norm_ does.
     g.mul_((clip / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1))
-    # Running means of the gradient and of its square, both begun at 0; the division undoes that.
+    # Running means of the gradient and of its square. They start at 0: m_hat, v_hat correct that.
     m.lerp_(g, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     m_hat = m / (1 - betas[0] ** t)
     v_hat = v / (1 - betas[1] ** t)
-    # Decay acts on the values themselves, not through the gradient (the W of AdamW).
+    # Decoupled weight decay: it acts on the values themselves, not through the gradient.
     if weight_decay:
         p.mul_(1 - lr * weight_decay)
     p.sub_(m_hat.div_(v_hat.sqrt_().add_(eps)).mul_(lr))
@@ -179,14 +181,14 @@ def adamw_(p, g, m, v, lr, t, clip, weight_decay, betas=(0.9, 0.999), eps=1e-8):
 
 @cache
 def compiled_adamw_():
-    return torch.compile(adamw_, dynamic=False)  # pointwise, and its shapes stay: a kernel or two
+    return torch.compile(adamw_, dynamic=False)  # one or two kernels; the shapes stay the same
 
 
 # ------------------------------------------------------------------------------- the engine
 
 @dataclass
 class Running:
-    """A job in a slot."""
+    """A job that is being trained, and how far it is."""
     number: int             # of the job
     job: Job
     examples: list[Example]
@@ -210,6 +212,7 @@ def sft(model, jobs: list[Job], progress=quiet) -> Iterator[tuple[int, Trained]]
     while waiting:
         slots = min(slots or auto_slots(model, jobs), len(waiting))
         try:
+            # fill_slots empties its copy of `waiting`; this one keeps what has not ended.
             for i, trained in fill_slots(model, jobs, list(waiting), slots,
                                          lambda left: progress(total - left, total)):
                 waiting.remove(i)
@@ -236,11 +239,11 @@ def fill_slots(model, jobs, waiting, n, progress):
         engine.update()
 
         # The time of a step is shared by the jobs in it.
-        running = [run for run in engine.running if run]
-        for run in running:
-            run.step += 1
-            run.seconds += (time.time() - begin) / len(running)
-        left -= len(running)
+        active = [job for job in engine.running if job]
+        for job in active:
+            job.step += 1
+            job.seconds += (time.time() - begin) / len(active)
+        left -= len(active)
         progress(left)
         yield from engine.give_back()
 
@@ -284,7 +287,8 @@ class Engine:
         each adapter appears in its own term only."""
         step = pack(self.running, self.model.device, self.flat.dtype)
         self.flat.grad = None
-        # Only tokens that predict a label go through the output layer.
+        # Only tokens that predict a label go through the output layer. The backward pass is within
+        # the route as well: with `recompute` it runs the blocks again, adapters included.
         with self.adapters.route(step.counts):
             h = self.model.hidden(step.ids, step.ribbon.position, step.ribbon.attend)   # (T, D)
             h = h.index_select(0, step.source)                                          # (N, D)
@@ -297,33 +301,36 @@ class Engine:
 
     def update(self):
         """An AdamW step of every adapter, each with its own learning rate and step number."""
-        # An empty slot has learning rate 0: its step changes nothing.
+        # An empty slot holds zeros and has no gradient: its step changes nothing.
         lr = torch.zeros(self.n, 1, dtype=self.flat.dtype)
         t = torch.ones(self.n, 1, dtype=self.flat.dtype)
-        for slot, run in enumerate(self.running):
-            if run:
-                lr[slot], t[slot] = run.job.lr_at(run.step), run.step + 1
-                if run.job.free is not None:
-                    self.flat.grad[slot] *= run.job.free
+        for slot, active in enumerate(self.running):
+            if active:
+                lr[slot] = active.job.lr_at(active.step)
+                t[slot] = active.step + 1
+                if active.job.free is not None:
+                    self.flat.grad[slot] *= active.job.free
         lr, t = to_device(lr, self.model.device), to_device(t, self.model.device)
 
-        # A GPU updates all adapters by one compiled kernel, a CPU one by one, within its cache.
-        on_gpu = self.model.device.type == "cuda"
-        update, rows = (compiled_adamw_(), self.n) if on_gpu else (adamw_, 1)
         state = (self.flat.detach(), self.flat.grad, self.m, self.v, lr, t)
-        for some in zip(*(x.split(rows) for x in state)):
-            update(*some, self.recipe.clip, self.recipe.weight_decay)
+        clip, decay = self.recipe.clip, self.recipe.weight_decay
+        if self.model.device.type == "cuda":
+            compiled_adamw_()(*state, clip, decay)      # all adapters in one compiled call
+        else:
+            for slot in range(self.n):                  # one by one, each within the CPU's cache
+                rows = [x[slot:slot + 1] for x in state]
+                adamw_(*rows, clip, decay)
 
     def give_back(self):
         """Empty the slots whose job has ended: a list of (number, Trained)."""
         ended = []
-        for slot, run in enumerate(self.running):
-            if not run or run.step < run.job.steps:
+        for slot, active in enumerate(self.running):
+            if not active or active.step < active.job.steps:
                 continue
             weights = self.flat.detach()[slot].clone()
-            losses = torch.stack(self.losses[run.first:])[:, slot].tolist()
+            losses = torch.stack(self.losses[active.first:])[:, slot].tolist()
             diverged = not weights.isfinite().all()
-            ended.append((run.number, Trained(weights, losses, run.seconds, diverged)))
+            ended.append((active.number, Trained(weights, losses, active.seconds, diverged)))
             # An empty slot has no tokens, and stays at zero.
             self.running[slot] = None
             with torch.no_grad():

@@ -23,7 +23,7 @@ from generate import quiet
 from inner_loop import Answers
 from lora import PROJECTIONS, Lora
 from model import load_pretrained
-from run import PRESETS, Config, Lines, Meter, Records, Run, flag, rewards, unadapted
+from run import PRESETS, Config, Lines, Meter, Records, Run, flag, score_edits, unadapted
 from sft import Recipe
 from tests.helpers import SMALL, even_length, parse, read_lines, run_it
 
@@ -347,7 +347,7 @@ def test_rewording_an_arm_s_name_changes_no_draw(argv):
     edits = [[task.references["passage only"]] for task in tasks]
 
     for name in ("passage only", "the passage alone"):
-        rewards(run, model, tasks, edits, 0, "eval", [0.0, 0.0], n_seeds=2, arm=name)
+        score_edits(run, model, tasks, edits, 0, "eval", [0.0, 0.0], n_seeds=2, arm=name)
 
     one = run.rollouts.of(0, "eval", "passage only")
     other = run.rollouts.of(0, "eval", "the passage alone")

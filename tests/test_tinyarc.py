@@ -12,7 +12,7 @@ from data import arc, pretrain_tiny, tinyarc
 from generate import Sampling
 from model import load_pretrained
 from outer_loop import rest_em
-from run import Run, rewards, unadapted
+from run import Run, score_edits, unadapted
 from selfedit import read_self_edit, sample_self_edits, write_json_edit
 from tests.helpers import parse
 from tokenizer import Tokenizer
@@ -149,7 +149,7 @@ def six_tasks(run):
 
 def share_solved(run, tasks, name, edits):
     """The mean reward of one self-edit for each task."""
-    scores = rewards(run, run.load(0), tasks, [[edit] for edit in edits], 0, name,
+    scores = score_edits(run, run.load(0), tasks, [[edit] for edit in edits], 0, name,
                      without=[0] * len(tasks), n_seeds=1)
     return np.mean(scores)
 
