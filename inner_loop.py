@@ -37,6 +37,7 @@ def make_job(model, tok, edit: SelfEdit, seed: int, recipe: Recipe) -> Job:
     with EOS to 2048 tokens, and about 98 % of its targets are pads: --pad-to 2048."""
     if not edit.documents:
         raise ValueError(edit.note or EMPTY)
+    # A self-edit may choose some hyper-parameters of its own training, and no others.
     unknown = set(edit.directives) - set(DIRECTIVES)
     if unknown:
         raise ValueError(f"a self-edit can't choose {', '.join(sorted(unknown))}")
@@ -49,6 +50,7 @@ def make_job(model, tok, edit: SelfEdit, seed: int, recipe: Recipe) -> Job:
             ids = tok.document(document)[:model.config.max_len]
             examples.append((ids, [True] * len(ids)))
         else:
+            # The model learns to end its reply, so EOS is part of the completion.
             prompt, completion = document
             completion_ids = [*tok.encode(completion), tok.eos]
             ids, learn = dialogue(tok.prompt(prompt), completion_ids, recipe.completion_only)
@@ -134,7 +136,7 @@ class Outcome:
     note: str = ""
 
     def add(self, trained: Trained, answers: Answers, right: list[bool]):
-        """One more seed."""
+        """One more seed of the inner loop."""
         self.accuracy.append(sum(right) / len(right))
         self.reward = sum(self.accuracy) / len(self.accuracy)
         self.answers.append(answers.texts)
@@ -188,6 +190,7 @@ def answer_each(model, tok, tasks: list[Task], trained: list[Trained], lora: Lor
 
     A diverged adapter is not asked: its answers are empty, and so they are wrong."""
     answers = [Answers([""] * len(task.questions), cut=0) for task in tasks]
+    # The weights of all others become the adapters of one batch.
     sound = [k for k, one in enumerate(trained) if not one.diverged]
     if sound:
         adapters = Adapters.stack(model, lora, [trained[k].weights for k in sound])
@@ -199,6 +202,7 @@ def answer_each(model, tok, tasks: list[Task], trained: list[Trained], lora: Lor
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
     """Lists of `size` items, as they come; the last may be shorter."""
+    # A generator, so that the first batch can be used before the last item is made.
     batch = []
     for item in items:
         batch.append(item)
@@ -242,6 +246,7 @@ def main():
     adapter = Adapters.stack(model, recipe.lora, [trained.weights])
     ((after,),) = ask(model, tok, [[task]], ANSWERS, adapter)
 
+    # r(Ans, tau), before and after.
     print(f"--- {len(trained.losses)} steps in {trained.seconds:.1f} s, "
           f"loss {trained.losses[0]:.2f} -> {trained.losses[-1]:.2f}")
     for row in zip(task.questions, task.answers, before.texts, after.texts):

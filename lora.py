@@ -42,13 +42,19 @@ class Lora:
         if unknown:
             raise UserError(f"no layer is called {', '.join(sorted(unknown))}; "
                             f"choose among {' '.join(PROJECTIONS)}")
-        return {name: module for name, module in model.named_modules()
-                if isinstance(module, Linear) and name.rpartition(".")[2] in self.targets}
+        # In the order in which the model holds them: it is the order of the parameters in `flat`.
+        layers = {}
+        for name, module in model.named_modules():
+            if isinstance(module, Linear) and name.split(".")[-1] in self.targets:
+                layers[name] = module
+        return layers
 
     def parameters(self, model) -> int:
         """P: r (in + out) for each adapted layer."""
-        return sum(self.rank * (layer.in_features + layer.out_features)
-                   for layer in self.layers(model).values())
+        width = 0
+        for layer in self.layers(model).values():
+            width += layer.in_features + layer.out_features
+        return self.rank * width
 
 
 def low_rank(x, A, B, scale, segments, grouped):
@@ -104,6 +110,7 @@ class Adapters:
         generator = torch.Generator().manual_seed(seed)
         row = torch.zeros(1, self.flat.shape[1])
         for (A, _), layer in zip(self.pairs(row), self.layers.values()):
+            # Kaiming's bound as PEFT calls it, with a = sqrt(5).
             bound = layer.in_features ** -0.5
             A.uniform_(-bound, bound, generator=generator)
         self.flat[i] = row[0]
@@ -112,6 +119,7 @@ class Adapters:
         """(A (n, r, in), B (n, out, r)) of each layer, as views of flat (n, P)."""
         # One split for all layers, whose backward pass is one concatenation of all gradients.
         pieces = flat.split(self.sizes, 1)
+        # The pieces are A, B, A, B, ...: every other one is an A.
         pairs = []
         for layer, A, B in zip(self.layers.values(), pieces[0::2], pieces[1::2]):
             pairs.append((A.view(len(flat), self.lora.rank, layer.in_features),
@@ -121,6 +129,7 @@ class Adapters:
     def part(self, low: int, high: int):
         """(P,) bool, for eval.py continual: True at the parameters of ranks low .. high - 1, which
         are rows of every A and columns of every B."""
+        # B A is a sum over ranks k of column k of B times row k of A: a rank is a term of its own.
         mask = torch.zeros(1, self.flat.shape[1], dtype=torch.bool, device=self.flat.device)
         for A, B in self.pairs(mask):
             A[:, low:high] = True
@@ -137,6 +146,7 @@ class Adapters:
         """W <- W + (alpha / r) B A, in float32 (or float64), rounded to W's dtype once.
 
         NOTE(paper): the official code merges in bfloat16, which rounds twice."""
+        # Computed in float32; only the result is rounded.
         for (A, B), layer in zip(self.pairs(self.flat[i:i + 1]), self.layers.values()):
             layer.weight.copy_(layer.weight.to(A.dtype) + self.scale * B[0] @ A[0])
 
@@ -163,6 +173,7 @@ class Route:
     So the model is never wrapped or copied: its modules, names and weights stay as they are."""
 
     def __init__(self, adapters: Adapters, counts: list[int]):
+        # Where each adapter's tokens lie is worked out once, and serves all layers.
         assert len(counts) == adapters.n
         segments = Ribbon(counts, adapters.model.device, one_group=True)
         # `flat` is float32; the products run in the model's dtype. In bfloat16 this is a copy, so a
@@ -191,6 +202,7 @@ def can_group(model, lora):
                 and torch.cuda.get_device_capability(model.device) >= (9, 0))
     else:
         fast = model.dtype != torch.float64
+    # Its rows must begin at multiples of 16 bytes.
     widths = [lora.rank]
     for layer in lora.layers(model).values():
         widths += [layer.in_features, layer.out_features]
@@ -209,7 +221,7 @@ def main():
     adapters = Adapters(model, Lora(rank=8, alpha=16, targets=PROJECTIONS), n=1)
     adapters.init(0, seed=0)
 
-    # What does the model say before it is taught?
+    # What does the model say before it is taught? A new adapter would change nothing.
     prompt = tok.document(args.prompt, end=False)
     greedy = Sampling(max_new=16, stop=tok.stop)
     ((before,),) = generate(model, [[prompt]], greedy)
@@ -228,6 +240,8 @@ def main():
         loss.backward()
         optimizer.step()
 
+
+    # The same question, now under the adapter.
     adapters.flat.requires_grad_(False)
     ((after,),) = generate(model, [[prompt]], greedy, adapters=adapters)
     print(f"after:  {args.prompt}{tok.decode(after)}")

@@ -52,7 +52,8 @@ class ModelConfig:
 
 
 def to_device(tensor, device):
-    """Copy to a device without waiting for it (from pinned memory, where that matters)."""
+    """Copy to a device without waiting for it."""
+    # A copy from ordinary memory would wait: the device can't read it while the system may move it.
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -93,7 +94,7 @@ class Ribbon:
             self.cells += len(members) * longest
         self.masks = [None] * len(groups)                   # None: causal (see padding.py)
 
-        # Where each token is: worked out on the host, from the lengths alone, then sent over.
+        # Where each token is: worked out on the host, so that nothing waits for the device.
         length = torch.tensor(lengths)
         ends = length.cumsum(0)
         row = torch.repeat_interleave(torch.arange(len(lengths)), length)
@@ -167,7 +168,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x):  # the sum of squares is taken in float32 inside
+    def forward(self, x):
+        # torch takes the sum of squares in float32, whatever x is.
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -190,6 +192,7 @@ def rope_frequencies(c, device):
 
 def rotate(x, cos, sin):
     """RoPE: turn each pair (x_i, x_{i+E/2}) by its angle. x (T, H, E); cos, sin (T, 1, E/2)."""
+    # Hugging Face's layout: the two components of a pair lie half a head apart, not side by side.
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -207,7 +210,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, attend):
-        # Every token on its own: project, split into heads. Norms and RoPE work head by head.
+        # Every token on its own: project, and split into heads, which norms and RoPE work on.
         T = len(x)
         q = self.q_norm(self.q_proj(x).view(T, -1, self.head_dim))      # (T, H, E)
         k = self.k_norm(self.k_proj(x).view(T, -1, self.head_dim))      # (T, K, E)
@@ -329,6 +332,7 @@ def complete(model, prompt, max_new, stop=()):
     ids many times faster, and the tests hold it against this."""
     ids = list(prompt)
     for _ in range(max_new):
+        # Only the last position's logits are needed; all others are computed again and again.
         logits = model(torch.tensor([ids], device=model.device))   # (1, T, V)
         ids.append(logits[0, -1].argmax().item())
         if ids[-1] in stop:

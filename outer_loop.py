@@ -117,7 +117,8 @@ def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit]], t: i
     if not kept:
         run.log("M-step: no self-edit was kept; the model stays as it is")
         return
-    # The context is read, the self-edit is learned. One job, so one adapter, of all kept pairs.
+    # The context is read, the self-edit is learned: with the ids as they were sampled, since text
+    # that is tokenised again need not give the same ids. One job, so one adapter, of all pairs.
     recipe = outer_recipe(cfg)
     examples = []
     for task, edit in kept:
@@ -138,8 +139,9 @@ def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit]], t: i
 
 def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
     """Held-out reward of theta_t, with an inner loop per self-edit: a line of metrics.jsonl."""
+    # A resumed run has it already.
     if any(m["iteration"] == t for m in run.metrics.records):
-        return  # a resumed run has it already
+        return
     edits = sample_edits(run, model, tasks, t, "eval", cfg.eval_edits)
     without = unadapted(run, model, tasks)
     arms = []
@@ -176,6 +178,7 @@ def baselines(run: Run, model, tasks: list[Task], without: list[float]) -> list[
         read = unadapted(run, model, in_prompt(tasks))
         arms.append({"name": "passage in the prompt", "reward": float(np.mean(read)),
                      "by_kind": {}})
+    # All tasks of a domain have references of the same names.
     for name in tasks[0].references:
         edits = [[task.references[name]] for task in tasks]
         scores = score_edits(run, model, tasks, edits, 0, "eval", without, n_seeds=1, arm=name)
@@ -186,6 +189,7 @@ def baselines(run: Run, model, tasks: list[Task], without: list[float]) -> list[
 
 def by_kind(tasks: list[Task], records: list[dict]) -> dict[str, float]:
     """{kind of question: accuracy} over rollouts of these tasks."""
+    # Every verdict counts once, over all self-edits and seeds.
     found = {}
     for record in records:
         kinds = tasks[record["task"]].kinds

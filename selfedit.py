@@ -35,7 +35,8 @@ class SelfEdit:
     note: str = ""
 
 
-DIRECTIVES = ("lr", "epochs", "completion_only")    # what a self-edit may choose of its training
+# What a self-edit may choose of its training: fields of sft.Recipe.
+DIRECTIVES = ("lr", "epochs", "completion_only")
 EMPTY = "nothing to learn from in this self-edit"
 
 # (question, gold answer, prediction)s -> whether each prediction is right. Many at once, as a judge
@@ -201,11 +202,13 @@ def seed_for(*key) -> int:
     """A generator seed that depends on its key alone, (seed, iteration, split, task, edit, ...).
 
     So no draw depends on the order of work, and a resumed run sees the same draws."""
+    # 48 bits of a hash: keys that differ in anything have unrelated seeds.
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "big")
 
 
 def read_self_edit(task: Task, text: str, token_ids=()) -> SelfEdit:
     """Text, sampled or from elsewhere, as a self-edit of this task."""
+    # What can't be read is a self-edit as well: with a note, without documents, with reward 0.
     text = text.strip()
     try:
         edit = task.read(text)
@@ -253,6 +256,7 @@ def main():
         passage = passages[args.index]
         prompt = PROMPTS[args.prompt].format(title=passage["title"], context=passage["context"])
 
+    # Each self-edit has a seed of its own, so that --edits 4 has the three of --edits 3 in it.
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)
     sampling = Sampling(args.max_new, args.edits, args.temperature, top_p=0.95)

@@ -78,6 +78,7 @@ class Job:
         # From the job's own seed: the same order whatever is trained beside it.
         rng = random.Random(self.seed)
         order = list(range(len(self.examples)))
+        # The last batch of an epoch may be smaller; batches do not cross epochs.
         for _ in range(self.recipe.epochs):
             rng.shuffle(order)
             for i in range(0, len(order), self.recipe.batch):
@@ -266,10 +267,11 @@ class Engine:
         self.losses: list[torch.Tensor] = []
 
     def take_jobs(self, jobs, waiting):
-        """Continuous batching: an empty slot takes the next job."""
+        """Continuous batching: an empty slot takes the next job, out of `waiting`."""
         for slot in range(self.n):
             if self.running[slot] or not waiting:
                 continue
+            # AdamW's moments are zero: give_back cleared them.
             number = waiting.pop(0)
             job = jobs[number]
             if job.start is None:
@@ -327,6 +329,7 @@ class Engine:
         for slot, active in enumerate(self.running):
             if not active or active.step < active.job.steps:
                 continue
+            # These lines wait for the device, once per job.
             weights = self.flat.detach()[slot].clone()
             losses = torch.stack(self.losses[active.first:])[:, slot].tolist()
             diverged = not weights.isfinite().all()
