@@ -117,7 +117,8 @@ class Peer:
             base = auto.from_pretrained(model.folder, dtype=model.dtype)
         else:
             config = transformers.AutoConfig.from_pretrained(model.folder)
-            base = auto.from_config(config, dtype=model.dtype)
+            with torch.device(model.device):    # on one CPU thread 7B parameters take minutes
+                base = auto.from_config(config, dtype=model.dtype)
         lora = RECIPE.lora
         self.lora = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0,
                                     target_modules=lora.targets, task_type="CAUSAL_LM")

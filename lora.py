@@ -106,9 +106,10 @@ class Adapters:
     def init(self, i: int, seed: int):
         """Initialise adapter i: A uniform in +-1/sqrt(in) as PEFT does, B zero, so that it changes
         nothing at first."""
-        # Drawn on the host from a seed of its own: the same adapter in any slot of any batch.
-        generator = torch.Generator().manual_seed(seed)
-        row = torch.zeros(1, self.flat.shape[1])
+        # From a seed of its own: the same adapter in any slot of any batch. On the device, as the
+        # host would take longer than a training step (a GPU draws other numbers than a CPU).
+        generator = torch.Generator(self.flat.device).manual_seed(seed)
+        row = torch.zeros(1, self.flat.shape[1], device=self.flat.device)
         for (A, _), layer in zip(self.pairs(row), self.layers.values()):
             # Kaiming's bound as PEFT calls it, with a = sqrt(5).
             bound = layer.in_features ** -0.5
@@ -195,11 +196,11 @@ class Route:
 
 
 def can_group(model, lora):
-    """Whether to use F.grouped_mm here: fused in bfloat16 on Hopper and later, a loop in C++ on a
-    CPU. Every width must be a multiple of 8."""
+    """Whether to use F.grouped_mm here: fused in bfloat16 on data-centre GPUs, capability 9 or 10
+    (others wait for the device), a loop in C++ on a CPU. Widths must be multiples of 8."""
     if model.device.type == "cuda":
         fast = (model.dtype == torch.bfloat16
-                and torch.cuda.get_device_capability(model.device) >= (9, 0))
+                and torch.cuda.get_device_capability(model.device)[0] in (9, 10))
     else:
         fast = model.dtype != torch.float64
     # Its rows must begin at multiples of 16 bytes.

@@ -26,6 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import EMBEDDED, cli, fetch, read_config, read_weights, write_checkpoint
 from tokenizer import Tokenizer
 
+# On Hopper torch would choose cuDNN's attention, which builds a plan of about a second for every
+# new shape. The ribbon has new shapes at every step; flash attention has no such price.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # ------------------------------------------------------------------------------- configuration
 
 @dataclass

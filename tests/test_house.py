@@ -50,7 +50,7 @@ def test_nothing_imports_the_lab():
 
 @pytest.mark.parametrize("name", CORE)
 def test_a_core_file_is_read_in_one_sitting(name):
-    assert len(path_of(name).read_text().splitlines()) <= 360
+    assert len(path_of(name).read_text().splitlines()) <= 365
 
 
 def test_lines_are_short():
