@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from checkpoint import EMBEDDED, cli
-from memory import auto_rows
+from checkpoint import EMBEDDED, UserError, cli
+from memory import auto_rows, give_back_memory, is_out_of_memory
 from model import PROMPT, Ribbon, complete, load_pretrained, to_device
 from tokenizer import Tokenizer
 
@@ -150,10 +150,11 @@ def sample(logits, temperature, top_p, u):
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
     # The nucleus is nearly always within the first 1,024 tokens, and on a CPU to find these is ten
-    # times faster than to sort all. On CUDA it would take a wait for the device to know, so there
-    # all are sorted.
-    top, index = p.topk(min(1024, p.shape[-1]))
-    if top.shape[-1] < p.shape[-1] and (p.is_cuda or (top.sum(-1) < top_p).any()):
+    # times faster than to sort all. On CUDA to know would be a wait, so there all are sorted.
+    few = min(1024, p.shape[-1])
+    if not p.is_cuda:
+        top, index = p.topk(few)
+    if p.is_cuda or (few < p.shape[-1] and (top.sum(-1) < top_p).any()):
         top, index = p.sort(-1, descending=True)
     # A token is outside if those before it reach top_p already.
     before = top.cumsum(-1) - top
@@ -163,7 +164,7 @@ def sample(logits, temperature, top_p, u):
 
 
 class Sampler:
-    """Draws the tokens of `total` texts, without a wait for the device."""
+    """Draws the tokens of `total` texts, and holds them, without a wait for the device."""
 
     def __init__(self, model, sampling, total, seeds):
         self.sampling = sampling
@@ -180,6 +181,8 @@ class Sampler:
                 generator = torch.Generator().manual_seed(seeds[i])
                 u[i] = torch.rand(sampling.max_new, generator=generator)
         self.u = to_device(u, model.device)
+        # What is written, -1 where there is nothing. The last line, as `u`'s, is for idle rows.
+        self.out = torch.full((total + 1, sampling.max_new), -1, device=model.device)
 
     def choose(self, logits, text, age):
         """The next token of each row, (B,). logits (B, V); text (B,): which text a row writes; age
@@ -194,6 +197,21 @@ class Sampler:
         late = self.is_late[token] & (age > 0)
         return self.is_stop[token] | late | (age == self.sampling.max_new - 1)
 
+    def forget(self, texts):
+        """These texts are to be written again."""
+        self.out[list(texts)] = -1
+
+    def texts(self, sizes):
+        """What was written, as lists of ids, in groups of these sizes."""
+        texts = []
+        for line in self.out[:-1].tolist():
+            texts.append([i for i in line if i >= 0])
+        groups, begin = [], 0
+        for size in sizes:
+            groups.append(texts[begin:begin + size])
+            begin += size
+        return groups
+
 
 # ------------------------------------------------------------------------------- the rows
 
@@ -205,13 +223,11 @@ class Rows:
 
     def __init__(self, model, n, size, total, sampler):
         """n rows of `size` tokens at first, for `total` texts."""
-        device, max_new = model.device, sampler.sampling.max_new
+        device = model.device
         self.model = model
         self.sampler = sampler
         self.total = total
         self.cache = Cache(model, n, size)
-        # What was written, -1 where there is nothing. The last line takes what idle rows write.
-        self.out = torch.full((total + 1, max_new), -1, device=device)
         self.text = torch.full((n,), total, device=device)  # which text a row writes; total: idle
         self.age = torch.full((n,), 0, device=device)       # how many tokens of it are written
         self.token = torch.full((n,), 0, device=device)     # the last of them
@@ -219,9 +235,12 @@ class Rows:
         self.graph, self.warm = None, False
 
     def alive(self):
-        """{row: tokens in its cache} of the rows that write. The only wait for the device."""
+        """{row: tokens in its cache} of the rows that write. The only wait for the device.
+
+        Afterwards `writing` says which text each of them writes."""
         text, length = torch.stack((self.text, self.cache.length)).tolist()
-        return {row: length[row] for row in range(len(text)) if text[row] < self.total}
+        self.writing = {row: text[row] for row in range(len(text)) if text[row] < self.total}
+        return {row: length[row] for row in self.writing}
 
     def prefill(self, prompts, places, texts):
         """Read prompts (lists of ids) and write the first token of each in its n `places`.
@@ -246,7 +265,7 @@ class Rows:
         """Choose a token in each of these rows from its last hidden state h (rows, D)."""
         text, age = self.text[rows], self.age[rows]
         token = self.sampler.choose(self.model.lm_head(h), text, age)
-        self.out[text, age] = token
+        self.sampler.out[text, age] = token
         self.token[rows] = token
         # Who has ended is idle from now on.
         ended = self.sampler.ends(token, age)
@@ -270,17 +289,6 @@ class Rows:
         else:
             self.forward()
         self.warm = True
-
-    def texts(self, sizes):
-        """What was written, as lists of ids, in groups of these sizes."""
-        texts = []
-        for line in self.out[:self.total].tolist():
-            texts.append([i for i in line if i >= 0])
-        groups, begin = [], 0
-        for size in sizes:
-            groups.append(texts[begin:begin + size])
-            begin += size
-        return groups
 
     def keep(self, rows, size):
         """Drop all but the given rows (a list). Make room for `size` tokens in each."""
@@ -362,24 +370,57 @@ def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=Non
     """Continue prompts (lists of ids), in groups: for each group n rows of new ids per prompt.
 
     Row i of all draws from its own generator, seeded seeds[i]. With `adapters` (lora.Adapters),
-    group i is read under adapter i. `progress` hears how many rows have ended."""
-    prompts = [prompt for group in groups for prompt in group]
+    group i is read under adapter i. `progress` hears how many rows have ended. When memory runs
+    out, it goes on with half the rows: those under way begin again, and end the same."""
+    prompts, owner = [], []         # owner: whose adapter reads a prompt
+    for i, group in enumerate(groups):
+        prompts += group
+        owner += [i if adapters else 0] * len(group)
     assert all(prompts), "empty prompt"
     if not prompts:
         return [[] for _ in groups]
-    n, total, longest = sampling.n, len(prompts) * sampling.n, max(map(len, prompts))
 
+    n, total = sampling.n, len(prompts) * sampling.n
+    sampler = Sampler(model, sampling, total, seeds)
+    max_rows = sampling.max_rows or auto_rows(model, max(map(len, prompts)) + sampling.max_new)
+    pending = range(len(prompts))   # not all of whose rows have ended
+    while pending:
+        ran_out = False
+        try:
+            for pending, left in decode(model, prompts, pending, owner, sampler, adapters,
+                                        max_rows):
+                if left < total:
+                    progress(total - left, total)
+        except (RuntimeError, MemoryError) as e:
+            ran_out = is_out_of_memory(e)
+            if not ran_out:
+                raise
+        # Not within `except`, as the error holds on to what was in use.
+        if ran_out:
+            if max_rows <= n:
+                raise UserError("out of memory with a single text; try shorter ones")
+            max_rows = max(n, min(max_rows, len(pending) * n) // 2)
+            print(f"out of memory: going on with {max_rows} rows side by side", flush=True)
+            for prompt in pending:
+                sampler.forget(range(prompt * n, prompt * n + n))
+            give_back_memory(model.device)
+    return sampler.texts([n * len(group) for group in groups])
+
+
+def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
+    """Write the texts of the pending prompts (their numbers), about max_rows rows side by side.
+
+    Yields what is pending and how many rows are left, at every look at what has ended."""
     # Prompts wait for their adapter, in their order.
     queues = [deque() for _ in range(adapters.n if adapters else 1)]
-    number = 0
-    for i, group in enumerate(groups):
-        queues[i if adapters else 0].extend(range(number, number + len(group)))
-        number += len(group)
+    for prompt in pending:
+        queues[owner[prompt]].append(prompt)
 
     # Steps between two looks at what has ended; tokens read at once.
+    n, total = sampler.sampling.n, len(prompts) * sampler.sampling.n
     steps, most = (16, 16384) if model.device.type == "cuda" else (1, 2048)
-    grid = Grid(queues, n, sampling.max_rows or auto_rows(model, longest + sampling.max_new))
-    sampler = Sampler(model, sampling, total, seeds)
+    grid = Grid(queues, n, max_rows)
+    longest = max(len(prompts[prompt]) for prompt in pending)
     rows = Rows(model, sum(grid.row_counts()), longest + steps, total, sampler)
 
     def route(counts):
@@ -388,11 +429,12 @@ def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=Non
     decoding = route(grid.row_counts())
     while True:
         alive = rows.alive()
-        done = total - len(alive) - n * grid.waiting()
-        if done:
-            progress(done, total)
-        if done == total:
-            break
+        unfinished = {text // n for text in rows.writing.values()}
+        for queue in queues:
+            unfinished.update(queue)
+        yield sorted(unfinished), len(alive) + n * grid.waiting()
+        if not unfinished:
+            return
 
         # Rows that are idle take waiting prompts.
         admitted = grid.admit(prompts, alive, most)
@@ -415,8 +457,6 @@ def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=Non
         with decoding:
             for _ in range(steps):
                 rows.step()
-
-    return rows.texts([n * len(group) for group in groups])
 
 
 # ------------------------------------------------------------------------------- command line

@@ -5,11 +5,15 @@ import sys
 
 import torch
 
+from checkpoint import UserError
+
 
 def free_memory(device):
     """Bytes that are free on a device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch's allocator holds and does not use is free as well.
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
     free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS
     return os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
 
@@ -24,6 +28,37 @@ def peak_memory():
         return 0
     unit = 1 if sys.platform == "darwin" else 1024      # ru_maxrss: bytes on macOS, else KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def is_out_of_memory(error):
+    """Whether this exception says so. torch has several: of its allocator on CUDA, of the one on a
+    CPU, and of cuBLAS."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def less_memory(model, slots) -> int:
+    """After running out: half the slots; with one slot left, activations are recomputed as well.
+
+    What has ended was yielded already. The others start anew from their seeds, to the same end."""
+    if slots > 1:
+        slots //= 2
+        print(f"out of memory: going on with {slots} adapters side by side", flush=True)
+    elif not model.recompute:
+        model.recompute = True
+        print("out of memory: going on with recomputed activations", flush=True)
+    else:
+        raise UserError("out of memory with a single adapter and recomputed activations; try a "
+                        "smaller batch or shorter documents")
+    return slots
+
+
+def give_back_memory(device):
+    """Let the device have what torch's allocator holds and does not use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def step_memory(model, lora, slots, tokens):

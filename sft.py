@@ -22,10 +22,9 @@ from typing import Iterator
 import torch
 import torch.nn.functional as F
 
-from checkpoint import UserError
 from generate import quiet
 from lora import Adapters, Lora
-from memory import auto_slots
+from memory import auto_slots, give_back_memory, is_out_of_memory, less_memory
 from model import to_device
 from packing import Example, pack
 
@@ -182,7 +181,8 @@ def adamw_(p, g, m, v, lr, t, clip, weight_decay, betas=(0.9, 0.999), eps=1e-8):
 
 @cache
 def compiled_adamw_():
-    return torch.compile(adamw_, dynamic=False)  # one or two kernels; the shapes stay the same
+    # Pointwise: three kernels. The second shape it meets makes one graph for all shapes.
+    return torch.compile(adamw_)
 
 
 # ------------------------------------------------------------------------------- the engine
@@ -204,27 +204,38 @@ def sft(model, jobs: list[Job], progress=quiet) -> Iterator[tuple[int, Trained]]
     first.
 
     The model stays as it is. `progress` hears of the optimiser steps. When memory runs out, it goes
-    on with half the slots: jobs under way begin again, and end the same."""
+    on with half the slots (see less_memory): jobs under way begin again, and end the same."""
     # Longest first: a long job that began last would run alone in the end.
     waiting = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps)
     waiting = [i for i in waiting if jobs[i].steps]
-    slots = jobs[0].recipe.slots if jobs else 0
+    recompute = model.recompute
+    try:
+        yield from train_waiting(model, jobs, waiting, progress)
+    finally:
+        model.recompute = recompute
+
+
+def train_waiting(model, jobs, waiting, progress):
+    """sft, of the jobs whose numbers are in `waiting`; model.recompute may change."""
     total = sum(job.steps for job in jobs)
+    slots = jobs[waiting[0]].recipe.slots if waiting else 0
     while waiting:
         slots = min(slots or auto_slots(model, jobs), len(waiting))
+        ran_out = False
         try:
             # fill_slots empties its copy of `waiting`; this one keeps what has not ended.
             for i, trained in fill_slots(model, jobs, list(waiting), slots,
                                          lambda left: progress(total - left, total)):
                 waiting.remove(i)
                 yield i, trained
-        except torch.OutOfMemoryError:
-            # What has ended was yielded already. The others start anew from their seeds.
-            if slots == 1:
-                raise UserError("out of memory with a single adapter; try --recompute, a smaller "
-                                "batch or shorter documents") from None
-            slots //= 2
-            print(f"out of memory: going on with {slots} adapters side by side", flush=True)
+        except (RuntimeError, MemoryError) as e:
+            ran_out = is_out_of_memory(e)
+            if not ran_out:
+                raise
+        # Not within `except`, as the error holds on to what was in use.
+        if ran_out:
+            slots = less_memory(model, slots)
+            give_back_memory(model.device)
 
 
 def fill_slots(model, jobs, waiting, n, progress):

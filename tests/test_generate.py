@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import generate
+from checkpoint import UserError
 from generate import Reply, Sampling, sample, write
 from lora import Adapters, Lora
 from model import complete, load_pretrained
@@ -200,6 +201,90 @@ def test_questions_of_many_adapters_in_few_rows(tiny):
             alone = generate.generate(tiny, [[prompt]], sampling, adapters=own)
             assert alone == [[row]]
     assert together != generate.generate(tiny, groups, sampling)
+
+
+# ------------------------------------------------------------------------------- little memory
+
+@pytest.fixture()
+def room_for(monkeypatch):
+    """A function: from then on the device is full when more rows than that take a step."""
+    def limit(most, error=torch.OutOfMemoryError("CUDA out of memory")):
+        forward = generate.Rows.forward
+
+        def limited(rows):
+            if len(rows.text) > most:
+                raise error
+            forward(rows)
+        monkeypatch.setattr(generate.Rows, "forward", limited)
+    return limit
+
+
+def test_out_of_memory_halves_the_rows_and_changes_nothing(tiny, room_for, capsys):
+    prompts = [[i, 3 * i + 1] * (1 + i % 5) for i in range(12)]
+    sampling = Sampling(40, n=2, temperature=1.0, top_p=0.9, stop=STOP, max_rows=16)
+    expected = written(tiny, prompts, sampling, seeds=range(24))
+
+    room_for(4)
+    heard = []
+    (rows,) = generate.generate(tiny, [prompts], sampling, range(24),
+                                progress=lambda done, total: heard.append((done, total)))
+
+    assert rows == expected
+    assert heard[-1] == (24, 24)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["out of memory: going on with 8 rows side by side",
+                     "out of memory: going on with 4 rows side by side"]
+
+
+def test_what_has_ended_is_not_written_again(tiny, monkeypatch):
+    """The device is full at the 20th step: texts that have ended by then are read once."""
+    prompts = [[i, i + 1] for i in range(10)]
+    sampling = Sampling(40, stop=STOP, max_rows=10)
+    expected = written(tiny, prompts, sampling)
+    ended = sum(len(row) < 18 for row in expected)
+    steps, read = [], []
+    forward, prefill = generate.Rows.forward, generate.Rows.prefill
+
+    def full_once(rows):
+        steps.append(1)
+        if len(steps) == 20:
+            raise MemoryError
+        forward(rows)
+
+    def counted(rows, some, places, texts):
+        read.append(len(some))
+        prefill(rows, some, places, texts)
+    monkeypatch.setattr(generate.Rows, "forward", full_once)
+    monkeypatch.setattr(generate.Rows, "prefill", counted)
+
+    assert written(tiny, prompts, sampling) == expected
+    assert ended > 2
+    assert 10 < sum(read) <= 20 - ended
+
+
+def test_adapters_with_little_memory_answer_the_same(tiny, room_for):
+    adapters = random_adapters(tiny, 3)
+    groups = [[[1, 2], [3, 4]], [[5, 6]], [[7, 8], [9, 1]]]
+    sampling = Sampling(20, stop=STOP, max_rows=6)
+    expected = generate.generate(tiny, groups, sampling, adapters=adapters)
+
+    room_for(3)
+
+    assert generate.generate(tiny, groups, sampling, adapters=adapters) == expected
+
+
+def test_no_room_for_a_single_text_is_one_line(tiny, room_for):
+    room_for(0)
+
+    with pytest.raises(UserError, match="out of memory with a single text"):
+        written(tiny, [[1, 2]], Sampling(5))
+
+
+def test_an_error_of_another_kind_is_no_lack_of_memory(tiny, room_for):
+    room_for(0, RuntimeError("shapes differ"))
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        written(tiny, [[1, 2]], Sampling(5))
 
 
 # ------------------------------------------------------------------------------- graphs

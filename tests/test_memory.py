@@ -233,5 +233,30 @@ def test_where_the_system_does_not_say_what_is_free_all_of_it_counts(monkeypatch
 
 def test_a_gpu_is_asked_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (123, 456))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
 
-    assert free_memory(torch.device("cuda")) == 123
+    assert free_memory(torch.device("cuda")) == 123 + 30    # what torch holds and does not use
+
+
+# ------------------------------------------------------------------------------- running out
+
+@pytest.mark.parametrize("error", [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")])
+def test_every_kind_of_running_out_is_known(error):
+    assert memory.is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory")])
+def test_other_errors_are_not(error):
+    assert not memory.is_out_of_memory(error)
+
+
+def test_torch_s_own_error_on_a_cpu_is_known():
+    with pytest.raises(RuntimeError) as ended:
+        torch.empty(2 ** 55, dtype=torch.uint8)
+
+    assert memory.is_out_of_memory(ended.value)

@@ -415,11 +415,42 @@ def test_out_of_memory_halves_the_slots_and_changes_nothing(model64, monkeypatch
     assert heard[-1] == (steps, steps)
 
 
-def test_out_of_memory_with_one_adapter_is_an_error_that_says_what_to_do(model64, monkeypatch):
+def test_with_one_slot_left_activations_are_recomputed(model64, monkeypatch, capsys):
+    jobs = mixed_jobs(n=2)
+    expected = weights(train(model64, jobs, slots=1))
+    pack, seen = engine.pack, []
+
+    def pack_in_little(running, device, dtype):
+        seen.append(model64.recompute)
+        if not model64.recompute:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return pack(running, device, dtype)
+    monkeypatch.setattr(engine, "pack", pack_in_little)
+
+    trained = train(model64, jobs, slots=1)
+
+    assert "going on with recomputed activations" in capsys.readouterr().out
+    assert seen[:2] == [False, True]
+    assert difference(weights(trained), expected) <= 1e-12
+    assert model64.recompute is False       # as before
+
+
+def test_out_of_memory_with_recomputed_activations_says_what_to_do(model64, monkeypatch):
     monkeypatch.setattr(engine, "pack", out_of_memory_beyond(0, at_step=0))
 
-    with pytest.raises(UserError, match="--recompute"):
+    with pytest.raises(UserError, match="smaller batch or shorter documents"):
         train(model64, mixed_jobs(), slots=4)
+
+    assert model64.recompute is False
+
+
+def test_an_error_of_another_kind_is_no_lack_of_memory(model64, monkeypatch):
+    def broken(running, device, dtype):
+        raise RuntimeError("shapes differ")
+    monkeypatch.setattr(engine, "pack", broken)
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train(model64, mixed_jobs(), slots=2)
 
 
 def test_recomputed_activations_train_the_same(model64, monkeypatch):
