@@ -95,7 +95,7 @@ class Cache:
     def prefill(self, ribbon, places):
         """An `attend` that also stores prompt i's keys and values in the rows places[i], (n,)."""
         # Lengths from the ribbon's own tensors, as these are on the device already.
-        lengths = ribbon.last.diff(prepend=ribbon.last.new_tensor([-1]))
+        lengths = ribbon.last.diff(prepend=ribbon.last.new_full((1,), -1))
         self.length[places] = lengths[:, None]
         rows = places[ribbon.row]               # (T, n) where each token is stored
         position = ribbon.position[:, None]     # (T, 1)

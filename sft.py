@@ -340,11 +340,13 @@ class Engine:
         for slot, active in enumerate(self.running):
             if not active or active.step < active.job.steps:
                 continue
-            # These lines wait for the device, once per job.
             weights = self.flat.detach()[slot].clone()
-            losses = torch.stack(self.losses[active.first:])[:, slot].tolist()
-            diverged = not weights.isfinite().all()
-            ended.append((active.number, Trained(weights, losses, active.seconds, diverged)))
+            losses = torch.stack(self.losses[active.first:])[:, slot]
+            finite = weights.isfinite().all().to(losses.dtype)
+            # In one piece, as reading waits for the device: once per job.
+            *losses, finite = torch.cat([losses, finite[None]]).tolist()
+            trained = Trained(weights, losses, active.seconds, diverged=not finite)
+            ended.append((active.number, trained))
             # An empty slot has no tokens, and stays at zero.
             self.running[slot] = None
             with torch.no_grad():
