@@ -124,9 +124,8 @@ class Peer:
                                     target_modules=lora.targets, task_type="CAUSAL_LM")
         self.device = model.device
         self.model = peft.get_peft_model(base.to(model.device), self.lora)
+        # PEFT keeps adapters in float32 over a bfloat16 model, as we do.
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
-        for p in self.weights:
-            p.data = p.data.float()
 
     def bare_loop(self, jobs):
         """One adapter after the other, one document after the other, nothing padded."""
