@@ -41,14 +41,19 @@ SHAPES = {"smollm2-135m": ("Llama", 30, 576, 9, 3, 64, 1536, 49152, True),
           "qwen2.5-7b": ("Qwen2", 28, 3584, 28, 4, 128, 18944, 152064, False)}
 
 
-def shaped(name, folder, device, dtype):
-    """A model of a known shape with random weights (zeros would be faster than the truth)."""
+def write_shape(name, folder):
+    """Write the config.json of a known shape."""
     kind, layers, dim, heads, kv_heads, head_dim, hidden, vocabulary, tied = SHAPES[name]
     (Path(folder) / "config.json").write_text(json.dumps({
         "architectures": [kind + "ForCausalLM"], "model_type": kind.lower(), "hidden_size": dim,
         "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": head_dim,
         "num_key_value_heads": kv_heads, "intermediate_size": hidden, "vocab_size": vocabulary,
         "tie_word_embeddings": tied, "max_position_embeddings": 4096, "rope_theta": 1e6}))
+
+
+def shaped(name, folder, device, dtype):
+    """A model of a known shape with random weights (zeros would be faster than the truth)."""
+    write_shape(name, folder)
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_folder(folder), folder).to(dtype)
     model.to_empty(device=device).tie()

@@ -132,8 +132,10 @@ class Cache:
             more = round_up(max(size, self.size * 5 // 4), 64) - self.size
         self.size += more
         self.length = self.length[rows]
-        self.kv = [(F.pad(keys[rows], (0, 0, 0, more)), F.pad(values[rows], (0, 0, 0, more)))
-                   for keys, values in self.kv]
+        # Layer by layer, so that the old cache and the new one are not there together.
+        for layer, (keys, values) in enumerate(self.kv):
+            self.kv[layer] = (F.pad(keys[rows], (0, 0, 0, more)),
+                              F.pad(values[rows], (0, 0, 0, more)))
 
 
 def round_up(n, block):

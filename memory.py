@@ -62,16 +62,42 @@ def give_back_memory(device):
 
 
 def step_memory(model, lora, slots, tokens):
-    """Bytes of a training step with so many adapters and tokens in it.
+    """Bytes of a training step beside the weights, with so many adapters and tokens in it.
 
-    Per adapter parameter 18: value, gradient, m and v in float32, a copy in bfloat16. Per token
-    what a block keeps for its backward pass, or only its input if activations are recomputed. It is
-    too little by up to half where the low-rank products are padded (no grouped_mm)."""
+    Within 15 % of simulated peaks (tests/test_memory.py); too little by up to half where the
+    low-rank products are padded (no grouped_mm)."""
+    # Of each adapter parameter: value, gradient, m and v in float32, a copy in bfloat16.
+    adapters = 18 * slots * lora.parameters(model)
+    # The output layer works on chunks of at most 2^27 logits: in bfloat16, and twice in float32.
+    most = 2 ** 24 if model.device.type == "cpu" else 2 ** 27
+    chunk = min(tokens * model.config.vocab_size, most)
+    return adapters + activation_memory(model, lora, tokens) + 10 * chunk
+
+
+def activation_memory(model, lora, tokens):
+    """Bytes that are kept for the backward pass."""
     c = model.config
-    kept = 5 * c.dim + 2 * (c.n_head + c.n_kv_head) * c.head_dim + 4 * c.hidden_dim
+    heads, kv_heads = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    # A block keeps what its norms, its attention (queries, keys, values, output) and its activation
+    # function read, and the input of each adapted layer; a frozen layer needs none.
+    block = 2 * c.dim + 2 * (heads + kv_heads) + 3 * c.hidden_dim
+    targets = set(lora.targets)
+    if targets & {"q_proj", "k_proj", "v_proj"}:
+        block += c.dim
+    if targets & {"gate_proj", "up_proj"}:
+        block += c.dim
+    if "o_proj" in targets:
+        block += heads
+    if "down_proj" in targets:
+        block += c.hidden_dim
+    if c.qk_norm:
+        block += heads + kv_heads
+
+    # If activations are recomputed, only a block's input is kept, and one block at a time.
+    kept = c.n_layer * block
     if model.recompute:
-        kept = c.dim
-    return 18 * slots * lora.parameters(model) + tokens * c.n_layer * kept * model.dtype.itemsize
+        kept = c.n_layer * c.dim + block
+    return tokens * kept * model.dtype.itemsize
 
 
 def auto_slots(model, jobs):
@@ -81,22 +107,25 @@ def auto_slots(model, jobs):
     for job in jobs:
         tokens += job.recipe.epochs * sum(len(ids) for ids, _ in job.examples)
     per_step = tokens / sum(job.steps for job in jobs)      # of one job
-    full = 4096 if model.device.type == "cuda" else 1024    # tokens that keep the device busy
-    # Twice the mean, as some steps are longer; half of what is free.
-    one = step_memory(model, jobs[0].recipe.lora, 1, 2 * per_step)
-    fit = int(free_memory(model.device) / 2 / one)
+    full = 1024 if model.device.type == "cpu" else 4096     # tokens that keep the device busy
+    # Twice the mean, as some steps are longer, and 1/1.4 of what is free.
+    lora = jobs[0].recipe.lora
+    one = step_memory(model, lora, 1, 0) + activation_memory(model, lora, 2 * per_step)
+    fit = int(free_memory(model.device) / 1.4 / one)
     return max(1, min(len(jobs), round(full / per_step), fit))
 
 
 def auto_rows(model, length):
-    """How many rows of `length` tokens to decode side by side: a third of what is free."""
+    """How many rows of `length` tokens to decode side by side: 1/1.5 of what is free, as a cache
+    that grows has one layer twice."""
     c = model.config
     per_row = 2 * c.n_layer * c.n_kv_head * c.head_dim * length * model.dtype.itemsize  # bytes
-    return max(1, min(256, free_memory(model.device) // 3 // per_row))
+    return max(1, min(256, int(free_memory(model.device) / 1.5) // per_row))
 
 
 def auto_answering(model, lora):
-    """How many adapters answer together: 10 bytes a parameter (as trained, side by side, in
-    bfloat16), a third of what is free."""
-    fit = free_memory(model.device) / 3 / (10 * lora.parameters(model))
+    """How many adapters answer together: a third of what is free."""
+    # Bytes per parameter: as trained, side by side, and two copies in bfloat16 while the rows that
+    # are left are folded.
+    fit = free_memory(model.device) / 3 / (12 * lora.parameters(model))
     return max(1, min(64 if model.device.type == "cuda" else 16, int(fit)))
