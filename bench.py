@@ -274,37 +274,52 @@ class Floor:
                    matmul_rate(model.device, model.dtype))
 
 
+def count(jobs):
+    """(optimiser steps, tokens) of their training."""
+    tokens = 0
+    for job in jobs:
+        tokens += job.recipe.epochs * sum(len(ids) for ids, _ in job.examples)
+    return sum(job.steps for job in jobs), tokens
+
+
 def bench_training(args, model, peer, floor, lengths):
+    # One adapter after the other is as fast for few jobs as for many. Side by side takes many, as
+    # slots are empty when few are left. So the slow arms train the first ones only.
     jobs = make_jobs(model, lengths(args.jobs), replace(RECIPE, epochs=args.epochs))
-    tokens = args.epochs * sum(sum(len(ids) for ids, _ in job.examples) for job in jobs)
-    steps = sum(job.steps for job in jobs)
+    few = jobs[:args.peer_jobs]
+    steps, tokens = count(jobs)
     slots = args.slots or auto_slots(model, jobs)
     need = step_memory(model, RECIPE.lora, slots, slots * tokens / steps)
     print(f"formula: a step of {slots} slots needs {need / 2 ** 30:.2f} GiB beside the weights")
 
     packed, fair = f"ours, packed, {slots} slots", "PEFT, bare loop, no padding (the fair peer)"
+    work = {packed: jobs, "ours, one slot": few, fair: few}
     arms = {packed: lambda: train(jobs, model, slots),
-            "ours, one slot": lambda: train(jobs, model, 1)}
+            "ours, one slot": lambda: train(few, model, 1)}
     if peer:
-        arms[fair] = lambda: peer.bare_loop(jobs)
+        arms[fair] = lambda: peer.bare_loop(few)
     timings = compare(model.device, arms, args.repeats)
-    print(f"\ntraining {len(jobs)} adapters, {steps} steps, {tokens} tokens; median of "
-          f"{args.repeats}")
+
+    print(f"\ntraining {len(jobs)} adapters, {steps} steps, {tokens} tokens (slow arms: the first "
+          f"{len(few)}); median of {args.repeats}")
+    rate = {}       # tokens per second
     for name, timing in timings.items():
-        share = tokens / timing.median / floor.tokens_per_second
-        per_hour = 3600 * len(jobs) / timing.median
-        show(name, timing, tokens, f"{per_hour:.0f} adapters/h, {share:.1%} of the floor")
+        own_tokens = count(work[name])[1]
+        rate[name] = own_tokens / timing.median
+        per_hour = 3600 * len(work[name]) / timing.median
+        share = rate[name] / floor.tokens_per_second
+        show(name, timing, own_tokens, f"{per_hour:.0f} adapters/h, {share:.1%} of the floor")
     if not peer:
         return
-    print(f"  ours over the fair peer: {timings[fair].median / timings[packed].median:.2f} x")
-    few, pad_to = 4, min(2048, model.config.max_len)
+    print(f"  ours over the fair peer, by tokens/s: {rate[packed] / rate[fair]:.2f} x")
+    n_steps, pad_to = 4, min(2048, model.config.max_len)
     try:
-        seconds, _ = timed(model.device, lambda: peer.trainer(jobs, pad_to, few))
+        seconds, _ = timed(model.device, lambda: peer.trainer(jobs, pad_to, n_steps))
     except ImportError as e:
         print(f"  no Trainer: {e}")
         return
-    estimate = seconds / few * steps
-    print(f"  Trainer + PEFT, rows padded to {pad_to}: {few} steps in {seconds:.1f} s; "
+    estimate = seconds / n_steps * steps
+    print(f"  Trainer + PEFT, rows padded to {pad_to}: {n_steps} steps in {seconds:.1f} s; "
           f"extrapolated to all: {estimate:.0f} s, {estimate / timings[packed].median:.0f} x ours")
 
 
@@ -345,7 +360,8 @@ def main():
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--dtype", choices=("float32", "bfloat16"),
                     help="of the weights (default: bfloat16 on cuda, else float32)")
-    ap.add_argument("--jobs", type=int, default=24, help="adapters to train (default: 24)")
+    ap.add_argument("--jobs", type=int, help="adapters to train (default: 256 on cuda, else 24)")
+    ap.add_argument("--peer-jobs", type=int, default=24, help="of the slow arms (default: 24)")
     ap.add_argument("--documents", type=int, help="at most so many of a self-edit's")
     ap.add_argument("--epochs", type=int, default=1, help="passes; the paper's are 10 (default: 1)")
     ap.add_argument("--slots", type=int, default=0, help="side by side; 0: automatic")
@@ -357,6 +373,7 @@ def main():
     if args.model and args.shape:
         raise UserError("--model or --shape, not both")
     device = torch.device(args.device)
+    args.jobs = args.jobs or (256 if device.type == "cuda" else 24)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     with tempfile.TemporaryDirectory() as folder:
         if args.shape:
