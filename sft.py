@@ -251,10 +251,10 @@ def fill_slots(model, jobs, waiting, n, progress):
         engine.update()
 
         # The time of a step is shared by the jobs in it.
-        active = [job for job in engine.running if job]
-        for job in active:
-            job.step += 1
-            job.seconds += (time.time() - begin) / len(active)
+        active = [running for running in engine.running if running]
+        for running in active:
+            running.step += 1
+            running.seconds += (time.time() - begin) / len(active)
         left -= len(active)
         progress(left)
         yield from engine.give_back()
