@@ -18,7 +18,7 @@ from checkpoint import UserError, cli
 from inner_loop import in_prompt
 from lora import Adapters
 from memory import peak_memory
-from report import in_brackets, summary
+from report import iteration_line, round_line, summary
 from run import Config, Meter, Run, add_flags, outer_recipe, read_flags
 from run import sample_edits, score_edits, unadapted
 from selfedit import SelfEdit, Task, seed_for
@@ -55,7 +55,7 @@ def rest_em(cfg: Config, run: Run) -> list[Task]:
 
         # M-step: fine-tune the model on the self-edits that were worth most.
         kept = select(cfg, scores, edits, without, t)
-        log_round(run, t, scores, without, kept)
+        run.log(round_line(t, scores, without, kept))
         # NOTE(paper): a round goes on from the last one, as in the official code. ReST-EM as Singh
         # et al. describe it starts from the base model every time: --restart.
         if cfg.restart and kept:
@@ -152,22 +152,20 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
     # The mean over tasks, with a bootstrap interval over tasks, not over self-edits: more
     # self-edits of one task say nothing about other tasks.
     per_task = np.mean(scores, axis=1)
-    low, high = bootstrap_ci(per_task)
-    kinds = by_kind(tasks, run.rollouts.of(t, "eval"))
     last_round = [r["reward"] for r in run.rollouts.of(t - 1, "train")]
-    run.metrics.add({
+    metrics = {
         "iteration": t,
         "eval_reward": float(np.mean(per_task)),
-        "eval_ci": [low, high],
-        "eval_by_kind": kinds,
+        "eval_ci": bootstrap_ci(per_task),
+        "eval_by_kind": by_kind(tasks, run.rollouts.of(t, "eval")),
         "eval_unadapted": float(np.mean(without)),
         "eval_tasks": len(tasks),
         "baselines": arms,
         "train_reward": float(np.mean(last_round)) if last_round else None,
         "made_of": run.domain.describe(tasks, edits),
-        "seconds": round(time.time() - run.begin, 1)})
-    run.log(f"iteration {t}: held-out reward {np.mean(per_task):.3f} [{low:.3f}, {high:.3f}]"
-            f"{in_brackets(kinds)} on {len(tasks)} tasks, un-adapted {np.mean(without):.3f}")
+        "seconds": round(time.time() - run.begin, 1)}
+    run.metrics.add(metrics)
+    run.log(iteration_line(metrics))
 
 
 def baselines(run: Run, model, tasks: list[Task], without: list[float]) -> list[dict]:
@@ -197,12 +195,6 @@ def by_kind(tasks: list[Task], records: list[dict]) -> dict[str, float]:
             for kind, verdict in zip(kinds, right):
                 found.setdefault(kind, []).append(verdict)
     return {kind: float(np.mean(verdicts)) for kind, verdicts in found.items()}
-
-
-def log_round(run: Run, t: int, scores, without, kept):
-    mean_kept = np.mean([scores[i][j] for i, j in kept]) if kept else 0.0
-    run.log(f"round {t + 1}: mean reward {np.mean(scores):.3f}, un-adapted {np.mean(without):.3f}; "
-            f"kept {len(kept)} self-edits with mean reward {mean_kept:.3f}")
 
 
 # ------------------------------------------------------------------------------- command line

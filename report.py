@@ -1,6 +1,23 @@
-"""What a run showed, in words: the last lines that `python outer_loop.py` prints."""
+"""What a run shows, in words: what `python outer_loop.py` prints."""
+import numpy as np
+
 from run import Run
 from selfedit import Task
+
+
+def iteration_line(m: dict) -> str:
+    """A line of metrics.jsonl, for people."""
+    low, high = m["eval_ci"]
+    reward = f"{m['eval_reward']:.3f} [{low:.3f}, {high:.3f}]{in_brackets(m['eval_by_kind'])}"
+    return (f"iteration {m['iteration']}: held-out reward {reward} on {m['eval_tasks']} tasks, "
+            f"un-adapted {m['eval_unadapted']:.3f}")
+
+
+def round_line(t: int, scores, without, kept) -> str:
+    """What a round's self-edits were worth, and those that are kept."""
+    mean_kept = np.mean([scores[i][j] for i, j in kept]) if kept else 0.0
+    return (f"round {t + 1}: mean reward {np.mean(scores):.3f}, un-adapted {np.mean(without):.3f}; "
+            f"kept {len(kept)} self-edits with mean reward {mean_kept:.3f}")
 
 
 def summary(run: Run, held_out: list[Task]) -> str:

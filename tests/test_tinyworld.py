@@ -46,6 +46,11 @@ def test_another_split_is_refused():
         world.load("test")
 
 
+def test_a_file_of_passages_is_told_which_preset_reads_it():
+    with pytest.raises(UserError, match="for a file of passages: --preset knowledge"):
+        world.load("my.json")
+
+
 def test_pretraining_reads_no_name_that_is_given_out():
     rng = random.Random(0)
     towns = []
