@@ -13,6 +13,11 @@ from checkpoint import Lines, UserError, cli, read_json
 from stats import mean_ci
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+# What settings mean, in a figure's legend.
+MEANING = {"select best": "the best self-edits are kept",
+           "select solved": "self-edits that solved their puzzle are kept",
+           "select random": "any self-edits are kept (control)",
+           "directives": "each chooses its learning rate and epochs"}
 
 
 def read_runs(folders):
@@ -50,7 +55,13 @@ def over_seeds(runs, value):
 
 
 def arrows(mean, half):
-    return " -> ".join(f"{m:.3f} ±{h:.3f}" for m, h in zip(mean, half))
+    return " -> ".join(with_interval(m, h, ".3f") for m, h in zip(mean, half))
+
+
+def with_interval(mean, half, form):
+    """A single run has no interval."""
+    interval = "" if np.isnan(half) else f" ±{half:.3f}"
+    return format(mean, form) + interval
 
 
 def describe(name, runs):
@@ -59,7 +70,7 @@ def describe(name, runs):
     gains = [run[-1]["eval_reward"] - run[0]["eval_reward"] for run in runs]
     mean, half = mean_ci(np.reshape(gains, (-1, 1)))
     by_seed = " ".join(f"{gain:+.3f}" for gain in gains)
-    lines.append(f"    gain {mean[0]:+.3f} ±{half[0]:.3f}, by seed {by_seed}")
+    lines.append(f"    gain {with_interval(mean[0], half[0], '+.3f')}, by seed {by_seed}")
     for kind in runs[0][0]["eval_by_kind"]:
         found = over_seeds(runs, lambda m: m["eval_by_kind"][kind])
         lines.append(f"    {kind} questions: {arrows(*found)}")
@@ -97,8 +108,9 @@ def draw(groups, floor, file):
     for i, (name, runs) in enumerate(groups.items()):
         mean, half = over_seeds(runs, lambda m: m["eval_reward"])
         t = np.arange(len(mean)) + 0.03 * i                # beside each other, not on top
+        meaning = ", ".join(MEANING.get(words, words) for words in name.split(", "))
         axes.errorbar(t, mean, np.nan_to_num(half), color=COLOURS[i % 4], marker="o", capsize=3,
-                      label=f"{name} (n = {len(runs)})")
+                      label=f"{meaning}; {len(runs)} seeds")
     if floor is not None:
         axes.axhline(floor, color="#777", linestyle="--", label="trained on the passage only")
     axes.set_xlabel("iteration of ReST-EM")

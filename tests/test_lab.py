@@ -117,8 +117,9 @@ def test_curves_of_runs_are_drawn(runs, tmp_path, capsys):
     drawing = (tmp_path / "curve.svg").read_text()
     assert ElementTree.fromstring(drawing).tag.endswith("svg")
     # matplotlib writes each text, drawn as shapes, into a comment as well.
-    for text in ("select best (n = 2)", "select random, strict (n = 1)", "iteration of ReST-EM",
-                 "trained on the passage only"):
+    for text in ("the best self-edits are kept; 2 seeds",
+                 "any self-edits are kept (control), strict; 1 seeds",
+                 "iteration of ReST-EM", "trained on the passage only"):
         assert f"<!-- {text} -->" in drawing
     assert drawing == (tmp_path / "again.svg").read_text()
 
