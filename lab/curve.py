@@ -104,7 +104,7 @@ def draw(groups, floor, file):
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "nanoSEAL"    # the same file each time
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for i, (name, runs) in enumerate(groups.items()):
         mean, half = over_seeds(runs, lambda m: m["eval_reward"])
         t = np.arange(len(mean)) + 0.03 * i                # beside each other, not on top
@@ -119,7 +119,7 @@ def draw(groups, floor, file):
     axes.set_ylim(0, 1)
     axes.grid(axis="y", color="#ddd")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
     figure.savefig(file, format="svg", metadata={"Date": None})
 
 
