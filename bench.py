@@ -274,20 +274,12 @@ class Floor:
                    matmul_rate(model.device, model.dtype))
 
 
-def count(jobs):
-    """(optimiser steps, tokens) of their training."""
-    tokens = 0
-    for job in jobs:
-        tokens += job.recipe.epochs * sum(len(ids) for ids, _ in job.examples)
-    return sum(job.steps for job in jobs), tokens
-
-
 def bench_training(args, model, peer, floor, lengths):
     # One adapter after the other is as fast for few jobs as for many. Side by side takes many, as
     # slots are empty when few are left. So the slow arms train the first ones only.
     jobs = make_jobs(model, lengths(args.jobs), replace(RECIPE, epochs=args.epochs))
     few = jobs[:args.peer_jobs]
-    steps, tokens = count(jobs)
+    steps, tokens = sum(job.steps for job in jobs), sum(job.tokens for job in jobs)
     slots = args.slots or auto_slots(model, jobs)
     need = step_memory(model, RECIPE.lora, slots, slots * tokens / steps)
     print(f"formula: a step of {slots} slots needs {need / 2 ** 30:.2f} GiB beside the weights")
@@ -304,7 +296,7 @@ def bench_training(args, model, peer, floor, lengths):
           f"{len(few)}); median of {args.repeats}")
     rate = {}       # tokens per second
     for name, timing in timings.items():
-        own_tokens = count(work[name])[1]
+        own_tokens = sum(job.tokens for job in work[name])
         rate[name] = own_tokens / timing.median
         per_hour = 3600 * len(work[name]) / timing.median
         share = rate[name] / floor.tokens_per_second

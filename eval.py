@@ -341,8 +341,7 @@ def learn_all(run, model, tasks: list[Task], name: str, texts: list[str]) -> dic
         job = Job(examples, seed_for(run.cfg.seed, "cpt", seed, "adapter"), run.recipe)
         ((_, trained),) = sft(model, [job], Meter(f"steps, {name}"))
         adapter = Adapters.stack(model, run.recipe.lora, [trained.weights])
-        (answers,) = ask(model, run.tok, [tasks], run.answering, adapter)
-        right.append(grade_all(tasks, [answer.texts for answer in answers]))
+        right.append(verdicts(run, model, tasks, adapter))
         losses.append(trained.losses)
     run.log(f"{name}: {len(documents)} documents, {len(losses[0])} steps, "
             f"loss {losses[0][0]:.3f} -> {losses[0][-1]:.3f}")

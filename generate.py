@@ -138,6 +138,15 @@ class Cache:
                               F.pad(values[rows], (0, 0, 0, more)))
 
 
+def split_into(items: list, sizes: list[int]) -> list[list]:
+    """A flat list cut into groups of these sizes."""
+    groups, begin = [], 0
+    for size in sizes:
+        groups.append(items[begin:begin + size])
+        begin += size
+    return groups
+
+
 def round_up(n, block):
     return -(-n // block) * block
 
@@ -208,11 +217,7 @@ class Sampler:
         texts = []
         for line in self.out[:-1].tolist():
             texts.append([i for i in line if i >= 0])
-        groups, begin = [], 0
-        for size in sizes:
-            groups.append(texts[begin:begin + size])
-            begin += size
-        return groups
+        return split_into(texts, sizes)
 
 
 # ------------------------------------------------------------------------------- the rows

@@ -15,7 +15,7 @@ from typing import Iterable, Iterator
 
 from checkpoint import EMBEDDED, UserError, cli
 from data import knowledge, tinyworld   # for the command line only
-from generate import Sampling, quiet, write
+from generate import Sampling, quiet, split_into, write
 from lora import Adapters, Lora, PROJECTIONS
 from memory import auto_answering
 from model import load_pretrained
@@ -86,10 +86,8 @@ def ask(model, tok, groups: list[list[Task]], sampling: Sampling = ANSWERS,
     answers = []
     for tasks, replies in zip(groups, written):
         answers.append([])
-        begin = 0
-        for task in tasks:
-            own = replies[begin:begin + len(task.queries)]
-            begin += len(task.queries)
+        own_replies = split_into(replies, [len(task.queries) for task in tasks])
+        for task, own in zip(tasks, own_replies):
             texts = task.vote([reply.text for reply in own])
             answers[-1].append(Answers(texts, sum(reply.cut for reply in own)))
     return answers

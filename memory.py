@@ -103,10 +103,7 @@ def activation_memory(model, lora, tokens):
 def auto_slots(model, jobs):
     """How many of these sft.Jobs to train side by side: enough to fill a step, few enough to fit.
     """
-    tokens = 0
-    for job in jobs:
-        tokens += job.recipe.epochs * sum(len(ids) for ids, _ in job.examples)
-    per_step = tokens / sum(job.steps for job in jobs)      # of one job
+    per_step = sum(job.tokens for job in jobs) / sum(job.steps for job in jobs)     # of one job
     full = 1024 if model.device.type == "cpu" else 4096     # tokens that keep the device busy
     # Twice the mean, as some steps are longer, and 1/1.4 of what is free.
     lora = jobs[0].recipe.lora

@@ -394,9 +394,9 @@ def sample_edits(run: Run, model, tasks: list[Task], t: int, split: str,
     return [edits[i:i + k] for i in range(0, len(edits), k)]
 
 
-def verdicts(run: Run, model, tasks: list[Task]) -> list[list[bool]]:
-    """Which questions the model as it is answers correctly, per task."""
-    (answers,) = ask(model, run.tok, [tasks], run.answering)
+def verdicts(run: Run, model, tasks: list[Task], adapter=None) -> list[list[bool]]:
+    """Which questions the model, as it is or under one adapter, answers correctly, per task."""
+    (answers,) = ask(model, run.tok, [tasks], run.answering, adapter)
     return grade_all(tasks, [answer.texts for answer in answers])
 
 
@@ -417,14 +417,13 @@ def score_edits(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]],
     todo = []
     for i, row in enumerate(edits):
         todo += [(i, j) for j in range(len(row)) if (i, j) not in known]
-    seeds = [[seed_for(run.cfg.seed, t, split, i, j, s, "adapter") for s in range(n_seeds)]
-             for i, j in todo]
-
     if not todo:
         return [[known[i, j] for j in range(len(row))] for i, row in enumerate(edits)]
 
     # Outcomes come in the order in which trainings end. Each is written down at once.
     begin = time.time()
+    seeds = [[seed_for(run.cfg.seed, t, split, i, j, s, "adapter") for s in range(n_seeds)]
+             for i, j in todo]
     outcomes = update_and_score(
         model, run.tok, [tasks[i] for i, _ in todo], [edits[i][j] for i, j in todo], seeds,
         run.recipe, run.answering, Meter("optimiser steps"))

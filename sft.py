@@ -61,6 +61,11 @@ class Job:
     def steps(self) -> int:
         return self.recipe.epochs * math.ceil(len(self.examples) / self.recipe.batch)
 
+    @property
+    def tokens(self) -> int:
+        """Read in all epochs."""
+        return self.recipe.epochs * sum(len(ids) for ids, _ in self.examples)
+
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0: transformers' schedules."""
         r = self.recipe

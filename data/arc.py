@@ -25,6 +25,7 @@ import numpy as np
 
 from checkpoint import UserError, cli, read_json
 from data.judges import each
+from generate import split_into
 from selfedit import PUZZLE_PROMPT, TOOLS, SelfEdit, Task, seed_for
 from selfedit import read_json_edit, read_self_edit, write_json_edit
 
@@ -256,11 +257,9 @@ def arc_task(name, pairs, tests, seed=0, batch=2, max_examples=MAX_EXAMPLES, n_v
              for i, (x, _) in enumerate(tests)]     # per test: its views
 
     def vote(replies):
-        answers, begin = [], 0
-        for some in asked:
-            inverses = [inverse for _, inverse in some]
-            answers.append(two_attempts(replies[begin:begin + len(some)], inverses))
-            begin += len(some)
+        answers = []
+        for some, own in zip(asked, split_into(replies, [len(some) for some in asked])):
+            answers.append(two_attempts(own, [inverse for _, inverse in some]))
         return answers
 
     task = Task(
