@@ -9,6 +9,7 @@ a row that has ended gives its place to a waiting prompt. `write` is the way in 
 Shapes: B rows, T tokens of a ribbon, D = dim, V vocabulary, K key/value heads, E = head_dim.
 """
 import argparse
+import math
 import time
 from collections import deque
 from contextlib import nullcontext
@@ -154,24 +155,39 @@ def round_up(n, block):
 # ------------------------------------------------------------------------------- one token
 
 def sample(logits, temperature, top_p, u):
-    """One token per row from the nucleus, the likeliest tokens whose mass reaches top_p.
+    """One token per row from the nucleus: the tokens such that all likelier ones have less than
+    top_p together.
 
-    logits (B, V); u (B,), uniform in [0, 1), is the only randomness. Temperature 0 is greedy."""
+    logits (B, V); u (B, tries_for(top_p)), uniform in [0, 1), is the only randomness. Temperature 0
+    is greedy. Nothing is sorted, and on CUDA nothing waits."""
     if temperature == 0:
         return logits.argmax(-1)
+    # Candidates from all tokens, by the inverse of the CDF.
     p = (logits.float() / temperature).softmax(-1)
-    # The nucleus is nearly always within the first 1,024 tokens, and on a CPU to find these is ten
-    # times faster than to sort all. On CUDA to know would be a wait, so there all are sorted.
-    few = min(1024, p.shape[-1])
-    if not p.is_cuda:
-        top, index = p.topk(few)
-    if p.is_cuda or (few < p.shape[-1] and (top.sum(-1) < top_p).any()):
-        top, index = p.sort(-1, descending=True)
-    # A token is outside if those before it reach top_p already.
-    before = top.cumsum(-1) - top
-    cdf = (top * (before < top_p)).cumsum(-1)
-    pick = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)   # the inverse of the CDF, at u
-    return index.gather(-1, pick)[:, 0]
+    cdf = p.cumsum(-1)
+    candidates = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)       # (B, tries)
+    candidates = candidates.clamp(max=p.shape[-1] - 1)
+    # The first candidate within the nucleus is an exact draw from it. If none is, the likeliest.
+    token = p.argmax(-1)
+    found = torch.zeros_like(token, dtype=torch.bool)
+    for candidate in candidates.unbind(1):
+        own = p.gather(-1, candidate[:, None])                              # (B, 1)
+        inside = own[:, 0] > 0
+        if top_p < 1:
+            inside &= (p * (p > own)).sum(-1) < top_p       # the mass of all that are likelier
+        token = torch.where(inside & ~found, candidate, token)
+        found |= inside
+        if not has_graphs(p.device) and found.all():    # in a graph nothing can be known
+            break
+    return token
+
+
+def tries_for(top_p):
+    """How many candidates leave none in the nucleus once in 10^8 draws (top_p below .1: more often,
+    as there are 175 at most)."""
+    if top_p >= 1:
+        return 1
+    return min(175, math.ceil(math.log(1e-8) / math.log(1 - top_p)))
 
 
 class Sampler:
@@ -186,11 +202,13 @@ class Sampler:
         self.is_stop = to_device(torch.isin(vocabulary, stop), model.device)
         self.is_late = to_device(torch.isin(vocabulary, late_stop), model.device)
         # Text i draws from its own generator, so that it does not depend on its neighbours.
-        u = torch.zeros(total + 1, sampling.max_new)
+        shape = (sampling.max_new, tries_for(sampling.top_p))
+        u = torch.zeros(0)
         if sampling.temperature:
+            u = torch.zeros(total + 1, *shape)
             for i in range(total):
                 generator = torch.Generator().manual_seed(seeds[i])
-                u[i] = torch.rand(sampling.max_new, generator=generator)
+                u[i] = torch.rand(shape, generator=generator)
         self.u = to_device(u, model.device)
         # What is written, -1 where there is nothing. The last line, as `u`'s, is for idle rows.
         self.out = torch.full((total + 1, sampling.max_new), -1, device=model.device)
@@ -201,7 +219,8 @@ class Sampler:
         if self.sampling.banned is not None:
             logits = logits.masked_fill(self.sampling.banned, -torch.inf)
         s = self.sampling
-        return sample(logits, s.temperature, s.top_p, self.u[text, age])
+        u = self.u[text, age] if s.temperature else None
+        return sample(logits, s.temperature, s.top_p, u)
 
     def ends(self, token, age):
         """(B,) bool: whether a text ends with this token, its `age`-th."""

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import generate
 from checkpoint import UserError
-from generate import Reply, Sampling, sample, write
+from generate import Reply, Sampling, sample, tries_for, write
 from lora import Adapters, Lora
 from model import complete, load_pretrained
 from tests.helpers import CASES
@@ -366,21 +366,51 @@ def test_a_step_of_many_adapters_can_be_a_graph(tiny):
 
 # ------------------------------------------------------------------------------- sampling
 
-def test_sampling_follows_the_nucleus():
-    p = torch.tensor([0.05, 0.5, 0.3, 0.15])
-    u = (torch.arange(4000) + 0.5) / 4000
+def draw(logits, temperature, top_p):
+    """A token per row of logits, with fresh u."""
+    u = torch.rand(len(logits), tries_for(top_p), generator=torch.Generator().manual_seed(0))
+    return sample(logits, temperature, top_p, u)
 
-    # 0.5 + 0.3 do not reach 0.9, and 0.5 + 0.3 + 0.15 do: the smallest is cut.
-    draws = sample(p.log().expand(4000, -1), 1.0, 0.9, u)
 
-    shares = torch.bincount(draws, minlength=4) / 4000
-    expected = torch.tensor([0, 0.5, 0.3, 0.15]) / 0.95
-    torch.testing.assert_close(shares, expected, atol=1e-3, rtol=0)
+def nucleus_by_sorting(p, top_p):
+    """The law of the draws, (V,): tokens from the likeliest down until they have top_p together,
+    and all that are as likely as the last of them."""
+    top, index = p.double().sort(descending=True)
+    outside = top.cumsum(0) - top >= top_p
+    least = top[~outside].min()
+    law = torch.where(p.double() >= least, p.double(), 0)
+    return law / law.sum()
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("case", ["few", "many", "ties"])
+def test_sampling_follows_the_nucleus(case, top_p):
+    """Against the sorted law, by chi-square. Ties are in the nucleus together or not at all."""
+    g = torch.Generator().manual_seed(1)
+    logits = {"few": torch.tensor([0.05, 0.5, 0.3, 0.15]).log(),
+              "many": 3 * torch.randn(5000, generator=g),
+              "ties": torch.randint(0, 4, (40,), generator=g).float()}[case]
+    n = 2000 if case == "many" else 20000
+    law = nucleus_by_sorting(logits.softmax(-1), top_p)
+
+    draws = draw(logits.expand(n, -1), 1.0, top_p)
+
+    counts = torch.bincount(draws, minlength=len(law)).double()
+    assert counts[law == 0].sum() == 0
+    # Tokens of less than 5 expected draws are counted together.
+    expected = n * law
+    rare = expected < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    chi2 = ((counts - expected) ** 2 / expected).sum().item()
+    freedom = len(counts) - 1
+    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5 + 1e-6
 
 
 def test_a_temperature_flattens():
     logits = torch.tensor([[0.0, 2.0]]).expand(4000, -1)
-    u = (torch.arange(4000) + 0.5) / 4000
+    u = (torch.arange(4000)[:, None] + 0.5) / 4000
 
     share = sample(logits, 2.0, 1.0, u).float().mean()
 
@@ -388,39 +418,44 @@ def test_a_temperature_flattens():
 
 
 def test_a_nucleus_is_never_empty():
+    """The likeliest token is in it, even if none of the candidates is."""
     logits = torch.tensor([[0.1, 0.3, 0.2]])
 
-    assert sample(logits, 1.0, 1e-9, torch.tensor([0.999])).tolist() == [1]
+    assert sample(logits, 1.0, 1e-9, torch.full((1, 3), 0.999)).tolist() == [1]
+    assert tries_for(1e-9) == 175
+
+
+def test_the_first_candidate_within_the_nucleus_is_drawn():
+    logits = torch.tensor([[0.05, 0.5, 0.3, 0.15]]).log()
+    # The CDF is .05, .55, .85, 1: these are tokens 0, 3, 1, 2, of which 1 and 2 have .7.
+    u = torch.tensor([[0.01, 0.9, 0.1, 0.6]])
+
+    assert sample(logits, 1.0, 0.7, u).tolist() == [1]
+    assert sample(logits, 1.0, 0.9, u).tolist() == [3]
+    assert sample(logits, 1.0, 1.0, u).tolist() == [0]
 
 
 def test_no_draw_leaves_the_nucleus():
     """u is below 1; the greatest float32 of these is near enough to it for rounding to matter."""
     logits = torch.randn(200, 1500)
-    u = torch.full((200,), 1 - 2**-24)
+    u = torch.full((200, 7), 1 - 2**-24)
+    u[100:] = 0
 
     draws = sample(logits, 1.0, 0.7, u)
 
-    for p, draw in zip(logits.softmax(-1), draws):
-        likelier = p[p > p[draw]]
-        assert likelier.sum() < 0.7
+    for p, token in zip(logits.softmax(-1), draws):
+        assert p[p > p[token]].sum() < 0.7
 
 
-def test_the_least_draw_is_the_likeliest_token():
-    logits = torch.randn(200, 1500)
+def test_a_banned_token_is_not_drawn_by_rounding():
+    """At u = 0 and next to 1 the inverse of the CDF could be a token without mass."""
+    logits = torch.randn(50, 1500)
+    logits[:, :9] = -torch.inf
+    logits[:, -9:] = -torch.inf
 
-    draws = sample(logits, 1.0, 0.7, torch.zeros(200))
-
-    assert torch.equal(draws, logits.argmax(-1))
-
-
-def test_a_nucleus_may_be_wider_than_the_first_1024():
-    logits = torch.zeros(2000, 5000)
-    u = (torch.arange(2000) + 0.5) / 2000
-
-    draws = sample(logits, 1.0, 0.95, u)
-
-    # 4,750 equal tokens: no two draws lie within one of them.
-    assert len(draws.unique()) == 2000
+    for u in (0.0, 1 - 2**-24):
+        draws = sample(logits, 1.0, 1.0, torch.full((50, 1), u))
+        assert (draws >= 9).all() and (draws < 1491).all()
 
 
 def test_temperature_0_is_greedy():
