@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import EMBEDDED, UserError, cli
+from device import has_graphs, to_device
 from memory import auto_rows, give_back_memory, is_out_of_memory
-from model import PROMPT, Ribbon, complete, load_pretrained, to_device
+from model import PROMPT, Ribbon, complete, load_pretrained
 from tokenizer import Tokenizer
 
 
@@ -322,11 +323,6 @@ class Rows:
         self.cache.keep(rows, size)
         self.text, self.age, self.token = self.text[rows], self.age[rows], self.token[rows]
         self.graph, self.warm = None, False     # the tensors are new ones
-
-
-def has_graphs(device):
-    """Whether steps are recorded. A function of its own, as a test replaces it."""
-    return device.type == "cuda"
 
 
 # ------------------------------------------------------------------------------- many texts

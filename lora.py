@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from checkpoint import EMBEDDED, UserError, cli
+from device import to_device
 from generate import Sampling, generate
-from model import Linear, Ribbon, load_pretrained
+from model import Linear, load_pretrained
 from tokenizer import Tokenizer
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -57,19 +58,42 @@ class Lora:
         return self.rank * width
 
 
+class Segments:
+    """Where the tokens of n adapters lie on a ribbon: the first counts[0] are adapter 0's, and so
+    on. A count may be 0."""
+
+    def __init__(self, counts, device):
+        count = torch.tensor(counts)
+        ends = count.cumsum(0)
+        longest = max(counts)
+        self.even = min(counts) == longest
+        self.ends = to_device(ends.int(), device)   # (n,) int32, as grouped_mm wants them
+        # A view in which each segment is padded to the longest: (n, L) cells. Its shape is that of
+        # an empty tensor, as torch.compile would take numbers for constants. cell (T,): where a
+        # token stands in it.
+        self.padded = torch.empty(len(counts), longest, 0)
+        shift = longest * torch.arange(len(counts)) - (ends - count)
+        self.cell = to_device(torch.arange(sum(counts)) + shift.repeat_interleave(count), device)
+
+
 def low_rank(x, A, B, scale, segments, grouped):
     """(alpha / r) B A x, each token under the adapter of its segment.
 
-    x (T, in), A (n, r, in), B (n, out, r) -> (T, out). segments: a model.Ribbon of n lengths, one
-    per adapter, in one group. Its `ends` (n,) are where they end; `even`: all are equally long."""
+    x (T, in), A (n, r, in), B (n, out, r) -> (T, out)."""
+    # Segments of one length: a product batched over adapters.
+    if segments.even:
+        h = x.view(len(A), -1, x.shape[1]) @ A.mT                       # (n, L, r)
+        return ((h * scale) @ B.mT).flatten(0, 1)                       # (T, out)
     # One kernel multiplies each segment by its own matrix, without padding.
-    if grouped and not segments.even:
+    if grouped:
         h = F.grouped_mm(x, A.mT, offs=segments.ends)                   # (T, r)
         return F.grouped_mm(h * scale, B.mT, offs=segments.ends)        # (T, out)
-    # Or a product batched over adapters. `unroll` pads segments that differ in length.
-    (x,) = segments.unroll(x)                                           # one group: (n, L, in)
-    h = x @ A.mT                                                        # (n, L, r)
-    return segments.roll([(h * scale) @ B.mT])                          # (T, out)
+    # Where there is no such kernel, segments are padded. index_copy, as its backward pass is a
+    # gather; an indexed assignment's would sort.
+    n, longest, _ = segments.padded.shape
+    x = x.new_zeros(n * longest, x.shape[1]).index_copy(0, segments.cell, x)
+    h = x.view(n, longest, -1) @ A.mT                                   # (n, L, r)
+    return ((h * scale) @ B.mT).flatten(0, 1).index_select(0, segments.cell)
 
 
 class Adapters:
@@ -137,10 +161,11 @@ class Adapters:
             B[:, :, low:high] = True
         return mask[0]
 
-    def route(self, counts: list[int]):
+    def route(self, counts: list[int], flat=None):
         """`with adapters.route(counts):` the ribbon's first counts[0] tokens go through adapter 0,
-        the next counts[1] through adapter 1, and so on."""
-        return Route(self, counts)
+        the next counts[1] through adapter 1, and so on. flat: in place of a copy of `self.flat` in
+        the model's dtype."""
+        return Route(self, counts, flat)
 
     @torch.no_grad()
     def merge(self, i: int):
@@ -173,15 +198,16 @@ class Route:
 
     So the model is never wrapped or copied: its modules, names and weights stay as they are."""
 
-    def __init__(self, adapters: Adapters, counts: list[int]):
+    def __init__(self, adapters: Adapters, counts: list[int], flat):
         # Where each adapter's tokens lie is worked out once, and serves all layers.
         assert len(counts) == adapters.n
-        segments = Ribbon(counts, adapters.model.device, one_group=True)
-        # `flat` is float32; the products run in the model's dtype. In bfloat16 this is a copy, so a
-        # later change of `flat` needs a new Route.
-        pairs = adapters.pairs(adapters.flat.to(adapters.model.dtype))
+        segments = Segments(counts, adapters.model.device)
+        # `adapters.flat` is float32; the products run in the model's dtype. In bfloat16 this is a
+        # copy, so a later change of it needs a new Route.
+        if flat is None:
+            flat = adapters.flat.to(adapters.model.dtype)
         self.deltas = []
-        for layer, (A, B) in zip(adapters.layers.values(), pairs):
+        for layer, (A, B) in zip(adapters.layers.values(), adapters.pairs(flat)):
             delta = partial(low_rank, A=A, B=B, scale=adapters.scale, segments=segments,
                             grouped=adapters.grouped)
             self.deltas.append((layer, delta))

@@ -66,8 +66,8 @@ def step_memory(model, lora, slots, tokens):
 
     Within 15 % of simulated peaks (tests/test_memory.py); too little by up to half where the
     low-rank products are padded (no grouped_mm)."""
-    # Of each adapter parameter: value, gradient, m and v in float32, a copy in bfloat16.
-    adapters = 18 * slots * lora.parameters(model)
+    # Of each adapter parameter: value, m and v in float32, and in bfloat16 a copy and the gradient.
+    adapters = 16 * slots * lora.parameters(model)
     # The output layer works on chunks of at most 2^27 logits: in bfloat16, and twice in float32.
     most = 2 ** 24 if model.device.type == "cpu" else 2 ** 27
     chunk = min(tokens * model.config.vocab_size, most)
@@ -104,7 +104,10 @@ def auto_slots(model, jobs):
     """How many of these sft.Jobs to train side by side: enough to fill a step, few enough to fit.
     """
     per_step = sum(job.tokens for job in jobs) / sum(job.steps for job in jobs)     # of one job
-    full = 1024 if model.device.type == "cpu" else 4096     # tokens that keep the device busy
+    # Tokens that keep the device busy: of a small model it takes more.
+    full = 1024
+    if model.device.type != "cpu":
+        full = 8192 if sum(p.numel() for p in model.parameters()) < 2e9 else 4096
     # Twice the mean, as some steps are longer, and 1/1.4 of what is free.
     lora = jobs[0].recipe.lora
     one = step_memory(model, lora, 1, 0) + activation_memory(model, lora, 2 * per_step)

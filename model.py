@@ -24,11 +24,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import EMBEDDED, cli, fetch, read_config, read_weights, write_checkpoint
+from device import flash_attention, fused, has_flash, to_device
 from tokenizer import Tokenizer
-
-# On Hopper torch would choose cuDNN's attention, which builds a plan of about a second for every
-# new shape. The ribbon has new shapes at every step; flash attention has no such price.
-torch.backends.cuda.enable_cudnn_sdp(False)
 
 # ------------------------------------------------------------------------------- configuration
 
@@ -55,14 +52,6 @@ class ModelConfig:
         return cls(**read_config(folder))
 
 
-def to_device(tensor, device):
-    """Copy to a device without waiting for it."""
-    # A copy from ordinary memory would wait: the device can't read it while the system may move it.
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 # ------------------------------------------------------------------------------- the ribbon
 
 class Ribbon:
@@ -79,13 +68,13 @@ class Ribbon:
     A ".." is padding. It stands to the right of its sequence, and attention is causal, so that no
     token ever sees it and no mask is needed.
 
-    The same class lays out the token segments of stacked adapters (lora.py); there a length may be
-    0. row, position, cell: (T,). last, each sequence's last token, and ends, one after it: (n,)."""
+    row, position, cell: (T,). last, each sequence's last token: (n,). bounds, 0 and one after each
+    last token: (n + 1,) in int32, as flash attention wants them."""
 
-    def __init__(self, lengths, device, one_group=False):
-        """Sequences are unrolled in groups of like lengths, or all together in one group."""
+    def __init__(self, lengths, device):
+        """Sequences are unrolled in groups of like lengths."""
         self.lengths = lengths
-        groups = [list(range(len(lengths)))] if one_group else like_lengths(lengths)
+        groups = like_lengths(lengths)
 
         # Each group is a block of n x L cells; the blocks lie one after the other.
         self.shapes = []                                    # (n, L) of each group
@@ -107,7 +96,7 @@ class Ribbon:
         self.position = to_device(position, device)
         self.cell = to_device(begin[row] + position, device)
         self.last = to_device(ends - 1, device)
-        self.ends = to_device(ends.int(), device)           # int32, as grouped_mm wants them
+        self.bounds = to_device(F.pad(ends, (1, 0)).int(), device)
         # Without padding the unrolled view has the ribbon's own order: unrolling is a reshape.
         self.even = len(groups) == 1 and self.cells == row.numel()
 
@@ -129,6 +118,8 @@ class Ribbon:
         """Causal attention within each sequence. q (T, H, E), k and v (T, K, E) -> (T, H, E).
 
         `layer` is not used here: generate.Cache's attend needs it."""
+        if has_flash(q) and not any(mask is not None for mask in self.masks):
+            return flash_attention(q, k, v, self.bounds, max(self.lengths))
         # Grouped-query attention: several query heads share a key head.
         shared_heads = q.shape[1] != k.shape[1]
         # One call per group of like lengths. Within it sequences are a batch, and heads are too.
@@ -202,9 +193,8 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    def __init__(self, c, layer):
+    def __init__(self, c):
         super().__init__()
-        self.layer = layer
         self.head_dim = c.head_dim
         self.q_proj = Linear(c.dim, c.n_head * c.head_dim, bias=c.qkv_bias)
         self.k_proj = Linear(c.dim, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
@@ -213,15 +203,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, attend):
-        # Every token on its own: project, and split into heads, which norms and RoPE work on.
+    def project(self, x, cos, sin):
+        """(T, D) -> q (T, H, E), k and v (T, K, E): split into heads, which norms and RoPE work on.
+        """
         T = len(x)
-        q = self.q_norm(self.q_proj(x).view(T, -1, self.head_dim))      # (T, H, E)
-        k = self.k_norm(self.k_proj(x).view(T, -1, self.head_dim))      # (T, K, E)
-        v = self.v_proj(x).view(T, -1, self.head_dim)                   # (T, K, E)
-        # The only place where tokens meet.
-        y = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(y.flatten(1))                                # (T, D)
+        q = self.q_norm(self.q_proj(x).view(T, -1, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(T, -1, self.head_dim))
+        v = self.v_proj(x).view(T, -1, self.head_dim)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -239,14 +228,25 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.self_attn = Attention(c, layer)
+        self.layer = layer
+        self.self_attn = Attention(c)
         self.mlp = MLP(c)
         self.input_layernorm = RMSNorm(c.dim, c.norm_eps)
         self.post_attention_layernorm = RMSNorm(c.dim, c.norm_eps)
 
     def forward(self, x, cos, sin, attend):
-        # Pre-norm: the residual stream x itself is never normalised, only what each part reads.
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        # `attend` is the only place where tokens meet. Before it and after it each is on its own.
+        before, after = fused(Block.before, x), fused(Block.after, x)
+        q, k, v = before(self, x, cos, sin)
+        return after(self, x, attend(self.layer, q, k, v))
+
+    # Pre-norm: the residual stream x itself is never normalised, only what each part reads.
+
+    def before(self, x, cos, sin):
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after(self, x, y):
+        x = x + self.self_attn.o_proj(y.flatten(1))         # y (T, H, E), from attention
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

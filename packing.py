@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 import padding
-from model import Ribbon, to_device
+from device import to_device
+from model import Ribbon
 
 
 @dataclass

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from model import Ribbon, like_lengths, to_device
+from device import to_device
+from model import Ribbon, like_lengths
 
 
 def with_pads(example, pad_to, n_pads=8):

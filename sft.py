@@ -16,17 +16,17 @@ import math
 import random
 import time
 from dataclasses import dataclass
-from functools import cache
 from typing import Iterator
 
 import torch
 import torch.nn.functional as F
 
+from device import to_device
 from generate import quiet
 from lora import Adapters, Lora
 from memory import auto_slots, give_back_memory, is_out_of_memory, less_memory
-from model import to_device
 from packing import Example, pack
+from update import FrozenHeadLoss, adamw_all
 
 
 @dataclass
@@ -134,62 +134,6 @@ def sft_one(model, job: Job) -> torch.Tensor:
     return weights.detach()[0]
 
 
-# ------------------------------------------------------------------------------- loss and update
-
-class FrozenHeadLoss(torch.autograd.Function):
-    """Cross-entropy through a frozen output layer: h (N, D), W (V, D), labels (N,) -> nll (N,).
-
-    The logits (N, V) never exist at once. As W needs no gradient, d nll / dh = (softmax - onehot) W
-    is computed in the forward pass, chunk by chunk, and the backward pass only scales it."""
-
-    @staticmethod
-    def forward(ctx, h, W, labels):
-        nll = torch.empty(len(h), device=h.device, dtype=torch.promote_types(h.dtype, torch.float))
-        grad = torch.empty_like(h)
-        # A chunk has at most 2^27 logits (2^24 on a CPU): .5 GiB in float32.
-        size = max(1, (2 ** 27 if h.is_cuda else 2 ** 24) // len(W))
-        for i in range(0, len(h), size):
-            chunk = slice(i, i + size)
-            label = labels[chunk, None]                                 # (size, 1)
-            log_p = (h[chunk] @ W.T).to(nll.dtype).log_softmax(-1)      # (size, V)
-            nll[chunk] = -log_p.gather(1, label)[:, 0]
-            # d nll / d logits = softmax - onehot, in the place of log_p.
-            d_logits = log_p.exp_()
-            d_logits.scatter_add_(1, label, torch.full_like(label, -1, dtype=d_logits.dtype))
-            grad[chunk] = (d_logits.to(h.dtype) @ W).to(grad.dtype)
-        ctx.save_for_backward(grad)
-        return nll
-
-    @staticmethod
-    def backward(ctx, g):
-        (grad,) = ctx.saved_tensors
-        return grad * g[:, None].to(grad.dtype), None, None
-
-
-@torch.no_grad()
-def adamw_(p, g, m, v, lr, t, clip, weight_decay, betas=(0.9, 0.999), eps=1e-8):
-    """One AdamW step (arXiv 1711.05101) of n adapters, in place, each gradient clipped by its norm.
-
-    p, g, m, v (n, P); lr and the step's number t, from 1, (n, 1): each adapter has its own."""
-    # Clip: shorten a gradient whose norm exceeds `clip`, as torch's clip_grad_norm_ does.
-    g.mul_((clip / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1))
-    # Running means of the gradient and of its square. They start at 0: m_hat, v_hat correct that.
-    m.lerp_(g, 1 - betas[0])
-    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    m_hat = m / (1 - betas[0] ** t)
-    v_hat = v / (1 - betas[1] ** t)
-    # Decoupled weight decay: it acts on the values themselves, not through the gradient.
-    if weight_decay:
-        p.mul_(1 - lr * weight_decay)
-    p.sub_(m_hat.div_(v_hat.sqrt_().add_(eps)).mul_(lr))
-
-
-@cache
-def compiled_adamw_():
-    # Pointwise: three kernels. The second shape it meets makes one graph for all shapes.
-    return torch.compile(adamw_)
-
-
 # ------------------------------------------------------------------------------- the engine
 
 @dataclass
@@ -249,20 +193,33 @@ def fill_slots(model, jobs, waiting, n, progress):
     `progress` hears how many optimiser steps are left."""
     engine = Engine(model, jobs[0].recipe, n)
     left = sum(jobs[i].steps for i in waiting)
-    while waiting or any(engine.running):
+    ended = []
+    while True:
         begin = time.time()
         engine.take_jobs(jobs, waiting)
-        engine.forward_backward()
-        engine.update()
+        active = [running for running in engine.running if running]
+        if active:
+            engine.forward_backward()
+            engine.update()
+        # Jobs that ended a step ago are read now: a GPU is busy with this step meanwhile.
+        trained = [read_ended(*job) for job in ended]
 
         # The time of a step is shared by the jobs in it.
-        active = [running for running in engine.running if running]
         for running in active:
             running.step += 1
             running.seconds += (time.time() - begin) / len(active)
-        left -= len(active)
-        progress(left)
-        yield from engine.give_back()
+        ended = engine.take_out()
+        if active:
+            left -= len(active)
+            progress(left)
+        yield from trained
+        if not active:
+            return
+
+
+def read_ended(running, weights, curve) -> tuple[int, Trained]:
+    *losses, finite = curve.tolist()
+    return running.number, Trained(weights, losses, running.seconds, diverged=not finite)
 
 
 class Engine:
@@ -274,7 +231,10 @@ class Engine:
         self.n = n
         # The parameters of all adapters and AdamW's two moments, a row of (n, P) for each slot.
         self.adapters = Adapters(model, recipe.lora, n)
-        self.flat = self.adapters.flat.requires_grad_()
+        self.flat = self.adapters.flat
+        # What the products read, and what has a gradient: of a bfloat16 model a copy, which the
+        # update writes, so that nothing is cast in a step; else `flat` itself.
+        self.read = self.flat.to(model.dtype).detach().requires_grad_()
         self.m = torch.zeros_like(self.flat)
         self.v = torch.zeros_like(self.flat)
         # Who is in each slot, and the losses (n,) of every step. They stay on the device until a
@@ -293,7 +253,8 @@ class Engine:
             if job.start is None:
                 self.adapters.init(slot, job.seed)
             else:
-                self.flat.data[slot] = job.start
+                self.flat[slot] = job.start
+            self.read.detach()[slot] = self.flat[slot]
             examples = [Example.of(ids, learn, job.recipe.pad_to) for ids, learn in job.examples]
             self.running[slot] = Running(number, job, examples, job.micro_batches(),
                                          first=len(self.losses))
@@ -304,10 +265,10 @@ class Engine:
         An adapter's loss is the mean over its micro-batch's labels. Their sum is back-propagated:
         each adapter appears in its own term only."""
         step = pack(self.running, self.model.device, self.flat.dtype)
-        self.flat.grad = None
+        self.read.grad = None
         # Only tokens that predict a label go through the output layer. The backward pass is within
         # the route as well: with `recompute` it runs the blocks again, adapters included.
-        with self.adapters.route(step.counts):
+        with self.adapters.route(step.counts, self.read):
             h = self.model.hidden(step.ids, step.ribbon.position, step.ribbon.attend)   # (T, D)
             h = h.index_select(0, step.source)                                          # (N, D)
             nll = FrozenHeadLoss.apply(h, self.model.lm_head.weight, step.labels)
@@ -327,33 +288,26 @@ class Engine:
                 lr[slot] = active.job.lr_at(active.step)
                 t[slot] = active.step + 1
                 if active.job.free is not None:
-                    self.flat.grad[slot] *= active.job.free
+                    self.read.grad[slot] *= active.job.free
         lr, t = to_device(lr, self.model.device), to_device(t, self.model.device)
 
-        state = (self.flat.detach(), self.flat.grad, self.m, self.v, lr, t)
-        clip, decay = self.recipe.clip, self.recipe.weight_decay
-        if self.model.device.type == "cuda":
-            compiled_adamw_()(*state, clip, decay)      # all adapters in one compiled call
-        else:
-            for slot in range(self.n):                  # one by one, each within the CPU's cache
-                rows = [x[slot:slot + 1] for x in state]
-                adamw_(*rows, clip, decay)
+        adamw_all(self.flat, self.read.grad, self.m, self.v, lr, t, self.read.detach(),
+                  clip=self.recipe.clip, weight_decay=self.recipe.weight_decay)
 
-    def give_back(self):
-        """Empty the slots whose job has ended: a list of (number, Trained)."""
+    def take_out(self):
+        """Empty the slots whose job has ended: a list of (running, its weights, its losses and
+        whether the weights are finite), on the device."""
         ended = []
         for slot, active in enumerate(self.running):
             if not active or active.step < active.job.steps:
                 continue
-            weights = self.flat.detach()[slot].clone()
+            weights = self.flat[slot].detach().clone()
             losses = torch.stack(self.losses[active.first:])[:, slot]
             finite = weights.isfinite().all().to(losses.dtype)
             # In one piece, as reading waits for the device: once per job.
-            *losses, finite = torch.cat([losses, finite[None]]).tolist()
-            trained = Trained(weights, losses, active.seconds, diverged=not finite)
-            ended.append((active.number, trained))
+            ended.append((active, weights, torch.cat([losses, finite[None]])))
             # An empty slot has no tokens, and stays at zero.
             self.running[slot] = None
-            with torch.no_grad():
-                self.flat[slot], self.m[slot], self.v[slot] = 0, 0, 0
+            for state in (self.flat, self.read, self.m, self.v):
+                state.detach()[slot] = 0
         return ended

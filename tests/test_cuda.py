@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import generate
-import sft as engine
+from device import compiled
 from generate import Sampling
 from lora import PROJECTIONS, Adapters, Lora
 from memory import step_memory
 from model import Ribbon, load_pretrained
-from sft import Job, Recipe, adamw_, sft
+from sft import Job, Recipe, sft
 from tests.helpers import mixed_jobs
 from tests.make_checkpoint import make_checkpoint
+from update import adamw_
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -109,8 +110,9 @@ def test_the_compiled_update_is_the_plain_one(n, P):
     plain = [x.clone() for x in state]
     fast = [x.clone() for x in state]
 
-    adamw_(*plain, lr, t, 1.0, 0.01)
-    engine.compiled_adamw_()(*fast, lr, t, 1.0, 0.01)
+    settings = dict(clip=1.0, weight_decay=0.01)
+    adamw_(*plain, lr, t, plain[0], **settings)
+    compiled(adamw_)(*fast, lr, t, fast[0], **settings)
 
     for ours, theirs in zip(fast, plain):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

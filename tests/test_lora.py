@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import lora as program
 from checkpoint import UserError
-from lora import Adapters, Lora, low_rank
+from lora import Adapters, Lora, Segments, low_rank
 from model import Ribbon, load_pretrained
 from tests.helpers import ALL, CASES
 
@@ -186,9 +186,8 @@ def test_low_rank_is_a_product_for_each_segment(grouped, counts):
     x = torch.randn(24, 32)
     A = torch.randn(4, 8, 32)
     B = torch.randn(4, 16, 8)
-    segments = Ribbon(counts, "cpu", one_group=True)
 
-    y = low_rank(x, A, B, 0.5, segments, grouped)
+    y = low_rank(x, A, B, 0.5, Segments(counts, "cpu"), grouped)
 
     expected = []
     for i, part in enumerate(x.split(counts)):

@@ -48,7 +48,7 @@ def test_the_ribbon_of_the_docstring():
     assert ribbon.position.tolist() == [0, 1, 2, 0, 0, 1]
     assert ribbon.cell.tolist() == [0, 1, 2, 3, 6, 7]
     assert ribbon.last.tolist() == [2, 3, 5]
-    assert ribbon.ends.tolist() == [3, 4, 6]
+    assert ribbon.bounds.tolist() == [0, 3, 4, 6]
     assert view.tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
     assert ribbon.roll([view]).tolist() == [1, 2, 3, 4, 5, 6]
 
@@ -76,19 +76,6 @@ def test_a_ribbon_without_padding_is_unrolled_without_a_copy():
 
     assert view.shape == (2, 3, 4)
     assert view.data_ptr() == tokens.data_ptr()
-    assert torch.equal(ribbon.roll([view]), tokens)
-
-
-def test_one_group_holds_any_lengths_and_empty_ones():
-    """As lora.py lays out the segments of its adapters."""
-    ribbon = Ribbon([2, 0, 40, 0], "cpu", one_group=True)
-    tokens = torch.arange(1, 43)
-
-    (view,) = ribbon.unroll(tokens)
-
-    assert view.shape == (4, 40)
-    assert view.sum(1).tolist() == [1 + 2, 0, sum(range(3, 43)), 0]
-    assert ribbon.ends.tolist() == [2, 2, 42, 42]
     assert torch.equal(ribbon.roll([view]), tokens)
 
 

@@ -11,8 +11,9 @@ import padding
 from lora import Adapters, Lora
 from model import load_pretrained
 from packing import Example, pack
-from sft import FrozenHeadLoss, Running, sft
+from sft import Running, sft
 from tests.helpers import CASES, mixed_jobs
+from update import FrozenHeadLoss
 
 LORA = Lora(rank=8, alpha=16, targets=["q_proj", "v_proj"])
 EOS = 2

@@ -1,0 +1,58 @@
+"""What a GPU does otherwise than a CPU: each a small function beside the plain path.
+
+The tests run the plain paths, and these as far as a CPU can; tests/test_cuda.py needs a GPU.
+"""
+from functools import cache
+
+import torch
+
+# On Hopper torch would choose cuDNN's attention, which builds a plan of about a second for every
+# new shape. The ribbon has new shapes at every step; flash attention has no such price.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def to_device(tensor, device):
+    """Copy to a device without waiting for it."""
+    # A copy from ordinary memory would wait: the device can't read it while the system may move it.
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def has_graphs(device):
+    """Whether steps are recorded as CUDA graphs."""
+    return device.type == "cuda"
+
+
+# ------------------------------------------------------------------------------- fused kernels
+
+def fused(function, x):
+    """The function, compiled if x is on CUDA: pointwise operations become few kernels, so that
+    their values are not written and read again each time."""
+    return compiled(function) if x.is_cuda else function
+
+
+@cache
+def compiled(function):
+    # One graph for all shapes. Where that can't be done (no C compiler), it runs as it is.
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(function, dynamic=True)
+
+
+# ------------------------------------------------------------------------------- flash attention
+
+def has_flash(x):
+    """Whether flash attention takes x (T, H, E): half precision, at most 256 wide, Ampere on."""
+    return (x.is_cuda and torch.backends.cuda.is_flash_attention_available()
+            and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] <= 256
+            and torch.cuda.get_device_capability(x.device)[0] >= 8)
+
+
+def flash_attention(q, k, v, bounds, longest):
+    """Causal attention within each sequence of a ribbon, as it lies: nothing is padded.
+
+    q (T, H, E), k and v (T, K, E); bounds (n + 1,) int32, 0 and where each sequence ends; longest,
+    of the sequences. It has a gradient."""
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, bounds, bounds, longest, longest, 0.0, True, False)
+    return out
