@@ -17,7 +17,7 @@ from checkpoint import EMBEDDED, UserError, cli
 from data import knowledge, tinyworld   # for the command line only
 from generate import Sampling, quiet, split_into, write
 from lora import Adapters, Lora, PROJECTIONS
-from memory import auto_answering
+from memory import auto_answering, in_halves
 from model import load_pretrained
 from selfedit import DIRECTIVES, EMPTY, SelfEdit, Task, sample_self_edits, seed_for
 from sft import Job, Recipe, Trained, dialogue, sft
@@ -173,7 +173,9 @@ def update_and_score(model, tok, tasks: list[Task], edits: list[SelfEdit], seeds
         trained = [one for _, one in finished]
         asked = [tasks[i] for i in numbers]
         # Ans ~ LM_theta'(. | tau), and r(Ans, tau).
-        answers = answer_each(model, tok, asked, trained, recipe.lora, sampling)
+        answers = in_halves(
+            lambda pairs: answer_each(model, tok, pairs, recipe.lora, sampling),
+            list(zip(asked, trained)), model.device)
         verdicts = grade_all(asked, [answer.texts for answer in answers])
         # The reward is the mean over seeds, known when the last one is.
         for i, one, answer, right in zip(numbers, trained, answers, verdicts):
@@ -182,17 +184,17 @@ def update_and_score(model, tok, tasks: list[Task], edits: list[SelfEdit], seeds
                 yield i, outcomes.pop(i)
 
 
-def answer_each(model, tok, tasks: list[Task], trained: list[Trained], lora: Lora,
+def answer_each(model, tok, pairs: list[tuple[Task, Trained]], lora: Lora,
                 sampling: Sampling) -> list[Answers]:
-    """The answers to tasks[k] under the adapter trained[k], all in one batch.
+    """The answers to each task under the adapter beside it, all in one batch.
 
     A diverged adapter is not asked: its answers are empty, and so they are wrong."""
-    answers = [Answers([""] * len(task.questions), cut=0) for task in tasks]
+    answers = [Answers([""] * len(task.questions), cut=0) for task, _ in pairs]
     # The weights of all others become the adapters of one batch.
-    sound = [k for k, one in enumerate(trained) if not one.diverged]
+    sound = [k for k, (_, trained) in enumerate(pairs) if not trained.diverged]
     if sound:
-        adapters = Adapters.stack(model, lora, [trained[k].weights for k in sound])
-        given = ask(model, tok, [[tasks[k]] for k in sound], sampling, adapters)
+        adapters = Adapters.stack(model, lora, [pairs[k][1].weights for k in sound])
+        given = ask(model, tok, [[pairs[k][0]] for k in sound], sampling, adapters)
         for k, (answer,) in zip(sound, given):      # a group of one task has one Answers
             answers[k] = answer
     return answers

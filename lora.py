@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from checkpoint import EMBEDDED, UserError, cli
 from device import to_device
 from generate import Sampling, generate
+from memory import on_host_if_full
 from model import Linear, load_pretrained
 from tokenizer import Tokenizer
 
@@ -172,9 +173,13 @@ class Adapters:
         """W <- W + (alpha / r) B A, in float32 (or float64), rounded to W's dtype once.
 
         NOTE(paper): the official code merges in bfloat16, which rounds twice."""
-        # Computed in float32; only the result is rounded.
+        # Computed in float32; only the result is rounded. A weight changes once it is computed, so
+        # that none is changed twice or by half.
+        def merged(W, A, B):
+            return W.to(A.dtype) + self.scale * B @ A
+
         for (A, B), layer in zip(self.pairs(self.flat[i:i + 1]), self.layers.values()):
-            layer.weight.copy_(layer.weight.to(A.dtype) + self.scale * B[0] @ A[0])
+            layer.weight.copy_(on_host_if_full(merged, layer.weight, A[0], B[0]))
 
     def save(self, i: int, folder):
         """Write adapter i as a folder that PEFT opens."""

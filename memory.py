@@ -55,6 +55,37 @@ def less_memory(model, slots) -> int:
     return slots
 
 
+def in_halves(function, items: list, device) -> list:
+    """function(items), a list with an entry for each; when memory runs out, half of the items at a
+    time. UserError if a single one is too much."""
+    try:
+        return function(items)
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+    # Not within `except`, as the error holds on to what was in use.
+    if len(items) == 1:
+        raise UserError("out of memory with a single adapter or text; try shorter texts, or "
+                        "--dtype bfloat16")
+    half = len(items) // 2
+    print(f"out of memory: going on with {half} at a time", flush=True)
+    give_back_memory(device)
+    return (in_halves(function, items[:half], device)
+            + in_halves(function, items[half:], device))
+
+
+def on_host_if_full(function, *tensors):
+    """function(*tensors), computed on the host if the device's memory has run out."""
+    try:
+        return function(*tensors)
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+    print("out of memory: this is computed on the host", flush=True)
+    give_back_memory(tensors[0].device)
+    return function(*[x.cpu() for x in tensors])
+
+
 def give_back_memory(device):
     """Let the device have what torch's allocator holds and does not use."""
     if device.type == "cuda":

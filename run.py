@@ -23,6 +23,7 @@ from data import arc, judges, knowledge, tinyarc, tinyworld
 from generate import Sampling
 from inner_loop import ask, grade_all, update_and_score
 from lora import PROJECTIONS, Lora
+from memory import is_out_of_memory
 from model import ModelConfig, Transformer, load_pretrained
 from selfedit import PROMPTS, SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from sft import Recipe
@@ -357,11 +358,22 @@ class Run:
         if self.cfg.judge == "openai":
             return judges.Remembered(judges.openai, self.folder / "judge.jsonl")
         if self.cfg.judge == "model":
-            # theta_0 in every iteration, as a yardstick must not move: a second copy of weights.
-            base = cache(lambda: self.read_model(self.cfg.model))
+            base = cache(self.yardstick)
             return judges.Remembered(
                 lambda triples: judges.model_judge(base(), self.tok, triples))
         return judges.RULES[self.cfg.judge]
+
+
+    def yardstick(self) -> Transformer:
+        """The model that judges: theta_0 in every iteration, as a yardstick must not move. So it is
+        a second copy of the weights; on the host, if the device has no room."""
+        try:
+            return self.read_model(self.cfg.model)
+        except (RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e):
+                raise
+        self.log("out of memory: the judge works on the host, slowly (--judge rule is faster)")
+        return load_pretrained(self.cfg.model, "cpu")
 
 
 # ------------------------------------------------------------------------------- the E-step, kept

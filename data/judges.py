@@ -17,7 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from checkpoint import Lines, UserError
-from model import Ribbon, to_device
+from device import to_device
+from memory import in_halves
+from model import Ribbon
 
 # ------------------------------------------------------------------------------- rules
 
@@ -91,16 +93,19 @@ def yes_or_no(model, tok, texts, at_once=32):
         forms = (word, word.title(), f" {word}", f" {word.title()}")
         first_tokens[word] = [tok.encode(form)[0] for form in forms]
 
-    prompts, verdicts = [tok.prompt(text) for text in texts], []
-    for i in range(0, len(prompts), at_once):
-        some = prompts[i:i + at_once]
-        ribbon = Ribbon([len(prompt) for prompt in some], model.device)
-        ids = to_device(torch.tensor([t for prompt in some for t in prompt]), model.device)
+    def read(prompts):
+        """The verdicts of some prompts, read in one pass."""
+        ribbon = Ribbon([len(prompt) for prompt in prompts], model.device)
+        ids = to_device(torch.tensor([t for prompt in prompts for t in prompt]), model.device)
         h = model.hidden(ids, ribbon.position, ribbon.attend)[ribbon.last]
         log_p = model.lm_head(h).float().log_softmax(-1)                # (prompts, V)
         yes = log_p[:, first_tokens["yes"]].logsumexp(-1)
         no = log_p[:, first_tokens["no"]].logsumexp(-1)
-        verdicts += (yes > no).tolist()
+        return (yes > no).tolist()
+
+    prompts, verdicts = [tok.prompt(text) for text in texts], []
+    for i in range(0, len(prompts), at_once):
+        verdicts += in_halves(read, prompts[i:i + at_once], model.device)
     return verdicts
 
 

@@ -369,3 +369,23 @@ def test_the_command_says_why_nothing_was_learned(tiny_folder, passages, monkeyp
 
     with pytest.raises(UserError, match="nothing was learned: nothing to learn"):
         run_main(monkeypatch, "--model", tiny_folder, "--data", passages)
+
+
+def test_adapters_that_do_not_fit_together_answer_by_halves(model64, tok, monkeypatch, capsys):
+    tasks = [make_task(f"Town {i}") for i in range(4)]
+    edits = [edit_of(f"Town {i} is old.", "It is small.") for i in range(4)]
+    seeds = [[1], [2], [3], [4]]
+    expected = dict(update_and_score(model64, tok, tasks, edits, seeds, RECIPE, GREEDY))
+    stack = Adapters.stack
+
+    def little(model, lora, rows):
+        if len(rows) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stack(model, lora, rows)
+
+    monkeypatch.setattr(Adapters, "stack", little)
+    outcomes = dict(update_and_score(model64, tok, tasks, edits, seeds, RECIPE, GREEDY))
+
+    assert {i: outcome.answers for i, outcome in outcomes.items()} == {
+        i: outcome.answers for i, outcome in expected.items()}
+    assert "out of memory: going on with 2 at a time" in capsys.readouterr().out

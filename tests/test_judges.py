@@ -411,6 +411,21 @@ def test_the_model_is_asked_with_the_criteria(tiny, tok, monkeypatch):
     assert asked == [GRADING.format("Which river?", "Ob", "The Ob.")]
 
 
+def test_a_judge_that_runs_out_of_memory_reads_fewer_at_once(tiny, tok, monkeypatch):
+    texts = [f"Is {i} a prime?" for i in range(9)]
+    expected = yes_or_no(tiny, tok, texts)
+    hidden = tiny.hidden
+
+    def little(ids, position, attend):
+        if (position == 0).sum() > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(ids, position, attend)
+
+    monkeypatch.setattr(tiny, "hidden", little)
+
+    assert yes_or_no(tiny, tok, texts) == expected
+
+
 def test_the_criteria_name_question_gold_answer_and_prediction():
     text = GRADING.format("Which river?", "Ob", "The Wen.")
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import lora as program
 from checkpoint import UserError
 from lora import Adapters, Lora, Segments, low_rank
+from memory import on_host_if_full
 from model import Ribbon, load_pretrained
 from tests.helpers import ALL, CASES
 
@@ -238,6 +239,29 @@ def test_merged_equals_adapted(model):
     adapters.merge(0)
 
     torch.testing.assert_close(model(ids), adapted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_merge_that_runs_out_of_memory_changes_nothing_twice(tiny, tiny_folder, monkeypatch):
+    other = load_pretrained(tiny_folder, "cpu")
+    trained(other).merge(0)
+    adapters = trained(tiny)
+    attempts = []
+
+    def fails_once(function, *tensors):
+        def attempt(*tensors):
+            attempts.append(tensors)
+            if len(attempts) % 2:       # the first attempt for each layer
+                function(*tensors)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return function(*tensors)
+        return on_host_if_full(attempt, *tensors)
+
+    monkeypatch.setattr(program, "on_host_if_full", fails_once)
+    adapters.merge(0)
+
+    assert len(attempts) == 2 * len(adapters.layers)
+    for ours, theirs in zip(tiny.parameters(), other.parameters()):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_merge_in_bfloat16_rounds_once(folder):

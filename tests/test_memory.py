@@ -9,16 +9,18 @@ import pytest
 import torch
 
 import memory
+from checkpoint import UserError
 import sft as engine
 from generate import Cache
 from lora import Adapters, Lora
 from bench import write_shape
-from memory import activation_memory, step_memory
+from memory import activation_memory, in_halves, on_host_if_full, step_memory
 from memory import auto_answering, auto_rows, auto_slots, free_memory
 from model import ModelConfig, Ribbon, Transformer, load_pretrained
 from sft import Engine, Job, sft
 from tests.helpers import ALL, CASES, RECIPE, mixed_jobs
 
+CPU = torch.device("cpu")
 SOME = ["q_proj", "v_proj"]
 PLENTY = 10 ** 15   # bytes
 
@@ -322,3 +324,57 @@ def test_torch_s_own_error_on_a_cpu_is_known():
         torch.empty(2 ** 55, dtype=torch.uint8)
 
     assert memory.is_out_of_memory(ended.value)
+
+
+# ------------------------------------------------------------------------------- running out
+
+ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+          RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+          RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_halves_of_what_does_not_fit(error, capsys):
+    sizes = []
+
+    def double(items):
+        sizes.append(len(items))
+        if len(items) > 2:
+            raise error
+        return [2 * item for item in items]
+
+    assert in_halves(double, [1, 2, 3, 4, 5], CPU) == [2, 4, 6, 8, 10]
+    assert sizes == [5, 2, 3, 1, 2]
+    assert capsys.readouterr().out.count("out of memory: going on with") == 2
+
+
+def test_one_that_does_not_fit_is_one_line():
+    def never(items):
+        raise MemoryError
+
+    with pytest.raises(UserError, match="out of memory with a single"):
+        in_halves(never, [1, 2], CPU)
+
+
+def test_what_has_no_room_is_computed_on_the_host(capsys):
+    calls = []
+
+    def add(a, b):
+        calls.append(a.device)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return a + b
+
+    assert on_host_if_full(add, torch.ones(2), torch.ones(2)).tolist() == [2, 2]
+    assert len(calls) == 2
+    assert "on the host" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", [lambda f: in_halves(lambda items: f(), [1, 2], CPU),
+                                  lambda f: on_host_if_full(lambda x: f(), torch.ones(1))])
+def test_an_error_of_another_kind_is_raised(call):
+    def broken():
+        raise RuntimeError("device-side assert triggered")
+
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        call(broken)

@@ -631,6 +631,23 @@ def answer_backwards(model, tok, groups, sampling, adapters=None):
 
 
 # One gold answer is a word, Ob0; the other, Ana0 Reis, is two: only the order of these is wrong.
+def test_a_judge_without_room_on_the_device_is_on_the_host(argv, monkeypatch, capsys):
+    read_model = Run.read_model
+    attempts = []
+
+    def full(run, source):
+        attempts.append(source)
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read_model(run, source)
+
+    run = Run(parse([*argv, "--judge", "model"]))
+    monkeypatch.setattr(Run, "read_model", full)
+
+    assert run.yardstick().device.type == "cpu"
+    assert "works on the host" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("judge, right", [("rule", [True, True]), ("substring", [True, False])])
 def test_the_verdicts_of_a_run_are_its_judges(judge, right, argv, monkeypatch):
     monkeypatch.setattr("inner_loop.ask", answer_backwards)
