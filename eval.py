@@ -7,7 +7,8 @@
 
 single: the left of the paper's Table 2. cpt: its right. continual: Figure 6. arc: Table 1. They
 take outer_loop.py's flags (--preset tiny is the default) and keep what they did in --run-dir; the
-same command resumes. The table is printed, and written as JSON beside it.
+same command resumes. The table is printed, and written as JSON beside it. On several GPUs: torchrun
+--nproc-per-node 8 eval.py single ... (or arc).
 """
 import argparse
 import json
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file, save_file
 
+import team
 from checkpoint import Lines, UserError, cli, read_json, replace_file
 from data.arc import picture
 from generate import Sampling
@@ -109,8 +111,9 @@ def print_table(table: Table, name: str, reference: dict):
             line += f" {row['documents']:5.1f} {row['tokens']:7.0f} {row['seconds']:10.1f}"
         run.log(line)
     path = run.folder / f"{name}.json"
-    replace_file(path, json.dumps(
-        {"command": sys.argv, "seed": run.cfg.seed, "rows": table.rows}, indent=1))
+    if team.RANK == 0:
+        replace_file(path, json.dumps(
+            {"command": sys.argv, "seed": run.cfg.seed, "rows": table.rows}, indent=1))
     run.log("gained: of the questions missed without adaptation; lost: of those known; "
             f"cut: answers at the cap. Also in {path}")
 
@@ -206,7 +209,8 @@ def arc(args, run: Run):
     if args.run:
         table.add_rounds(args.run, cfg.eval_edits)
     print_table(table, "arc", reference)
-
+    if team.RANK:
+        return
     for i, task in enumerate(tasks):
         attempts = {}
         for r in run.rollouts.records:
@@ -375,7 +379,9 @@ def main():
                                      allow_abbrev=False)
         own = parser.add_argument_group("of this table")
         if command in (single, arc):
-            own.add_argument("--run", metavar="RUN_DIR", help="a row for each of its checkpoints")
+            own.add_argument("--run", "--from-run", metavar="RUN_DIR",
+                             help="a row for each of its checkpoints (torchrun takes --run for "
+                                  "its own: there, --from-run)")
         if command in (single, cpt):
             own.add_argument("--edits-from", nargs="+", default=[], metavar="FILE",
                              help='a row for each kind of self-edit in JSON files: records with '
@@ -387,6 +393,8 @@ def main():
         preset = "tiny-arc" if command is arc else "tiny"
         parser.set_defaults(command=command, preset=preset, run_dir=f"runs/{command.__name__}")
     args = ap.parse_args()
+    if team.SIZE > 1 and args.command in (cpt, continual):
+        raise UserError(f"{args.table} runs on one GPU: without torchrun")
     args.command(args, Run(read_flags(args, needed=("model", "eval_data"))))
 
 

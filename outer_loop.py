@@ -5,7 +5,9 @@
     python outer_loop.py --preset knowledge --model DIR_OR_HUB_ID --train-data FILE --eval-data FILE
 
 Algorithm 1 of the paper (arXiv 2506.10943) is `rest_em`. What is sampled and measured goes to the
-run's folder (run.py), and the same command resumes it. Simplified: one process on one device.
+run's folder (run.py), and the same command resumes it. On several GPUs:
+
+    torchrun --nproc-per-node 8 outer_loop.py ...       # team.py
 """
 import argparse
 import dataclasses
@@ -14,6 +16,7 @@ import time
 
 import numpy as np
 
+import team
 from checkpoint import UserError, cli
 from inner_loop import in_prompt
 from lora import Adapters
@@ -58,11 +61,14 @@ def rest_em(cfg: Config, run: Run) -> list[Task]:
         run.log(round_line(t, scores, without, kept))
         # NOTE(paper): a round goes on from the last one, as in the official code. ReST-EM as Singh
         # et al. describe it starts from the base model every time: --restart.
-        if cfg.restart and kept:
-            del model   # never two copies of the weights
-            model = run.load(0)
-        m_step(cfg, run, model, [(tasks[i], edits[i][j]) for i, j in kept], t)
-        run.save(t + 1, model)                                          # theta_t+1
+        if team.RANK == 0:      # the others read the result from disk
+            if cfg.restart and kept:
+                del model       # never two copies of the weights
+                model = run.load(0)
+            m_step(cfg, run, model, [(tasks[i], edits[i][j]) for i, j in kept], t)
+            run.save(t + 1, model)                                      # theta_t+1
+        del model
+        team.wait()
 
     evaluate(cfg, run, run.load(cfg.iterations), held_out, cfg.iterations)
     return held_out
@@ -164,7 +170,10 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
         "train_reward": float(np.mean(last_round)) if last_round else None,
         "made_of": run.domain.describe(tasks, edits),
         "seconds": round(time.time() - run.begin, 1)}
-    run.metrics.add(metrics)
+    if team.RANK == 0:
+        run.metrics.add(metrics)
+    else:
+        run.metrics.records.append(metrics)
     run.log(iteration_line(metrics))
 
 

@@ -18,15 +18,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import team
 from checkpoint import EMBEDDED, Lines, UserError, fetch, replace_file
 from data import arc, judges, knowledge, tinyarc, tinyworld
-from generate import Sampling
+from generate import Sampling, split_into
 from inner_loop import ask, grade_all, update_and_score
 from lora import PROJECTIONS, Lora
 from memory import is_out_of_memory
 from model import ModelConfig, Transformer, load_pretrained
-from selfedit import PROMPTS, SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
+from selfedit import PROMPTS, SelfEdit, Task, read_self_edit, room_for_self_edit
+from selfedit import sample_self_edits, seed_for
 from sft import Recipe
+from team import SharedLines
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------- settings
@@ -228,28 +231,32 @@ class Meter:
     def __init__(self, what):
         self.what = what
         self.begin = self.said = time.time()
-        self.bar = tqdm(desc=what, disable=None, leave=False, mininterval=0.5)
+        self.shown = team.RANK == 0     # its own share of the work, if there are others
+        self.bar = tqdm(desc=what, disable=None if self.shown else True, leave=False,
+                        mininterval=0.5)
 
     def __call__(self, done, total):
         now = time.time()
         eta = (now - self.begin) / done * (total - done)
         self.bar.total = total
         self.bar.update(done - self.bar.n)
-        if self.bar.disable and now - self.said > 10 and done < total:
+        if self.bar.disable and self.shown and now - self.said > 10 and done < total:
             print(f"    {done}/{total} {self.what}, eta {eta:.0f}s", flush=True)
             self.said = now
         if done == total:
             self.bar.close()
 
 
-class Records(Lines):
+class Records(SharedLines):
     """Lines that belong to an iteration, a split (train or eval) and an arm: what the model is
     trained on, "" for its own self-edits."""
 
     def of(self, t, split, arm=""):
+        """In the order of tasks and self-edits, whatever the order in which they were made."""
         place = (t, split, arm)
-        return [r for r in self.records
-                if (r["iteration"], r["split"], r.get("arm", "")) == place]
+        own = [r for r in self.records
+               if (r["iteration"], r["split"], r.get("arm", "")) == place]
+        return sorted(own, key=lambda r: (r["task"], r["edit"]))
 
 
 # ------------------------------------------------------------------------------- the folder
@@ -260,6 +267,7 @@ class Run:
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.begin = time.time()
+        team.join(cfg.device)
         self.folder = Path(cfg.run_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.check_config()
@@ -275,8 +283,16 @@ class Run:
         self.loaded = None      # (source, model) of the one model that is held
 
     def log(self, line):
-        """Print a line, without tearing a progress bar."""
-        tqdm.write(line)
+        """Print a line, without tearing a progress bar. Of several ranks the first one does."""
+        if team.RANK == 0:
+            tqdm.write(line)
+
+    def exchange(self):
+        """At a phase's end: what the other ranks have finished."""
+        for lines in (self.edits, self.rollouts):
+            lines.exchange()
+        if isinstance(self.judge, judges.Remembered) and self.judge.lines:
+            self.judge.lines.exchange()
 
     def check_config(self):
         """Refuse to go on under other settings; only more iterations may be asked for."""
@@ -289,7 +305,9 @@ class Run:
         if differ:
             raise UserError(f"{self.folder} holds a run with other settings ({', '.join(differ)}); "
                             "use the same, or another --run-dir")
-        replace_file(path, json.dumps(mine, indent=2))
+        team.wait()     # until all have compared
+        if team.RANK == 0:
+            replace_file(path, json.dumps(mine, indent=2))
 
     # Weights.
 
@@ -309,7 +327,7 @@ class Run:
         return model
 
     def save(self, t: int, model: Transformer):
-        """The model has become theta_t."""
+        """The model has become theta_t. Other ranks read it from disk."""
         folder = self.folder / f"iter_{t}"
         model.save_pretrained(folder)
         self.loaded = folder, model
@@ -356,7 +374,7 @@ class Run:
     def judge(self):
         """The judge of this run's answers."""
         if self.cfg.judge == "openai":
-            return judges.Remembered(judges.openai, self.folder / "judge.jsonl")
+            return judges.Remembered(judges.openai, SharedLines(self.folder / "judge.jsonl"))
         if self.cfg.judge == "model":
             base = cache(self.yardstick)
             return judges.Remembered(
@@ -381,35 +399,45 @@ class Run:
 def sample_edits(run: Run, model, tasks: list[Task], t: int, split: str,
                  k: int) -> list[list[SelfEdit]]:
     """k self-edits of each task by theta_t. On disk once all are sampled."""
-    # What was sampled before is read back. If a kill cut its writing short, all are drawn again, to
-    # the same texts, as every draw has its own seed, and the missing ones are written.
+    # What was sampled before is read back. Every draw has a seed of its own, so a task of which any
+    # is missing is sampled anew, to the same texts.
     cfg = run.cfg
-    saved = run.edits.of(t, split)
-    if len(saved) < len(tasks) * k:
+    saved = {(r["task"], r["edit"]) for r in run.edits.of(t, split)}
+    missing = [i for i in range(len(tasks)) if any((i, j) not in saved for j in range(k))]
+    if missing:
         begin = time.time()
-        sampling = Sampling(cfg.max_edit_tokens, k, cfg.temperature, cfg.top_p)
-        seeds = [[seed_for(cfg.seed, t, split, i, j, "edit") for j in range(k)]
-                 for i in range(len(tasks))]
-        edits = sample_self_edits(model, run.tok, tasks, sampling, seeds,
-                                  progress=Meter("self-edits"))
+        room = room_for_self_edit(model, run.tok, tasks)
+        sampling = Sampling(min(cfg.max_edit_tokens, room), k, cfg.temperature, cfg.top_p)
+        mine = [missing[n] for n in team.share_of([len(tasks[i].prompt) for i in missing])]
+        seeds = [[seed_for(cfg.seed, t, split, i, j, "edit") for j in range(k)] for i in mine]
+        sampled = sample_self_edits(model, run.tok, [tasks[i] for i in mine], sampling, seeds,
+                                    progress=Meter("self-edits"))
         records = []
-        for i, row in enumerate(edits):
+        for i, row in zip(mine, sampled):
             for j, edit in enumerate(row):
-                records.append({"iteration": t, "split": split, "task": i, "edit": j,
-                                "text": edit.text, "token_ids": edit.token_ids})
-        run.edits.add(*records[len(saved):])
-        saved = run.edits.of(t, split)
-        tokens = sum(len(record["token_ids"]) for record in saved)
+                if (i, j) not in saved:
+                    records.append({"iteration": t, "split": split, "task": i, "edit": j,
+                                    "text": edit.text, "token_ids": edit.token_ids})
+        run.edits.add(*records)
+        run.exchange()
+        tokens = sum(len(r["token_ids"]) for r in run.edits.of(t, split))
         run.log(f"iteration {t}, {split}: {len(tasks)} x {k} self-edits, {tokens} tokens in "
                 f"{time.time() - begin:.0f} s")
-    edits = [read_self_edit(tasks[r["task"]], r["text"], r["token_ids"]) for r in saved]
-    return [edits[i:i + k] for i in range(0, len(edits), k)]
+    edits = [read_self_edit(tasks[r["task"]], r["text"], r["token_ids"])
+             for r in run.edits.of(t, split)]
+    return split_into(edits, [k] * len(tasks))
 
 
 def verdicts(run: Run, model, tasks: list[Task], adapter=None) -> list[list[bool]]:
     """Which questions the model, as it is or under one adapter, answers correctly, per task."""
-    (answers,) = ask(model, run.tok, [tasks], run.answering, adapter)
-    return grade_all(tasks, [answer.texts for answer in answers])
+    mine = team.share_of([len(task.queries) for task in tasks])
+    own_tasks = [tasks[i] for i in mine]
+    (answers,) = ask(model, run.tok, [own_tasks], run.answering, adapter)
+    right = grade_all(own_tasks, [answer.texts for answer in answers])
+    found = {}
+    for part in team.gather(dict(zip(mine, right))):
+        found |= part
+    return [found[i] for i in range(len(tasks))]
 
 
 def unadapted(run: Run, model, tasks: list[Task]) -> list[float]:
@@ -434,14 +462,14 @@ def score_edits(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]],
 
     # Outcomes come in the order in which trainings end. Each is written down at once.
     begin = time.time()
+    mine = [todo[n] for n in team.share_of([training_cost(edits[i][j]) for i, j in todo])]
     seeds = [[seed_for(run.cfg.seed, t, split, i, j, s, "adapter") for s in range(n_seeds)]
-             for i, j in todo]
+             for i, j in mine]
     outcomes = update_and_score(
-        model, run.tok, [tasks[i] for i, _ in todo], [edits[i][j] for i, j in todo], seeds,
+        model, run.tok, [tasks[i] for i, _ in mine], [edits[i][j] for i, j in mine], seeds,
         run.recipe, run.answering, Meter("optimiser steps"))
     for number, outcome in outcomes:
-        i, j = todo[number]
-        known[i, j] = outcome.reward
+        i, j = mine[number]
         record = rollout(tasks[i], edits[i][j], outcome)
         run.rollouts.add({"iteration": t, "split": split, "arm": arm, "task": i, "edit": j,
                           "unadapted": without[i]} | record)
@@ -449,9 +477,17 @@ def score_edits(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]],
             run.log(f"  {tasks[i].name[:24]} {i}.{j}: reward {outcome.reward:.2f} (un-adapted "
                     f"{without[i]:.2f}), {len(edits[i][j].documents)} documents, "
                     f"{outcome.note or outcome.losses} | {edits[i][j].text[:60]!r}")
+    run.exchange()
+    known = {(r["task"], r["edit"]): r["reward"] for r in run.rollouts.of(t, split, arm)}
     run.log(f"iteration {t}, {arm or split}: {len(todo)} rewards, mean "
             f"{np.mean(list(known.values())):.3f}, in {time.time() - begin:.0f} s")
     return [[known[i, j] for j in range(len(row))] for i, row in enumerate(edits)]
+
+
+def training_cost(edit: SelfEdit) -> int:
+    """Characters to train on, over all epochs: what to share out over ranks by."""
+    characters = sum(len("".join(document)) for document in edit.documents)
+    return characters * edit.directives.get("epochs", 1)
 
 
 def rollout(task, edit, outcome):

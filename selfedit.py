@@ -217,13 +217,18 @@ def read_self_edit(task: Task, text: str, token_ids=()) -> SelfEdit:
     return replace(edit, text=text, token_ids=list(token_ids))
 
 
+def room_for_self_edit(model, tok, tasks: list[Task]) -> int:
+    """How many tokens fit in the context window after the longest of these prompts."""
+    return model.config.max_len - max(len(tok.prompt(task.prompt)) for task in tasks)
+
+
 def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: list[list[int]],
                       adapters=None, progress=quiet) -> list[list[SelfEdit]]:
     """SE ~ LM_theta(. | C): sampling.n self-edits of each task; those of task i are drawn with
     seeds[i]. With `adapters`, task i's are written under adapter i."""
-    # Prompt and self-edit together must fit in the context window.
-    longest = max(len(tok.prompt(task.prompt)) for task in tasks)
-    room = model.config.max_len - longest
+    if not tasks:
+        return []
+    room = room_for_self_edit(model, tok, tasks)
     sampling = replace(sampling, max_new=min(sampling.max_new, room))
     flat_seeds = [seed for row in seeds for seed in row]
     prompts = [[task.prompt] for task in tasks]     # a group per task: adapter i for task i

@@ -51,12 +51,11 @@ RULES = {"rule": each(recall), "substring": each(substring)}
 
 
 class Remembered:
-    """A slow judge that is asked about nothing twice. With a path, its verdicts are kept in that
-    JSON-lines file."""
+    """A slow judge that is asked about nothing twice. With `lines`, its verdicts are kept there."""
 
-    def __init__(self, judge, path=None):
+    def __init__(self, judge, lines: Lines | None = None):
         self.judge = judge
-        self.lines = Lines(path) if path else None
+        self.lines = lines
         self.known = {}         # triple -> verdict
         if self.lines:
             self.known = {tuple(key): verdict for key, verdict in self.lines.records}

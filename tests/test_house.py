@@ -6,10 +6,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A file may import from those before it, in its functions as well.
-FLOORS = ["checkpoint", "device", "memory", "stats", "tokenizer", "model", "generate", "lora",
-          "padding", "packing", "update", "sft", "selfedit", "data.judges", "data.knowledge",
-          "data.arc", "data.tinyworld", "data.tinyarc", "data.pretrain_tiny", "inner_loop", "run",
-          "report", "outer_loop", "eval", "bench", "lab.curve", "lab.reliability", "lab.judges"]
+FLOORS = ["checkpoint", "team", "device", "memory", "stats", "tokenizer", "model", "generate",
+          "lora", "padding", "packing", "update", "sft", "selfedit", "data.judges",
+          "data.knowledge", "data.arc", "data.tinyworld", "data.tinyarc", "data.pretrain_tiny",
+          "inner_loop", "run", "report", "outer_loop", "eval", "bench", "lab.curve",
+          "lab.reliability", "lab.judges"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]
 
 

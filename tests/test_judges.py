@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from checkpoint import UserError
+from checkpoint import Lines, UserError
 from data import judges, knowledge
 from data.judges import (GRADING, RULES, Remembered, each, model_judge, openai, recall, substring,
                          yes_or_no)
@@ -114,10 +114,10 @@ def test_another_question_is_another_matter():
 
 def test_verdicts_are_kept_in_a_file(tmp_path):
     path = tmp_path / "judge.jsonl"
-    Remembered(Recorder(), path)(triples_of("x", "y"))
+    Remembered(Recorder(), Lines(path))(triples_of("x", "y"))
     slow = Recorder()
 
-    again = Remembered(slow, path)(triples_of("x", "y", "z"))
+    again = Remembered(slow, Lines(path))(triples_of("x", "y", "z"))
 
     assert again == [True, False, False]
     assert slow.calls == [triples_of("z")]
@@ -131,16 +131,16 @@ def test_verdicts_are_kept_in_a_file(tmp_path):
 ])
 def test_a_line_that_was_cut_short_is_asked_again(torn, tmp_path):
     path = tmp_path / "judge.jsonl"
-    Remembered(Recorder(), path)(triples_of("x"))
+    Remembered(Recorder(), Lines(path))(triples_of("x"))
     with path.open("a") as f:
         f.write(torn)
     slow = Recorder()
 
-    assert Remembered(slow, path)(triples_of("x", "z")) == [True, False]
+    assert Remembered(slow, Lines(path))(triples_of("x", "z")) == [True, False]
     assert slow.calls == [triples_of("z")]
     # The new verdict is on a line of its own: a third run knows both.
     unasked = Recorder()
-    assert Remembered(unasked, path)(triples_of("x", "z")) == [True, False]
+    assert Remembered(unasked, Lines(path))(triples_of("x", "z")) == [True, False]
     assert unasked.calls == []
 
 
@@ -156,10 +156,10 @@ def test_verdicts_are_in_the_file_before_all_are_known(tmp_path):
         return [True] * len(some)
 
     with pytest.raises(UserError):
-        Remembered(fails_later, path)(triples)
+        Remembered(fails_later, Lines(path))(triples)
 
     rest = Recorder()
-    assert Remembered(rest, path)(triples) == [True] * 300
+    assert Remembered(rest, Lines(path))(triples) == [True] * 300
     assert len(rest.calls[0]) == 300 - asked[0]
 
 
@@ -298,9 +298,9 @@ def test_remembered_verdicts_cost_nothing(serve, tmp_path):
     stub = serve(lambda text: "yes")
     path = tmp_path / "judge.jsonl"
     triples = triples_of("x", "y", "z")
-    Remembered(openai, path)(triples)
+    Remembered(openai, Lines(path))(triples)
 
-    again = Remembered(openai, path)(triples)
+    again = Remembered(openai, Lines(path))(triples)
 
     assert again == [True, True, True]
     assert len(stub.requests) == 3

@@ -329,11 +329,12 @@ def test_a_file_with_nothing_but_a_torn_line_is_empty(tmp_path):
 
 def test_records_of_an_iteration_a_split_and_an_arm(tmp_path):
     records = Records(tmp_path / "lines.jsonl")
-    first = {"iteration": 0, "split": "train", "x": 1}
-    second = {"iteration": 0, "split": "train", "arm": "", "x": 2}
-    other = {"iteration": 0, "split": "train", "arm": "passage only"}
-    records.add(first, {"iteration": 0, "split": "eval"}, {"iteration": 1, "split": "train"})
-    records.add(second, other)
+    place = {"task": 0, "edit": 0}
+    second = {"iteration": 0, "split": "train", "task": 1, "edit": 0}
+    first = {"iteration": 0, "split": "train", "arm": "", "task": 0, "edit": 2}
+    other = {"iteration": 0, "split": "train", "arm": "passage only"} | place
+    records.add(second, {"iteration": 0, "split": "eval"} | place)
+    records.add({"iteration": 1, "split": "train"} | place, first, other)
 
     assert records.of(0, "train") == [first, second]
     assert records.of(0, "train", "passage only") == [other]
