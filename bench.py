@@ -27,29 +27,12 @@ from inner_loop import batched
 from lora import Adapters, Lora
 from memory import auto_slots, peak_memory, step_memory
 from model import ModelConfig, Transformer, load_pretrained
+from plan import SHAPES, write_shape
 from sft import Job, Recipe, sft
 
 LENGTHS = json.loads(EMBEDDED.with_name("lengths.json").read_text())   # per self-edit
 RECIPE = Recipe(Lora(rank=32, alpha=64, targets=["q_proj", "v_proj"]), lr=1e-3, epochs=1, batch=1)
 N_ADAPTERS, N_QUESTIONS = 8, 32     # of the arms that answer
-
-# from the models' config.json: layers, dim, heads, kv heads, head_dim, hidden_dim, vocabulary, tied
-SHAPES = {"smollm2-135m": ("Llama", 30, 576, 9, 3, 64, 1536, 49152, True),
-          "qwen2.5-0.5b": ("Qwen2", 24, 896, 14, 2, 64, 4864, 151936, True),
-          "llama-3.2-1b": ("Llama", 16, 2048, 32, 8, 64, 8192, 128256, True),
-          "qwen2.5-1.5b": ("Qwen2", 28, 1536, 12, 2, 128, 8960, 151936, True),
-          "qwen2.5-7b": ("Qwen2", 28, 3584, 28, 4, 128, 18944, 152064, False)}
-
-
-def write_shape(name, folder):
-    """Write the config.json of a known shape."""
-    kind, layers, dim, heads, kv_heads, head_dim, hidden, vocabulary, tied = SHAPES[name]
-    (Path(folder) / "config.json").write_text(json.dumps({
-        "architectures": [kind + "ForCausalLM"], "model_type": kind.lower(), "hidden_size": dim,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": head_dim,
-        "num_key_value_heads": kv_heads, "intermediate_size": hidden, "vocab_size": vocabulary,
-        "tie_word_embeddings": tied, "max_position_embeddings": 4096, "rope_theta": 1e6}))
-
 
 def shaped(name, folder, device, dtype):
     """A model of a known shape with random weights (zeros would be faster than the truth)."""

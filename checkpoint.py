@@ -74,10 +74,9 @@ class Lines:
 
 # ------------------------------------------------------------------------------- checkpoints
 
-def fetch(name_or_path):
-    """The local folder of a checkpoint; a hub id (owner/name) is downloaded first.
-
-    Only the config, the tokenizer and the safetensors are. UserError says what failed."""
+def fetch(name_or_path, wanted=("config.json", "model*.safetensors*", *TOKENIZER_FILES)):
+    """The local folder of a checkpoint; of a hub id (owner/name) the wanted files are downloaded
+    first: by default the config, the tokenizer and the safetensors. UserError says what failed."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -86,9 +85,8 @@ def fetch(name_or_path):
 
     import huggingface_hub as hub
     from huggingface_hub import errors
-    wanted = ["config.json", "model*.safetensors*", *TOKENIZER_FILES]
     try:
-        return Path(hub.snapshot_download(name_or_path, allow_patterns=wanted))
+        return Path(hub.snapshot_download(name_or_path, allow_patterns=list(wanted)))
     except errors.GatedRepoError:
         problem = "it is gated: accept its licence on its hub page, then run `hf auth login`"
     except errors.RepositoryNotFoundError:

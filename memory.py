@@ -131,7 +131,7 @@ def activation_memory(model, lora, tokens):
     return tokens * kept * model.dtype.itemsize
 
 
-def auto_slots(model, jobs):
+def auto_slots(model, jobs, free=None):
     """How many of these sft.Jobs to train side by side: enough to fill a step, few enough to fit.
     """
     per_step = sum(job.tokens for job in jobs) / sum(job.steps for job in jobs)     # of one job
@@ -142,21 +142,26 @@ def auto_slots(model, jobs):
     # Twice the mean, as some steps are longer, and 1/1.4 of what is free.
     lora = jobs[0].recipe.lora
     one = step_memory(model, lora, 1, 0) + activation_memory(model, lora, 2 * per_step)
-    fit = int(free_memory(model.device) / 1.4 / one)
+    fit = int((free or free_memory(model.device)) / 1.4 / one)
     return max(1, min(len(jobs), round(full / per_step), fit))
 
 
-def auto_rows(model, length):
+def row_memory(model, length):
+    """Bytes of the keys and values of a row of `length` tokens."""
+    c = model.config
+    return 2 * c.n_layer * c.n_kv_head * c.head_dim * length * model.dtype.itemsize
+
+
+def auto_rows(model, length, free=None):
     """How many rows of `length` tokens to decode side by side: 1/1.5 of what is free, as a cache
     that grows has one layer twice."""
-    c = model.config
-    per_row = 2 * c.n_layer * c.n_kv_head * c.head_dim * length * model.dtype.itemsize  # bytes
-    return max(1, min(256, int(free_memory(model.device) / 1.5) // per_row))
+    free = free or free_memory(model.device)
+    return max(1, min(256, int(free / 1.5) // row_memory(model, length)))
 
 
-def auto_answering(model, lora):
+def auto_answering(model, lora, free=None):
     """How many adapters answer together: a third of what is free."""
     # Bytes per parameter: as trained, side by side, and two copies in bfloat16 while the rows that
     # are left are folded.
-    fit = free_memory(model.device) / 3 / (12 * lora.parameters(model))
-    return max(1, min(64 if model.device.type == "cuda" else 16, int(fit)))
+    fit = (free or free_memory(model.device)) / 3 / (12 * lora.parameters(model))
+    return max(1, min(16 if model.device.type == "cpu" else 64, int(fit)))

@@ -21,6 +21,7 @@ from checkpoint import UserError, cli
 from inner_loop import in_prompt
 from lora import Adapters
 from memory import peak_memory
+from plan import plan
 from report import iteration_line, round_line, summary
 from run import Config, Meter, Run, add_flags, outer_recipe, read_flags
 from run import sample_edits, score_edits, unadapted
@@ -210,8 +211,15 @@ def by_kind(tasks: list[Task], records: list[dict]) -> dict[str, float]:
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    ap.add_argument("--plan", action="store_true",
+                    help="say what fits on --card and how long it takes, and run nothing")
+    ap.add_argument("--card", type=int, default=80, metavar="GIB",
+                    help="memory of the card that --plan is for (default: 80)")
     add_flags(ap)
-    cfg = read_flags(ap.parse_args(), needed=("model", "train_data", "eval_data"))
+    args = ap.parse_args()
+    if args.plan:
+        return print(plan(read_flags(args, needed=("model",)), args.card))
+    cfg = read_flags(args, needed=("model", "train_data", "eval_data"))
     run = Run(cfg)
     if cfg.verbose:
         for name, value in dataclasses.asdict(cfg).items():

@@ -13,10 +13,10 @@ from checkpoint import UserError
 import sft as engine
 from generate import Cache
 from lora import Adapters, Lora
-from bench import write_shape
 from memory import activation_memory, in_halves, on_host_if_full, step_memory
 from memory import auto_answering, auto_rows, auto_slots, free_memory
 from model import ModelConfig, Ribbon, Transformer, load_pretrained
+from plan import write_shape
 from sft import Engine, Job, sft
 from tests.helpers import ALL, CASES, RECIPE, mixed_jobs
 
