@@ -178,7 +178,7 @@ def sample(logits, temperature, top_p, u):
             inside &= (p * (p > own)).sum(-1) < top_p       # the mass of all that are likelier
         token = torch.where(inside & ~found, candidate, token)
         found |= inside
-        if not has_graphs(p.device) and found.all():    # in a graph nothing can be known
+        if not (p.is_cuda or has_graphs(p.device)) and found.all():     # elsewhere it would wait
             break
     return token
 

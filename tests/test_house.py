@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ["checkpoint", "team", "device", "memory", "stats", "tokenizer", "model", "generate",
           "lora", "padding", "packing", "update", "sft", "selfedit", "data.judges",
           "data.knowledge", "data.arc", "data.tinyworld", "data.tinyarc", "data.pretrain_tiny",
-          "inner_loop", "run", "plan", "report", "outer_loop", "eval", "bench", "lab.curve",
-          "lab.reliability", "lab.judges"]
+          "inner_loop", "run", "plan", "report", "outer_loop", "speed", "suite", "eval", "bench",
+          "lab.curve", "lab.reliability", "lab.judges"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]
 
 
