@@ -2,6 +2,8 @@
 
 The tests run the plain paths, and these as far as a CPU can; tests/test_cuda.py needs a GPU.
 """
+import os
+import sys
 from functools import cache
 
 import torch
@@ -9,6 +11,10 @@ import torch
 # On Hopper torch would choose cuDNN's attention, which builds a plan of about a second for every
 # new shape. The ribbon has new shapes at every step; flash attention has no such price.
 torch.backends.cuda.enable_cudnn_sdp(False)
+# The ribbon never asks for the same sizes twice: without this torch's allocator would be full of
+# pieces that fit nothing. Read when the first tensor comes to a GPU.
+if sys.platform == "linux":
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def to_device(tensor, device):

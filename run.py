@@ -407,7 +407,8 @@ def sample_edits(run: Run, model, tasks: list[Task], t: int, split: str,
     if missing:
         begin = time.time()
         room = room_for_self_edit(model, run.tok, tasks)
-        sampling = Sampling(min(cfg.max_edit_tokens, room), k, cfg.temperature, cfg.top_p)
+        sampling = Sampling(min(cfg.max_edit_tokens, room), k, cfg.temperature, cfg.top_p,
+                            max_rows=cfg.rows)
         mine = [missing[n] for n in team.share_of([len(tasks[i].prompt) for i in missing])]
         seeds = [[seed_for(cfg.seed, t, split, i, j, "edit") for j in range(k)] for i in mine]
         sampled = sample_self_edits(model, run.tok, [tasks[i] for i in mine], sampling, seeds,
