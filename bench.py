@@ -15,7 +15,8 @@ from dataclasses import replace
 
 import torch
 
-from checkpoint import EMBEDDED, UserError, cli
+from checkpoint import EMBEDDED
+from files import UserError, cli
 from lora import Adapters
 from memory import auto_slots, step_memory
 from model import load_pretrained

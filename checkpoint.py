@@ -1,78 +1,23 @@
-"""What everything else stands on: a checkpoint is found, read and written; an error is one line.
+"""A checkpoint is found, read and written.
 
 A checkpoint is a folder in Hugging Face's layout (config.json, safetensors, tokenizer files) or the
 id of one on the hub. Weights are read from safetensors only: a pickle could run code.
 """
 import json
-import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from files import UserError, read_json
 
 EMBEDDED = Path(__file__).resolve().parent / "data" / "tiny"    # ships with the project
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                    "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 
-
-class UserError(Exception):
-    """Something that the user can mend. Programs print its one line and no traceback."""
-
-
-def cli(main):
-    """Run a program's main function; a UserError is one line on stderr and exit status 1."""
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-
-
-# ------------------------------------------------------------------------------- files
-
-def read_json(path):
-    """The content of a JSON file. UserError if it is missing or is not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (ValueError, OSError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e})") from None
-
-
-def replace_file(path, text):
-    """Write a text file whole or not at all: beside it first, then renamed."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
-
-
-class Lines:
-    """A JSON-lines file that survives a kill: a torn last line is dropped, whole ones are kept."""
-
-    def __init__(self, path):
-        self.path = path
-        self.records = []
-        if path.exists():
-            data = path.read_bytes()
-            whole = data[:data.rfind(b"\n") + 1]
-            if whole != data:
-                replace_file(path, whole.decode())
-            self.records = [json.loads(line) for line in whole.splitlines()]
-
-    def add(self, *records):
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        with self.path.open("a", encoding="utf-8") as f:
-            f.write(text)
-        self.records += records
-
-
-# ------------------------------------------------------------------------------- checkpoints
 
 def fetch(name_or_path, wanted=("config.json", "model*.safetensors*", *TOKENIZER_FILES)):
     """The local folder of a checkpoint; of a hub id (owner/name) the wanted files are downloaded

@@ -24,7 +24,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 import team
-from checkpoint import Lines, UserError, cli, read_json, replace_file
+from files import Lines, UserError, cli, read_json, replace_file
 from data.arc import picture
 from generate import Sampling
 from inner_loop import ask, grade_all, in_prompt, make_job

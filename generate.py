@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from checkpoint import EMBEDDED, UserError, cli
+from checkpoint import EMBEDDED
+from files import UserError, cli
 from device import has_graphs, to_device
 from memory import auto_rows, give_back_memory, is_out_of_memory
 from model import PROMPT, Ribbon, complete, load_pretrained

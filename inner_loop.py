@@ -8,12 +8,14 @@ Paper, section 3. `update_and_score` is these three lines of Algorithm 1. The ba
 changed: theta' is the base with an adapter (lora.py), trained by sft.py.
 """
 import argparse
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Iterable, Iterator
 
-from checkpoint import EMBEDDED, UserError, cli
+from checkpoint import EMBEDDED
+from files import UserError, cli
 from data import knowledge, tinyworld   # for the command line only
 from generate import Sampling, quiet, split_into, write
 from lora import Adapters, Lora, PROJECTIONS
@@ -139,7 +141,9 @@ class Outcome:
         self.reward = sum(self.accuracy) / len(self.accuracy)
         self.answers.append(answers.texts)
         self.right.append(right)
-        self.losses.append([round(trained.losses[0], 4), round(trained.losses[-1], 4)])
+        # JSON knows no NaN: None.
+        ends = trained.losses[0], trained.losses[-1]
+        self.losses.append([round(loss, 4) if math.isfinite(loss) else None for loss in ends])
         self.seconds += trained.seconds
         self.cut += answers.cut
         if trained.diverged:

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from checkpoint import EMBEDDED, UserError, cli
+from checkpoint import EMBEDDED
+from files import UserError, cli
 from device import to_device
 from generate import Sampling, generate
 from memory import on_host_if_full

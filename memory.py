@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from checkpoint import UserError
+from files import UserError
 
 
 def free_memory(device):

@@ -23,7 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import EMBEDDED, cli, fetch, read_config, read_weights, write_checkpoint
+from checkpoint import EMBEDDED, fetch, read_config, read_weights, write_checkpoint
+from files import cli
 from device import flash_attention, fused, has_flash, to_device
 from tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 import team
-from checkpoint import UserError, cli
+from files import UserError, cli
 from inner_loop import in_prompt
 from lora import Adapters
 from memory import peak_memory

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import EMBEDDED, UserError, cli, fetch
+from checkpoint import EMBEDDED, fetch
+from files import UserError, cli
 from lora import Lora
 from memory import auto_answering, auto_rows, auto_slots, row_memory, step_memory
 from model import ModelConfig, Transformer

@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 import team
-from checkpoint import EMBEDDED, Lines, UserError, fetch, replace_file
+from checkpoint import EMBEDDED, fetch
+from files import Lines, UserError, replace_file
 from data import arc, judges, knowledge, tinyarc, tinyworld
 from generate import Sampling, split_into
 from inner_loop import ask, grade_all, update_and_score

@@ -15,7 +15,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Callable
 
-from checkpoint import EMBEDDED, UserError, cli, read_json
+from checkpoint import EMBEDDED
+from files import UserError, cli, read_json
 from generate import Sampling, quiet, write
 from model import load_pretrained
 from tokenizer import Tokenizer

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import generate
-from checkpoint import UserError
+from files import UserError
 from generate import Sampling, sample, tries_for
 from lora import Adapters, Segments, low_rank
 from memory import give_back_memory, peak_memory, step_memory
@@ -140,7 +140,6 @@ def kernels(device, dtype, small):
     block = torch.empty(2 ** 16 if small else 2 ** 29, **a_round)
     ms = milliseconds(device, lambda: block.clone())
     yield ("copying", f"{2 * block.nbytes / ms / 1e9:.2f} TB/s", f"of {card.bandwidth / 1e12:.2f}")
-    del block
 
     worst = 0.0
     for n in range(40, 46):

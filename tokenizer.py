@@ -15,7 +15,8 @@ import unicodedata
 import tiktoken
 import torch
 
-from checkpoint import EMBEDDED, UserError, cli, fetch, read_json
+from checkpoint import EMBEDDED, fetch
+from files import UserError, cli, read_json
 
 GPT2 = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
         r"|\s+(?!\S)|\s+")

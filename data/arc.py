@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import UserError, cli, read_json
+from files import UserError, cli, read_json
 from data.judges import each
 from generate import split_into
 from selfedit import PUZZLE_PROMPT, TOOLS, SelfEdit, Task, seed_for

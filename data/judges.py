@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from checkpoint import Lines, UserError
+from files import Lines, UserError
 from device import to_device
 from memory import in_halves
 from model import Ribbon

@@ -3,7 +3,7 @@
 Paper, section 3.1. A data file is a JSON list of {"title", "context", "questions": [{"question",
 "answer"}]}; other keys are ignored. The paper's passages are SQuAD's.
 """
-from checkpoint import UserError, read_json
+from files import UserError, read_json
 from data.judges import RULES
 from selfedit import EMPTY, PROMPTS, QUERY, SelfEdit, Task, split_documents
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import UserError, cli
+from files import UserError, cli
 from data import arc, tinyarc, tinyworld as world
 from model import ModelConfig, Ribbon, Transformer
 from selfedit import NOTES, NOTES_DIRECTED, PUZZLE_PROMPT, TOOLS, write_json_edit

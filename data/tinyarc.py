@@ -11,7 +11,7 @@ import random
 
 import numpy as np
 
-from checkpoint import UserError
+from files import UserError
 from data.arc import arc_task, describe  # noqa: F401 (the same statistics)
 
 # which seeds; hyper-parameters were chosen on 'tune'

@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from checkpoint import UserError
+from files import UserError
 from data.judges import each
 from selfedit import EMPTY, NOTES, NOTES_DIRECTED, SelfEdit, Task, split_documents
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import Lines, UserError, cli, read_json
+from files import Lines, UserError, cli, read_json
 from stats import mean_ci
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")

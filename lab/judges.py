@@ -10,7 +10,7 @@ import argparse
 
 import numpy as np
 
-from checkpoint import UserError, cli, read_json
+from files import UserError, cli, read_json
 from data.judges import RULES, model_judge, openai
 from model import load_pretrained
 from stats import agreement, bootstrap_ci, share_changed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import Lines, UserError, cli
+from files import Lines, UserError, cli
 from stats import variance_components
 
 

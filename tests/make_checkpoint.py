@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import UserError, cli  # noqa: E402
+from files import cli  # noqa: E402
+from files import UserError
 from model import ModelConfig, Transformer  # noqa: E402
 from tokenizer import byte_alphabet  # noqa: E402
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 import outer_loop
 import run as runs
-from checkpoint import UserError
+from files import UserError
 from data import arc
 from data.judges import each
 from eval import main as eval_main

@@ -9,7 +9,7 @@ import torch
 import bench
 import speed
 import suite
-from checkpoint import UserError
+from files import UserError
 from lora import Adapters
 from run import PRESETS
 

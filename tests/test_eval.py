@@ -13,7 +13,7 @@ import pytest
 
 import eval as tables
 import inner_loop
-from checkpoint import UserError
+from files import UserError
 from data import judges
 from data.judges import each
 from eval import cpt_row, imported, row_of

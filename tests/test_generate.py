@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import generate
-from checkpoint import UserError
+from files import UserError
 from generate import Reply, Sampling, sample, tries_for, write
 from lora import Adapters, Lora
 from model import complete, load_pretrained

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import inner_loop
-from checkpoint import UserError
+from files import UserError
 from data.judges import each
 from generate import Sampling
 from inner_loop import Answers, Outcome, ask, grade_all, in_prompt, make_job, update_and_score

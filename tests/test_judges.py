@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from checkpoint import Lines, UserError
+from files import Lines, UserError
 from data import judges, knowledge
 from data.judges import (GRADING, RULES, Remembered, each, model_judge, openai, recall, substring,
                          yes_or_no)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import UserError
+from files import UserError
 from data import judges, knowledge
 from selfedit import EMPTY, read_self_edit
 

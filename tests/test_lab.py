@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from checkpoint import UserError
+from files import UserError
 from data import judges as rules
 from data.judges import each
 from lab import curve, judges, reliability

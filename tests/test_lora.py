@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lora as program
-from checkpoint import UserError
+from files import UserError
 from lora import Adapters, Lora, Segments, low_rank
 from memory import on_host_if_full
 from model import Ribbon, load_pretrained

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import memory
-from checkpoint import UserError
+from files import UserError
 import sft as engine
 from generate import Cache
 from lora import Adapters, Lora

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import model as program
-from checkpoint import TOKENIZER_FILES, UserError
+from checkpoint import TOKENIZER_FILES
+from files import UserError
 from model import Ribbon, complete, like_lengths, load_pretrained
 from tests.helpers import CASES
 from tests.make_checkpoint import make_checkpoint

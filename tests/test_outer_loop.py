@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import outer_loop
 import run as run_module
-from checkpoint import UserError
+from files import UserError
 from data import judges, knowledge
 from data.judges import each
 from generate import Sampling, quiet

@@ -7,7 +7,7 @@ import pytest
 import memory
 import outer_loop
 import plan as program
-from checkpoint import UserError
+from files import UserError
 from plan import CARDS, GIB, hardware_table, plan, planner
 from run import Config, inner_recipe
 from tests.conftest import ROOT

@@ -16,7 +16,7 @@ import torch
 
 import inner_loop
 import outer_loop
-from checkpoint import UserError, cli
+from files import UserError, cli
 from data import judges
 from data.judges import each
 from generate import quiet

@@ -14,7 +14,7 @@ from transformers import (AutoModelForCausalLM, get_cosine_schedule_with_warmup,
 
 import sft as engine
 import update
-from checkpoint import UserError
+from files import UserError
 from lora import Adapters, Lora, can_group
 from model import load_pretrained
 from sft import Job, sft, sft_one

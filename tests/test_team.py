@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import team
-from checkpoint import Lines
+from files import Lines
 from tests.conftest import ROOT
 from tests.helpers import read_lines
 from team import SharedLines, share_of
@@ -27,7 +27,7 @@ from data.judges import each
 from tests.helpers import even_length
 judges.RULES["rule"] = each(even_length)    # rewards that differ on a random model
 import {program}
-from checkpoint import cli
+from files import cli
 cli({program}.main)
 """
 

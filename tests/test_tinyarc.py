@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoint import EMBEDDED, UserError
+from checkpoint import EMBEDDED
+from files import UserError
 from data import arc, pretrain_tiny, tinyarc
 from generate import Sampling
 from model import load_pretrained

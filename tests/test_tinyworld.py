@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoint import EMBEDDED, UserError
+from checkpoint import EMBEDDED
+from files import UserError
 from data import pretrain_tiny, tinyworld as world
 from inner_loop import grade_all
 from model import load_pretrained

@@ -12,7 +12,7 @@ import tokenizers
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from checkpoint import UserError
+from files import UserError
 from tokenizer import LLAMA3, Tokenizer
 
 # ------------------------------------------------------------------------------- texts
