@@ -8,7 +8,6 @@
 Every arm does the same work in turn, A B C A B C; medians are shown. speed.py says what the work
 is. An arm whose library is missing is named and left out.
 """
-import argparse
 import random
 import tempfile
 from dataclasses import replace
@@ -16,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from checkpoint import EMBEDDED
-from files import UserError, cli
+from files import Parser, UserError, at_least, cli, positive
 from lora import Adapters
 from memory import auto_slots, step_memory
 from model import load_pretrained
@@ -98,20 +97,20 @@ def bench_rounds(args, model, lengths):
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    ap = Parser(description=__doc__.split("\n")[0])
     ap.add_argument("--model", help="folder or hub id (default: the embedded checkpoint)")
     ap.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--dtype", choices=("float32", "bfloat16"),
                     help="of the weights (default: bfloat16 on cuda, else float32)")
-    ap.add_argument("--jobs", type=int, help="adapters to train (default: 256 on cuda, else 24)")
-    ap.add_argument("--peer-jobs", type=int, default=24, help="of the slow arms (default: 24)")
-    ap.add_argument("--documents", type=int, help="at most so many of a self-edit's")
-    ap.add_argument("--epochs", type=int, default=1, help="passes; the paper's are 10 (default: 1)")
-    ap.add_argument("--slots", type=int, default=0, help="side by side; 0: automatic")
-    ap.add_argument("--repeats", type=int, default=5)
-    ap.add_argument("--n-new", type=int, default=32, help="tokens of an answer (default: 32)")
-    ap.add_argument("--scaling", type=int, nargs="*", default=[4, 16, 64, 256],
+    ap.add_argument("--jobs", type=positive, help="adapters to train (default: 24; cuda: 256)")
+    ap.add_argument("--peer-jobs", type=positive, default=24, help="of the slow arms (default: 24)")
+    ap.add_argument("--documents", type=positive, help="at most so many of a self-edit's")
+    ap.add_argument("--epochs", type=positive, default=1, help="passes (the paper: 10)")
+    ap.add_argument("--slots", type=at_least(0), default=0, help="side by side; 0: automatic")
+    ap.add_argument("--repeats", type=positive, default=5)
+    ap.add_argument("--n-new", type=positive, default=32, help="tokens of an answer (default: 32)")
+    ap.add_argument("--scaling", type=positive, nargs="*", default=[4, 16, 64, 256],
                     help="numbers of self-edits of a growing round (default: 4 16 64 256)")
     ap.add_argument("--suite", action="store_true",
                     help="tests, training, decoding and a run on this GPU, into a Markdown file")

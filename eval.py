@@ -10,7 +10,6 @@ take outer_loop.py's flags (--preset tiny is the default) and keep what they did
 same command resumes. The table is printed, and written as JSON beside it. On several GPUs: torchrun
 --nproc-per-node 8 eval.py single ... (or arc).
 """
-import argparse
 import json
 import random
 import re
@@ -24,12 +23,13 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 import team
-from files import Lines, UserError, cli, read_json, replace_file
+from files import Lines, Parser, UserError, cli, positive, read_json, replace_file
 from data.arc import picture
 from generate import Sampling
 from inner_loop import ask, grade_all, in_prompt, make_job
 from lora import Adapters
-from run import Meter, Run, add_flags, read_flags
+from config import add_flags, read_flags
+from run import Meter, Run, print_of_data, print_of_model
 from run import sample_edits, score_edits, unadapted, verdicts
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from sft import Job, sft
@@ -133,10 +133,19 @@ def passages(run: Run) -> list[Task]:
     return tasks
 
 
+STEP_MATCHED = "passage only, step-matched"
+
+
 def single(args, run: Run):
     """One adapter per passage (the paper's Table 2, left)."""
     cfg = run.cfg
     tasks = passages(run)[:cfg.eval_tasks]
+    given = imported(args.edits_from, tasks)
+    taken = given.keys() & {"passage only", STEP_MATCHED, "its own self-edits"}
+    if taken:
+        raise UserError(f"--edits-from: {min(taken)!r} is the name of a row of its own; call this "
+                        "kind of self-edit something else")
+    run.settle("eval single", edits_from=prints(args.edits_from), run=prints_of_rounds(args.run))
     table = Table(run, tasks)
     model = run.load(0)
     own_edits = sample_edits(run, model, tasks, 0, "eval", 1)
@@ -149,10 +158,10 @@ def single(args, run: Run):
     for (edit,), (alone,) in zip(own_edits, passage):
         epochs = steps_of(model, run, edit)
         matched.append([replace(alone, directives={"epochs": epochs})])
-    reference = table.add("passage only, step-matched", matched)
+    reference = table.add(STEP_MATCHED, matched)
     table.add("its own self-edits", own_edits)
 
-    for name, texts in imported(args.edits_from, tasks).items():
+    for name, texts in given.items():
         edits = [[read_self_edit(task, text, run.tok.encode(text))]
                  for task, text in zip(tasks, texts)]
         table.add(name, edits)
@@ -161,6 +170,17 @@ def single(args, run: Run):
     if args.run:
         table.add_rounds(args.run, 1)
     print_table(table, "single", reference)
+
+
+def prints(files) -> list[str]:
+    """Fingerprints of files, whatever they are called."""
+    return [print_of_data(file) for file in files]
+
+
+def prints_of_rounds(folder) -> dict[str, str]:
+    """{iter_1: its fingerprint, ...} of the run in a folder."""
+    rounds = sorted(Path(folder).glob("iter_*[0-9]")) if folder else []
+    return {path.name: print_of_model(path) for path in rounds}
 
 
 def steps_of(model, run, edit: SelfEdit) -> int:
@@ -175,20 +195,45 @@ def imported(files, tasks: list[Task]) -> dict[str, list[str]]:
     """{kind: [a text per task]} of the self-edits that JSON files hold for these passages.
 
     A record has "title", "context" and "edits": {kind: text}, or the authors' "released"."""
+    def texts_of(record):
+        """{kind: text} of a record. ValueError: what is wrong with it."""
+        if not isinstance(record, dict):
+            raise ValueError("not an object")
+        for key in ("title", "context"):
+            if not isinstance(record.get(key), str):
+                raise ValueError(f'"{key}" must be a string')
+        edits = record.get("edits", {})
+        if edits == {}:
+            released = record.get("released", {})
+            if not isinstance(released, dict) or not all(
+                    isinstance(x, dict) for x in released.values()):
+                raise ValueError('"released" must be {kind: {"edit": text}}')
+            edits = {kind: x["edit"] for kind, x in released.items() if x.get("edit")}
+        if not isinstance(edits, dict) or not all(isinstance(x, str) for x in edits.values()):
+            raise ValueError('"edits" must be {kind: text}')
+        # A kind is the name of a table's row.
+        if not all(kind and kind.isprintable() for kind in edits):
+            raise ValueError("a kind of self-edit must be a name that can be printed")
+        return edits
+
     # kind -> passage -> text
     found = defaultdict(dict)
     for file in files:
-        for record in read_json(file):
-            edits = record.get("edits")
-            if not edits:
-                released = record.get("released", {})
-                edits = {kind: x["edit"] for kind, x in released.items() if x.get("edit")}
-            for kind, text in edits.items():
-                found[kind][record["title"] + "\n" + record["context"]] = text
+        records = read_json(file)
+        if not isinstance(records, list):
+            raise UserError(f"{file}: not a JSON list of passages, each "
+                            "{title, context, edits: {kind: text}}")
+        for i, record in enumerate(records):
+            try:
+                for kind, text in texts_of(record).items():
+                    found[kind][record["title"] + "\n" + record["context"]] = text
+            except ValueError as e:
+                raise UserError(f"{file}: record {i}: {e}") from None
     for kind, texts in found.items():
         lacking = [task.name for task in tasks if task.context[0] not in texts]
         if lacking:
-            raise UserError(f"no {kind} self-edit of {lacking[0]!r} in {', '.join(files)}")
+            raise UserError(f"no {kind} self-edit of {lacking[0][:80]!r} in "
+                            f"{', '.join(map(str, files))}")
     return {kind: [texts[task.context[0]] for task in tasks] for kind, texts in found.items()}
 
 
@@ -201,6 +246,7 @@ def arc(args, run: Run):
     tasks = run.tasks(cfg.eval_data)[:cfg.eval_tasks]
     if tasks[0].context:
         raise UserError("this experiment is about puzzles; for passages: python eval.py single")
+    run.settle("eval arc", run=prints_of_rounds(args.run))
     table = Table(run, tasks, first_row="in-context learning")
     own_edits = sample_edits(run, run.load(0), tasks, 0, "eval", cfg.eval_edits)
     reference = table.add("its own self-edits", own_edits)
@@ -232,6 +278,7 @@ def continual(args, run: Run):
         raise UserError("--weight-decay: it would shrink what the earlier edits have taught")
     if length > len(tasks):
         raise UserError(f"--length {length}: there are {len(tasks)} passages")
+    run.settle("eval continual", streams=args.streams, length=length)
     streams = []
     for s in range(args.streams):
         rng = random.Random(seed_for(cfg.seed, s, "stream"))
@@ -316,12 +363,14 @@ def cpt(args, run: Run):
     document is a whole self-edit, not a piece of one: --edits of each passage, and the passage."""
     cfg = run.cfg
     tasks = passages(run)[:cfg.eval_tasks]
+    given = imported(args.edits_from, tasks)
+    run.settle("eval cpt", edits_from=prints(args.edits_from))
     model = run.load(0)
     edits = sample_edits(run, model, tasks, 0, "eval", cfg.edits)
     contexts = [text for task in tasks for text in task.context]
     own_texts = [edit.text for row in edits for edit in row if edit.text]
     corpora = {"passages": contexts, "passages and its own self-edits": contexts + own_texts}
-    for kind, texts in imported(args.edits_from, tasks).items():
+    for kind, texts in given.items():
         corpora[f"passages and {kind}"] = contexts + texts
 
     table = Table(run, tasks)
@@ -371,12 +420,11 @@ def cpt_row(record: dict, base: list[list[bool]], seeds: int) -> dict:
 # ------------------------------------------------------------------------------- command line
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    ap = Parser(description=__doc__.split("\n")[0])
     commands = ap.add_subparsers(dest="table", required=True, metavar="TABLE")
     for command in (single, cpt, continual, arc):
         summary = " ".join(command.__doc__.split())
-        parser = commands.add_parser(command.__name__, help=summary, description=summary,
-                                     allow_abbrev=False)
+        parser = commands.add_parser(command.__name__, help=summary, description=summary)
         own = parser.add_argument_group("of this table")
         if command in (single, arc):
             own.add_argument("--run", "--from-run", metavar="RUN_DIR",
@@ -387,8 +435,8 @@ def main():
                              help='a row for each kind of self-edit in JSON files: records with '
                                   '"title", "context" and "edits": {kind: text}')
         if command is continual:
-            own.add_argument("--streams", type=int, default=8, help="sequences (default: 8)")
-            own.add_argument("--length", type=int, default=8, help="passages in each (default: 8)")
+            own.add_argument("--streams", type=positive, default=8, help="sequences (default: 8)")
+            own.add_argument("--length", type=positive, default=8, help="passages each (default 8)")
         add_flags(parser)
         preset = "tiny-arc" if command is arc else "tiny"
         parser.set_defaults(command=command, preset=preset, run_dir=f"runs/{command.__name__}")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 
 try:
@@ -106,6 +107,9 @@ def at_least(low):
     return number
 
 
+positive = at_least(1)
+
+
 # ------------------------------------------------------------------------------- files
 
 def read_json(path):
@@ -197,10 +201,14 @@ class Lines:
         self.records += records
 
 
+HELD = weakref.WeakValueDictionary()    # {folder: its lock} that this process holds
+
+
 def lock(folder):
-    """This folder is this process's until it ends. UserError if it is another's."""
-    if fcntl is None:
-        return None
+    """This folder is this process's as long as the result lives. UserError if it is another's."""
+    name = str(Path(folder).resolve())
+    if fcntl is None or name in HELD:
+        return HELD.get(name)
     handle = open(Path(folder) / ".lock", "w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -209,4 +217,5 @@ def lock(folder):
                         "folder") from None
     except OSError:     # a file system without locks
         pass
+    HELD[name] = handle
     return handle

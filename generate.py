@@ -8,7 +8,6 @@ a row that has ended gives its place to a waiting prompt. `write` is the way in 
 
 Shapes: B rows, T tokens of a ribbon, D = dim, V vocabulary, K key/value heads, E = head_dim.
 """
-import argparse
 import math
 import time
 from collections import deque
@@ -19,10 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import EMBEDDED
-from files import UserError, cli
+from files import Parser, UserError, cli, positive
 from device import has_graphs, to_device
 from memory import auto_rows, give_back_memory, is_out_of_memory
-from model import PROMPT, Ribbon, complete, load_pretrained
+from model import PROMPT, complete, load_pretrained
+from ribbon import Ribbon
 from tokenizer import Tokenizer
 
 
@@ -54,29 +54,31 @@ def quiet(done: int, total: int):
 
 
 def write(model, tok, groups: list[list[str]], sampling: Sampling, seeds=None, adapters=None,
-          progress=quiet) -> list[list[Reply]]:
+          progress=quiet, keep=None) -> list[list[Reply]]:
     """Continue texts: groups of prompts in, groups of replies out, n in a row for each prompt.
 
-    seeds, one per reply: of its draws. With `adapters`, group i is written under adapter i."""
+    seeds, one per reply: of its draws. With `adapters`, group i is written under adapter i. keep:
+    hears of a prompt's number and its replies as soon as all of these are written."""
     late_stop = frozenset(tok.newlines()) if sampling.newline_stops else frozenset()
     sampling = replace(sampling, stop=frozenset(tok.stop), late_stop=late_stop,
                        banned=tok.banned(model))
     prompts = []
     for group in groups:
         prompts.append([tok.prompt(text) for text in group])
-    written = generate(model, prompts, sampling, seeds, adapters, progress)
 
-    replies = []
-    for group in written:
-        replies.append([])
-        for ids in group:
-            text = tok.decode(ids).strip()
-            if sampling.newline_stops:
-                text = text.split("\n")[0]
-            ended = ids[-1] in tok.stop or ids[-1] in late_stop
-            cut = len(ids) == sampling.max_new and not ended
-            replies[-1].append(Reply(text, ids, cut))
-    return replies
+    def reply(ids):
+        text = tok.decode(ids).strip()
+        if sampling.newline_stops:
+            text = text.split("\n")[0]
+        ended = ids[-1] in tok.stop or ids[-1] in late_stop
+        return Reply(text, ids, cut=len(ids) == sampling.max_new and not ended)
+
+    def keep_replies(prompt, rows):
+        keep(prompt, [reply(ids) for ids in rows])
+
+    written = generate(model, prompts, sampling, seeds, adapters, progress,
+                       keep_replies if keep else None)
+    return [[reply(ids) for ids in group] for group in written]
 
 
 # ------------------------------------------------------------------------------- the cache
@@ -233,12 +235,9 @@ class Sampler:
         """These texts are to be written again."""
         self.out[list(texts)] = -1
 
-    def texts(self, sizes):
-        """What was written, as lists of ids, in groups of these sizes."""
-        texts = []
-        for line in self.out[:-1].tolist():
-            texts.append([i for i in line if i >= 0])
-        return split_into(texts, sizes)
+    def texts(self, begin, end):
+        """What was written, as lists of ids."""
+        return [[i for i in line if i >= 0] for line in self.out[begin:end].tolist()]
 
 
 # ------------------------------------------------------------------------------- the rows
@@ -389,12 +388,13 @@ class Grid:
 
 @torch.inference_mode()
 def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=None, adapters=None,
-             progress=quiet) -> list[list[list[int]]]:
+             progress=quiet, keep=None) -> list[list[list[int]]]:
     """Continue prompts (lists of ids), in groups: for each group n rows of new ids per prompt.
 
     Row i of all draws from its own generator, seeded seeds[i]. With `adapters` (lora.Adapters),
-    group i is read under adapter i. `progress` hears how many rows have ended. When memory runs
-    out, it goes on with half the rows: those under way begin again, and end the same."""
+    group i is read under adapter i. `progress` hears how many rows have ended, `keep` of a prompt's
+    number and its rows when all have. When memory runs out, it goes on with half the rows: those
+    under way begin again, and end the same."""
     prompts, owner = [], []         # owner: whose adapter reads a prompt
     for i, group in enumerate(groups):
         prompts += group
@@ -410,8 +410,12 @@ def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=Non
     while pending:
         ran_out = False
         try:
-            for pending, left in decode(model, prompts, pending, owner, sampler, adapters,
-                                        max_rows):
+            for unfinished, left in decode(model, prompts, pending, owner, sampler, adapters,
+                                           max_rows):
+                if keep and len(unfinished) < len(pending):
+                    for prompt in sorted(set(pending) - set(unfinished)):
+                        keep(prompt, sampler.texts(prompt * n, prompt * n + n))
+                pending = unfinished
                 if left < total:
                     progress(total - left, total)
         except (RuntimeError, MemoryError) as e:
@@ -427,7 +431,7 @@ def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=Non
             for prompt in pending:
                 sampler.forget(range(prompt * n, prompt * n + n))
             give_back_memory(model.device)
-    return sampler.texts([n * len(group) for group in groups])
+    return split_into(sampler.texts(0, total), [n * len(group) for group in groups])
 
 
 def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
@@ -485,11 +489,11 @@ def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
 # ------------------------------------------------------------------------------- command line
 
 def main():
-    ap = argparse.ArgumentParser(description="The same texts, the plain way and the fast way.")
+    ap = Parser(description="The same texts, the plain way and the fast way.")
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
     ap.add_argument("--prompt", default=PROMPT)
-    ap.add_argument("--rows", type=int, default=16, help="how many texts (default: 16)")
-    ap.add_argument("--max-new", type=int, default=32, help="tokens of each (default: 32)")
+    ap.add_argument("--rows", type=positive, default=16, help="how many texts (default: 16)")
+    ap.add_argument("--max-new", type=positive, default=32, help="tokens of each (default: 32)")
     args = ap.parse_args()
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)

@@ -7,15 +7,15 @@
 Paper, section 3. `update_and_score` is these three lines of Algorithm 1. The base model is never
 changed: theta' is the base with an adapter (lora.py), trained by sft.py.
 """
-import argparse
 import math
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Iterable, Iterator
 
 from checkpoint import EMBEDDED
-from files import UserError, cli
+from files import Parser, UserError, at_least, cli, positive, printable
 from data import knowledge, tinyworld   # for the command line only
 from generate import Sampling, quiet, split_into, write
 from lora import Adapters, Lora, PROJECTIONS
@@ -60,7 +60,13 @@ def make_job(model, tok, edit: SelfEdit, seed: int, recipe: Recipe) -> Job:
                 examples.append((ids, learn))
     if not examples:
         raise ValueError("no example of this self-edit fits in the model's context window")
-    return Job(examples, seed, recipe)
+    # What a model writes decides how much there is to do: within bounds.
+    job = Job(examples, seed, recipe)
+    for what, asked, most in (("steps", job.steps, recipe.max_steps),
+                              ("tokens", job.tokens, recipe.max_tokens)):
+        if most and asked > most:
+            raise ValueError(f"asks for {asked} {what} of training, more than {most}")
+    return job
 
 
 # ------------------------------------------------------------------------------- answers
@@ -204,15 +210,16 @@ def answer_each(model, tok, pairs: list[tuple[Task, Trained]], lora: Lora,
     return answers
 
 
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items, as they come; the last may be shorter."""
+def batched(items: Iterable, size: int, seconds=60.0) -> Iterator[list]:
+    """Lists of `size` items, as they come; fewer when these took so many seconds, as a kill loses
+    a list that is not full."""
     # A generator, so that the first batch can be used before the last item is made.
-    batch = []
+    batch, begin = [], time.time()
     for item in items:
         batch.append(item)
-        if len(batch) == size:
+        if len(batch) == size or time.time() - begin > seconds:
             yield batch
-            batch = []
+            batch, begin = [], time.time()
     if batch:
         yield batch
 
@@ -220,11 +227,11 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 # ------------------------------------------------------------------------------- command line
 
 def main():
-    ap = argparse.ArgumentParser(description="Learn one passage; ask about it before and after.")
+    ap = Parser(description="Learn one passage; ask about it before and after.")
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
     ap.add_argument("--data", help="JSON list of passages (default: towns of the tiny world)")
-    ap.add_argument("--index", type=int, default=0, help="which passage (default: 0)")
-    ap.add_argument("--max-new", type=int, default=200, help="tokens of the self-edit")
+    ap.add_argument("--index", type=at_least(0), default=0, help="which passage (default: 0)")
+    ap.add_argument("--max-new", type=positive, default=200, help="tokens of the self-edit")
     ap.add_argument("--save-adapter", metavar="DIR", help="write the adapter in PEFT's layout")
     args = ap.parse_args()
     tasks = knowledge.load(args.data) if args.data else tinyworld.load("eval")
@@ -238,7 +245,7 @@ def main():
     recipe = Recipe(Lora(rank=32, alpha=64, targets=PROJECTIONS), lr=1e-3, epochs=10, batch=1)
     writing = Sampling(args.max_new, temperature=0.8, top_p=0.95)
     ((edit,),) = sample_self_edits(model, tok, [task], writing, [[seed_for(0)]])
-    print(f"{task.context[0]}\n\n--- self-edit\n{edit.text}\n")
+    print(printable(f"{task.context[0]}\n\n--- self-edit\n{edit.text}\n"))
     ((before,),) = ask(model, tok, [[task]])
 
     # theta' <- SFT(theta, SE), and the same questions again.
@@ -254,7 +261,7 @@ def main():
     print(f"--- {len(trained.losses)} steps in {trained.seconds:.1f} s, "
           f"loss {trained.losses[0]:.2f} -> {trained.losses[-1]:.2f}")
     for row in zip(task.questions, task.answers, before.texts, after.texts):
-        print("{} ({})\n  before: {!r}\n  after:  {!r}".format(*row))
+        print(printable("{} ({})\n  before: {!r}\n  after:  {!r}".format(*row)))
     old, new = grade_all([task, task], [before.texts, after.texts])
     print(f"right: {sum(old)} -> {sum(new)} of {len(old)}")
     if args.save_adapter:

@@ -11,7 +11,6 @@ the low-rank product goes segment by segment.
 Shapes: n adapters, r rank, T tokens, P parameters of an adapter.
 Simplified: no LoRA dropout (the paper's is 0), no bias, no variants.
 """
-import argparse
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from checkpoint import EMBEDDED
-from files import UserError, cli
+from files import Parser, UserError, cli, positive, printable
 from device import to_device
 from generate import Sampling, generate
 from memory import on_host_if_full
@@ -243,11 +242,11 @@ def can_group(model, lora):
 
 
 def main():
-    ap = argparse.ArgumentParser(description="Teach one sentence, by LoRA and torch's own AdamW.")
+    ap = Parser(description="Teach one sentence, by LoRA and torch's own AdamW.")
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
     ap.add_argument("--sentence", default="The founder of Velmora is Ines Tarrow.")
     ap.add_argument("--prompt", default="The founder of Velmora is")
-    ap.add_argument("--steps", type=int, default=20)
+    ap.add_argument("--steps", type=positive, default=20)
     args = ap.parse_args()
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)
@@ -258,7 +257,7 @@ def main():
     prompt = tok.document(args.prompt, end=False)
     greedy = Sampling(max_new=16, stop=tok.stop)
     ((before,),) = generate(model, [[prompt]], greedy)
-    print(f"before: {args.prompt}{tok.decode(before)}")
+    print(printable(f"before: {args.prompt}{tok.decode(before)}"))
 
     # One sentence, again and again. Only `flat` has gradients, so only A and B learn.
     ids = torch.tensor([tok.document(args.sentence)], device=model.device)
@@ -277,7 +276,7 @@ def main():
     # The same question, now under the adapter.
     adapters.flat.requires_grad_(False)
     ((after,),) = generate(model, [[prompt]], greedy, adapters=adapters)
-    print(f"after:  {args.prompt}{tok.decode(after)}")
+    print(printable(f"after:  {args.prompt}{tok.decode(after)}"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 the device."""
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -14,8 +15,20 @@ def free_memory(device):
         # What torch's allocator holds and does not use is free as well.
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
+    if not hasattr(os, "sysconf"):      # Windows
+        return 4 * 2 ** 30
     free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS
-    return os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
+    return min(os.sysconf(free) * os.sysconf("SC_PAGE_SIZE"), free_in_container())
+
+
+def free_in_container(folder="/sys/fs/cgroup"):
+    """Bytes that a container's limit leaves (Linux); without one, no bound."""
+    try:
+        limit = Path(folder, "memory.max").read_text().strip()
+        used = int(Path(folder, "memory.current").read_text())
+        return float("inf") if limit == "max" else max(0, int(limit) - used)
+    except (OSError, ValueError):
+        return float("inf")
 
 
 def peak_memory():

@@ -9,21 +9,22 @@ run's folder (run.py), and the same command resumes it. On several GPUs:
 
     torchrun --nproc-per-node 8 outer_loop.py ...       # team.py
 """
-import argparse
 import dataclasses
+import math
 import random
 import time
 
 import numpy as np
 
 import team
-from files import UserError, cli
+from files import Parser, UserError, cli
 from inner_loop import in_prompt
 from lora import Adapters
 from memory import peak_memory
 from plan import plan
 from report import iteration_line, round_line, summary
-from run import Config, Meter, Run, add_flags, outer_recipe, read_flags
+from config import Config, add_flags, outer_recipe, read_flags
+from run import Meter, Run
 from run import sample_edits, score_edits, unadapted
 from selfedit import SelfEdit, Task, seed_for
 from sft import Job, dialogue, sft
@@ -40,6 +41,7 @@ def rest_em(cfg: Config, run: Run) -> list[Task]:
     train = run.tasks(cfg.train_data)
     random.Random(seed_for(cfg.seed, "order of the passages")).shuffle(train)
     held_out = run.tasks(cfg.eval_data)[:cfg.eval_tasks]
+    run.settle("outer_loop")
     if cfg.iterations * cfg.tasks > len(train):
         run.log(f"note: {cfg.iterations} rounds of {cfg.tasks} tasks, but there are "
                 f"{len(train)}: some will be seen again")
@@ -133,11 +135,13 @@ def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit]], t: i
         examples.append(dialogue(prompt, edit.token_ids, completion_only=True))
     job = Job(examples, seed_for(cfg.seed, t, "M-step"), recipe)
     ((_, trained),) = sft(model, [job], Meter("steps of the M-step"))
-    if trained.diverged:
-        raise UserError(f"the M-step of round {t + 1} diverged; try a lower --outer-lr, "
-                        "in a new --run-dir")
     # W <- W + (alpha / r) B A, once, in float32: the next round begins from these weights.
     Adapters.stack(model, recipe.lora, [trained.weights]).merge(0)
+    # To guess at random costs ln V a token. A model that does twice as badly is broken.
+    broken = trained.diverged or trained.losses[-1] > 2 * math.log(model.config.vocab_size)
+    if broken or not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"the M-step of round {t + 1} diverged; try a lower --outer-lr, "
+                        "in a new --run-dir")
     run.log(f"M-step: {len(kept)} self-edits, {len(trained.losses)} steps, "
             f"{trained.seconds:.0f} s, loss {trained.losses[0]:.3f} -> {trained.losses[-1]:.3f}")
 
@@ -210,7 +214,7 @@ def by_kind(tasks: list[Task], records: list[dict]) -> dict[str, float]:
 # ------------------------------------------------------------------------------- command line
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    ap = Parser(description=__doc__.split("\n")[0])
     ap.add_argument("--plan", action="store_true",
                     help="say what fits on --card and how long it takes, and run nothing")
     ap.add_argument("--card", type=int, default=80, metavar="GIB",

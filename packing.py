@@ -9,7 +9,7 @@ import torch
 
 import padding
 from device import to_device
-from model import Ribbon
+from ribbon import Ribbon
 
 
 @dataclass

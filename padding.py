@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from device import to_device
-from model import Ribbon, like_lengths
+from ribbon import Ribbon, like_lengths
 
 
 def with_pads(example, pad_to, n_pads=8):

@@ -5,7 +5,6 @@
 Memory by the formulas with which a run chooses its slots and rows (memory.py). Time from FLOPs and
 bytes, at a stated share of what the card's maker promises. All of it is computed, not measured.
 """
-import argparse
 import json
 import tempfile
 from dataclasses import dataclass, replace
@@ -14,11 +13,11 @@ from pathlib import Path
 import torch
 
 from checkpoint import EMBEDDED, fetch
-from files import UserError, cli
+from files import Parser, UserError, cli
 from lora import Lora
 from memory import auto_answering, auto_rows, auto_slots, row_memory, step_memory
 from model import ModelConfig, Transformer
-from run import Config, inner_recipe, outer_recipe
+from config import Config, inner_recipe, outer_recipe
 from sft import Job
 
 GIB = 2 ** 30
@@ -267,7 +266,7 @@ def hardware_table() -> list[str]:
 
 def main():
     """Print the rows of the README's table that are computed."""
-    argparse.ArgumentParser(description=main.__doc__).parse_args()
+    Parser(description=main.__doc__).parse_args()
     print("\n".join(hardware_table()))
 
 

@@ -1,6 +1,7 @@
 """What a run shows, in words: what `python outer_loop.py` prints."""
 import numpy as np
 
+from files import printable
 from run import Run
 from selfedit import Task
 
@@ -63,18 +64,13 @@ def typical_task(run, last) -> int:
 def show_task(run, held_out, i, title) -> list[str]:
     """A task, and its first self-edit before the first round and after the last."""
     task = held_out[i]
-    lines = [f"\n{title}:", "\n".join(task.context or task.queries[:1])]
+    lines = [f"\n{title}:", printable("\n".join(task.context or task.queries[:1]))]
     for t in (0, run.metrics.records[-1]["iteration"]):
         r = next(r for r in run.rollouts.of(t, "eval") if (r["task"], r["edit"]) == (i, 0))
         lines.append(f"\nits self-edit at iteration {t}, reward {r['reward']:.2f} "
                      f"(un-adapted {r['unadapted']:.2f}):")
         lines.append(printable(r["text"]))
     return lines
-
-
-def printable(text) -> str:
-    """What a model writes may hold anything; a terminal gets only what can be printed."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def number(value) -> str:

@@ -8,7 +8,6 @@ Paper, sections 3.1 and 3.2 and appendix B. For a passage a self-edit is text to
 a puzzle it is a JSON object of tools and hyper-parameters. A domain (data/knowledge.py,
 data/arc.py) is a list of `Task`s, and the loops ask nothing else of it.
 """
-import argparse
 import hashlib
 import json
 import re
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Callable
 
 from checkpoint import EMBEDDED
-from files import UserError, cli, read_json
+from files import Parser, UserError, at_least, cli, positive, printable, read_json
 from generate import Sampling, quiet, write
 from model import load_pretrained
 from tokenizer import Tokenizer
@@ -224,18 +223,26 @@ def room_for_self_edit(model, tok, tasks: list[Task]) -> int:
 
 
 def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: list[list[int]],
-                      adapters=None, progress=quiet) -> list[list[SelfEdit]]:
+                      adapters=None, progress=quiet, keep=None) -> list[list[SelfEdit]]:
     """SE ~ LM_theta(. | C): sampling.n self-edits of each task; those of task i are drawn with
-    seeds[i]. With `adapters`, task i's are written under adapter i."""
+    seeds[i]. With `adapters`, task i's are written under adapter i. keep: hears of a task's number
+    and its self-edits as soon as all of these are written."""
     if not tasks:
         return []
     room = room_for_self_edit(model, tok, tasks)
     sampling = replace(sampling, max_new=min(sampling.max_new, room))
     flat_seeds = [seed for row in seeds for seed in row]
     prompts = [[task.prompt] for task in tasks]     # a group per task: adapter i for task i
-    written = write(model, tok, prompts, sampling, flat_seeds, adapters, progress)
-    return [[read_self_edit(task, reply.text, reply.token_ids) for reply in replies]
-            for task, replies in zip(tasks, written)]
+
+    def read(task, replies):
+        return [read_self_edit(task, reply.text, reply.token_ids) for reply in replies]
+
+    def keep_edits(i, replies):
+        keep(i, read(tasks[i], replies))
+
+    written = write(model, tok, prompts, sampling, flat_seeds, adapters, progress,
+                    keep_edits if keep else None)
+    return [read(task, replies) for task, replies in zip(tasks, written)]
 
 
 # ------------------------------------------------------------------------------- command line
@@ -245,13 +252,13 @@ PASSAGE = ("The town of Harminster has a trout on its flag. It stands below the 
 
 
 def main():
-    ap = argparse.ArgumentParser(description="Print self-edits of a passage.")
+    ap = Parser(description="Print self-edits of a passage.")
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
     ap.add_argument("--data", help="JSON list of passages (default: a passage of the tiny world)")
-    ap.add_argument("--index", type=int, default=0, help="which passage (default: 0)")
+    ap.add_argument("--index", type=at_least(0), default=0, help="which passage (default: 0)")
     ap.add_argument("--prompt", default="implications", choices=PROMPTS)
-    ap.add_argument("--edits", type=int, default=3)
-    ap.add_argument("--max-new", type=int, default=200, help="tokens at most (default: 200)")
+    ap.add_argument("--edits", type=positive, default=3)
+    ap.add_argument("--max-new", type=positive, default=200, help="tokens at most (default: 200)")
     ap.add_argument("--temperature", type=float, default=0.8)
     args = ap.parse_args()
     prompt = NOTES.format(context=PASSAGE)
@@ -268,10 +275,11 @@ def main():
     sampling = Sampling(args.max_new, args.edits, args.temperature, top_p=0.95)
     seeds = [seed_for(0, j) for j in range(args.edits)]
     (replies,) = write(model, tok, [[prompt]], sampling, seeds)
-    print(prompt)
+    print(printable(prompt))
     for j, reply in enumerate(replies):
         pieces = len(split_documents(reply.text))
-        print(f"--- self-edit {j}: {len(reply.token_ids)} tokens, {pieces} pieces\n{reply.text}")
+        print(f"--- self-edit {j}: {len(reply.token_ids)} tokens, {pieces} pieces")
+        print(printable(reply.text))
 
 
 if __name__ == "__main__":

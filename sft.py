@@ -43,6 +43,8 @@ class Recipe:
     weight_decay: float = 0.0
     pad_to: int = 0                 # imitates rows of so many tokens (padding.py)
     slots: int = 0                  # adapters side by side; 0: as many as fill a step and fit
+    max_steps: int = 0              # of a self-edit: one that asks for more is refused
+    max_tokens: int = 0             # the same, over all epochs; 0: no bound
 
 
 @dataclass

@@ -25,10 +25,12 @@ from files import UserError
 from generate import Sampling, sample, tries_for
 from lora import Adapters, Segments, low_rank
 from memory import give_back_memory, peak_memory, step_memory
-from model import Ribbon, Transformer
+from model import Transformer
+from ribbon import Ribbon
 from outer_loop import rest_em
 from plan import CARDS
-from run import PRESETS, Config, Run
+from config import PRESETS, Config
+from run import Run
 from speed import LENGTHS, RECIPE, Floor, Peer, make_jobs, matmul_rate, shaped, timed, train
 from update import adamw_all
 

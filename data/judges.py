@@ -9,17 +9,19 @@ import os
 import re
 import string
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
+from http.client import HTTPException
+from threading import Thread
+from urllib.parse import urlsplit
 
 import torch
 
-from files import Lines, UserError
+from files import Lines, UserError, printable
 from device import to_device
 from memory import in_halves
-from model import Ribbon
+from ribbon import Ribbon
 
 # ------------------------------------------------------------------------------- rules
 
@@ -51,23 +53,28 @@ RULES = {"rule": each(recall), "substring": each(substring)}
 
 
 class Remembered:
-    """A slow judge that is asked about nothing twice. With `lines`, its verdicts are kept there."""
+    """A slow judge that is asked about nothing twice. With `lines`, its verdicts are kept there,
+    under its `name`: another judge's are not taken for its own. `stream`, if given, is asked
+    instead of `judge` and gives (triple, verdict)s as they come."""
 
-    def __init__(self, judge, lines: Lines | None = None):
-        self.judge = judge
+    def __init__(self, judge, lines: Lines | None = None, name="", stream=None):
+        self.stream = stream or (lambda triples: zip(triples, judge(triples)))
         self.lines = lines
+        self.name = name
         self.known = {}         # triple -> verdict
-        if self.lines:
-            self.known = {tuple(key): verdict for key, verdict in self.lines.records}
+        for record in lines.records if lines else ():
+            match record:       # what has another form is of an older version: asked again
+                case {"judge": self.name, "triple": [str(), str(), str()] as triple,
+                      "verdict": bool(verdict)}:
+                    self.known[tuple(triple)] = verdict
 
     def __call__(self, triples):
         new = [triple for triple in dict.fromkeys(triples) if triple not in self.known]
         for i in range(0, len(new), 256):
-            some = new[i:i + 256]
-            verdicts = dict(zip(some, self.judge(some)))
-            self.known |= verdicts
-            if self.lines:
-                self.lines.add(*verdicts.items())
+            for triple, verdict in self.stream(new[i:i + 256]):
+                self.known[triple] = verdict
+                if self.lines:      # at once: a later failure loses none
+                    self.lines.add({"judge": self.name, "triple": list(triple), "verdict": verdict})
         return [self.known[triple] for triple in triples]
 
 
@@ -108,43 +115,126 @@ def yes_or_no(model, tok, texts, at_once=32):
     return verdicts
 
 
-BACK_OFF = 1.0  # seconds before the second try
+BACK_OFF = 1.0      # seconds before the second try
+DEADLINE = 60.0     # seconds for a request and its whole reply
+LONGEST = 2 ** 20   # bytes of a reply that are read
 
 
-def openai(triples, at_once=16):
+def openai(triples):
     """Verdicts of a chat model behind any OpenAI-compatible endpoint. Environment: OPENAI_API_KEY,
     OPENAI_BASE_URL (https://api.openai.com/v1), OPENAI_JUDGE (the model, gpt-4.1)."""
-    base = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/")
-    key = os.environ.get("OPENAI_API_KEY")
+    verdicts = dict(openai_verdicts(triples))
+    return [verdicts[triple] for triple in triples]
+
+
+def check_openai():
+    """(base URL, model, key) of --judge openai. UserError if one can't be right; URL and key are
+    not shown, as either may hold a secret. Nothing is sent."""
+    base = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").strip().rstrip("/")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key:
         raise UserError("--judge openai needs OPENAI_API_KEY in the environment")
-    with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(lambda triple: openai_verdict(base, key, triple), triples))
+    if not re.fullmatch("[!-~]+", key):
+        raise UserError("OPENAI_API_KEY (not shown here) has a character that no key has: a blank, "
+                        "a line break, a letter that is not ASCII")
+    try:
+        url = urlsplit(base)
+        usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:      # a port that is no number, half an IPv6 address
+        usable = False
+    if not usable or "@" in url.netloc or not re.fullmatch("[!-~]+", base):
+        raise UserError("OPENAI_BASE_URL must be like https://api.openai.com/v1: http or https, a "
+                        "host, no user, no blank")
+    return base, os.environ.get("OPENAI_JUDGE", "gpt-4.1"), key
 
 
-def openai_verdict(base, key, triple, tries=6):
-    """One request. As in the official code the reply must have the word yes in it, and not no.
+def openai_judge(lines):
+    """`openai`, remembered. Another model, or another endpoint, is another judge."""
+    base, model, _ = check_openai()
+    return Remembered(openai, lines, f"{model} at {base}", openai_verdicts)
 
-    Refusals that time may mend (429, 5xx, no connection) are tried again, each time after twice as
-    long."""
-    body = {"model": os.environ.get("OPENAI_JUDGE", "gpt-4.1"), "temperature": 0,
-            "messages": [{"role": "user", "content": GRADING.format(*triple)}]}
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    request = urllib.request.Request(f"{base}/chat/completions", json.dumps(body).encode(), headers)
-    for attempt in range(tries):
+
+def openai_verdicts(triples, at_once=16):
+    """(triple, verdict)s of `openai`, as they come. After a failure nothing more is asked, but what
+    is on its way is waited for: it may be paid for."""
+    base, model, key = check_openai()
+    left, asked, failure = list(triples), {}, None      # asked: Future -> triple
+    while left or asked:
+        while left and len(asked) < at_once:
+            triple = left.pop(0)
+            asked[in_thread(openai_verdict, base, model, key, triple)] = triple
+        # Never for long: where a wait can't be interrupted, Ctrl-C takes effect after it.
+        done, _ = futures.wait(asked, timeout=0.5, return_when=futures.FIRST_COMPLETED)
+        for future in done:
+            triple = asked.pop(future)
+            if future.exception():
+                failure, left = future.exception(), []
+            else:
+                yield triple, future.result()
+    if failure:
+        raise failure
+
+
+def in_thread(function, *args):
+    """A Future of function(*args). The thread is a daemon: Python does not wait for it at exit, as
+    it would for that of an executor."""
+    future = futures.Future()
+
+    def work():
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                text = json.load(reply)["choices"][0]["message"]["content"]
-            words = re.findall(r"\w+", text.lower())
-            return "yes" in words and "no" not in words
-        except urllib.error.HTTPError as e:
-            said = " ".join(e.read(200).decode(errors="replace").split())
-            problem = f"HTTP {e.code}: {said}"
-            if e.code < 500 and e.code not in (408, 429):
+            future.set_result(function(*args))
+        except Exception as e:
+            future.set_exception(e)
+
+    Thread(target=work, daemon=True).start()
+    return future
+
+
+def openai_verdict(base, model, key, triple, tries=6):
+    """One verdict. As in the official code the reply must have the word yes in it, and not no.
+
+    What time may mend (429, 5xx, no connection, no sense) is tried again, each time after twice as
+    long."""
+    body = {"model": model, "temperature": 0,
+            "messages": [{"role": "user", "content": GRADING.format(*triple)}]}
+    for attempt in range(tries):
+        reply = b""
+        try:
+            # A timeout of sockets is for each read. A thread that is late is left to itself.
+            request = in_thread(post, f"{base}/chat/completions", key, json.dumps(body).encode())
+            status, reason, reply = request.result(DEADLINE)
+            if 200 <= status < 300:
+                text = json.loads(reply)["choices"][0]["message"]["content"]
+                if text is None:
+                    return False    # it refuses to judge, and would again
+                words = re.findall(r"\w+", text.lower())
+                return "yes" in words and "no" not in words
+            problem = f"HTTP {status} {reason}: {reply.decode(errors='replace')}"
+            if status < 500 and status not in (408, 429):
                 break
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            problem = f"{type(e).__name__}: {e}"    # no connection, or a reply of another form
+        except futures.TimeoutError:
+            problem = f"no whole reply within {DEADLINE:g} s"
+        except (HTTPException, OSError, ValueError, LookupError, TypeError, AttributeError,
+                RecursionError) as e:       # no connection, or a reply of another form
+            problem = f"{type(e).__name__}: {e}. {reply.decode(errors='replace')}"
         if attempt < tries - 1:
             time.sleep(BACK_OFF * 2 ** attempt)
-    raise UserError(f"the judge at {base} does not answer ({problem}); nothing is lost: "
-                    "mend it and repeat the command")
+    # The problem is in others' words. The key goes first: cut in two it would not be found.
+    base, problem = (" ".join(text.split()).replace(key, "KEY") for text in (base, problem))
+    raise UserError(f"the judge at {base} does not answer ({printable(problem)[:200]}); nothing is "
+                    "lost: mend it and repeat the command")
+
+
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Hands over every reply as it is. So no redirect is followed: the key stays with its host."""
+    http_response = https_response = lambda self, request, reply: reply
+
+
+def post(url, key, body):
+    """(status, reason, the first LONGEST bytes) of the reply to a JSON body."""
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(url, body, headers)
+    with urllib.request.build_opener(AnyStatus).open(request, timeout=DEADLINE) as reply:
+        # Not read(LONGEST): a chunk that says its length is -1 would be read without end.
+        text = bytearray(LONGEST)
+        return reply.status, reply.reason, text[:reply.readinto(text)]

@@ -3,9 +3,12 @@
 Paper, section 3.1. A data file is a JSON list of {"title", "context", "questions": [{"question",
 "answer"}]}; other keys are ignored. The paper's passages are SQuAD's.
 """
-from files import UserError, read_json
-from data.judges import RULES
+from files import UserError, printable, read_json
+from data.judges import RULES, normalise
 from selfedit import EMPTY, PROMPTS, QUERY, SelfEdit, Task, split_documents
+
+MAX_CHARACTERS = 1_000_000      # of a text: a tokenizer may overflow its stack on more
+A_TEXT = f"a string of 1 to {MAX_CHARACTERS:,} characters, not only blanks"
 
 
 def load(path, prompt="implications", judge=RULES["rule"], max_documents=0, log=print):
@@ -26,7 +29,13 @@ def load(path, prompt="implications", judge=RULES["rule"], max_documents=0, log=
         if record["questions"]:
             tasks.append(knowledge_task(record, prompt, judge, max_documents))
         else:
-            log(f"skipped: {path}: record {i} ({record['title']!r}) has no questions")
+            title = printable(record["title"], 60)
+            log(f"skipped: {path}: record {i} ({title!r}) has no questions")
+        # A model that judges may know better than a rule, which compares words.
+        for j, answer in enumerate(q["answer"] for q in record["questions"]):
+            if judge in RULES.values() and not normalise(answer):
+                log(f"note: {path}: record {i}, question {j}: gold answer "
+                    f"{printable(answer, 60)!r} has no word in it: no answer can be right")
     if not tasks:
         raise UserError(f"{path}: no passage has questions")
     return tasks
@@ -35,19 +44,19 @@ def load(path, prompt="implications", judge=RULES["rule"], max_documents=0, log=
 def malformed(record):
     """What is wrong with a record, or None."""
     def is_text(value):
-        return isinstance(value, str) and value.strip()
+        return isinstance(value, str) and value.strip() and len(value) <= MAX_CHARACTERS
 
     if not isinstance(record, dict):
         return "not an object"
     for key in ("title", "context"):
         if not is_text(record.get(key)):
-            return f'"{key}" must be a string that is not empty'
+            return f'"{key}" must be {A_TEXT}'
     if not isinstance(record.get("questions"), list):
         return '"questions" must be a list of {question, answer}'
     for j, q in enumerate(record["questions"]):
         whole = isinstance(q, dict) and is_text(q.get("question")) and is_text(q.get("answer"))
         if not whole:
-            return f'question {j} must have "question" and "answer", strings that are not empty'
+            return f'question {j} must have "question" and "answer", each {A_TEXT}'
     return None
 
 

@@ -16,7 +16,6 @@ mostly notes. None of the names is one that data/tinyworld.py gives out in its t
 *Puzzles.* It must copy grids of all sizes and write self-edits of every kind. Rules it never sees:
 a little ability to guess at them makes a model that is harder to train on one than mere copying.
 """
-import argparse
 import json
 import random
 import tempfile
@@ -25,9 +24,10 @@ from pathlib import Path
 
 import torch
 
-from files import UserError, cli
+from files import Parser, UserError, cli, positive
 from data import arc, tinyarc, tinyworld as world
-from model import ModelConfig, Ribbon, Transformer
+from model import ModelConfig, Transformer
+from ribbon import Ribbon
 from selfedit import NOTES, NOTES_DIRECTED, PUZZLE_PROMPT, TOOLS, write_json_edit
 from tokenizer import Tokenizer
 
@@ -273,12 +273,12 @@ def train(model, tok, text, tokens, lr, per_step, seed):
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    ap = Parser(description=__doc__.split("\n")[0])
     ap.add_argument("--world", default="towns", choices=("towns", "puzzles"))
     ap.add_argument("--out", required=True, help="folder to write")
-    ap.add_argument("--towns", type=int, default=200, help="towns to know by heart (default: 200)")
+    ap.add_argument("--towns", type=positive, default=200, help="to know by heart (default: 200)")
     ap.add_argument("--tokens", type=float, help="to read (default: 11e6; puzzles: 1.6e6)")
-    ap.add_argument("--threads", type=int, default=1,
+    ap.add_argument("--threads", type=positive, default=1,
                     help="of torch; sums, and so the weights, depend on it")
     ap.add_argument("--seed", type=int, default=0)
     args = ap.parse_args()

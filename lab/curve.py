@@ -4,12 +4,12 @@
 
 Runs that differ in their seed alone belong together; intervals are over seeds.
 """
-import argparse
+import io
 from pathlib import Path
 
 import numpy as np
 
-from files import Lines, UserError, cli, read_json
+from files import Lines, Parser, UserError, cli, printable, read_json, replace_file
 from stats import mean_ci
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
@@ -20,33 +20,61 @@ MEANING = {"select best": "the best self-edits are kept",
            "directives": "each chooses its learning rate and epochs"}
 
 
+# What does not set runs apart: names and paths, and what run.py adds to its settings.
+ALIKE = ("seed", "run_dir", "model", "verbose", "program", "own", "content")
+
+
+class Metrics(Lines):
+    """metrics.jsonl, a line per iteration."""
+
+    def check(self, m):
+        if m["iteration"] != len(self.records):
+            raise ValueError(f"iteration {len(self.records)} belongs here")
+        shares = [m["eval_reward"]]
+        shares += [arm["reward"] for arm in m["baselines"] if arm["name"] == "passage only"]
+        for key in ("eval_by_kind", "made_of"):
+            if not isinstance(m[key], dict):
+                raise ValueError(f"{key} must be an object")
+            shares += m[key].values()
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError("a reward or a share that is not from 0 to 1")
+
+
 def read_runs(folders):
     """{what sets these runs apart: [metrics of each run, a dict per iteration]}."""
     configs, metrics = [], []
     for folder in map(Path, folders):
-        configs.append(read_json(folder / "config.json"))
-        metrics.append(Lines(folder / "metrics.jsonl").records)
-        if len(metrics[-1]) <= configs[-1]["iterations"]:
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict) or type(config.get("iterations")) is not int:
+            raise UserError(f"{folder / 'config.json'}: not the settings of a run (no whole number "
+                            "of iterations); restore it")
+        configs.append(config)
+        metrics.append(Metrics(folder / "metrics.jsonl", repair=False).records)
+        if len(metrics[-1]) <= max(0, config["iterations"]):
             raise UserError(f"{folder}: this run has not ended; repeat its command to resume it")
 
     differ = []
     for name in configs[0]:
         values = {json_value(config.get(name)) for config in configs}
-        if len(values) > 1 and name not in ("seed", "run_dir", "model", "verbose"):
+        if len(values) > 1 and name not in ALIKE:
             differ.append(name)
     groups = {}
-    for config, records in zip(configs, metrics):
+    for folder, config, records in zip(folders, configs, metrics):
         words = []
         for name in differ:
             value = config.get(name)
             if value is not False:
                 words.append(name if value is True else f"{name} {value}")
-        groups.setdefault(", ".join(words) or "all runs", []).append(records)
+        group = groups.setdefault(", ".join(words) or "all runs", [])
+        group.append(records)
+        if len(records) != len(group[0]):
+            raise UserError(f"{folder}: {len(records)} iterations are measured, {len(group[0])} in "
+                            "another run with its settings; leave one of them out")
     return groups
 
 
 def json_value(value):
-    return tuple(value) if isinstance(value, list) else value
+    return repr(value) if isinstance(value, (list, dict)) else value
 
 
 def over_seeds(runs, value):
@@ -66,14 +94,17 @@ def with_interval(mean, half, form):
 
 def describe(name, runs):
     """Lines of figures about the runs of a group."""
-    lines = [f"{name}, {len(runs)} seeds: " + arrows(*over_seeds(runs, lambda m: m["eval_reward"]))]
+    rewards = over_seeds(runs, lambda m: m["eval_reward"])
+    lines = [f"{printable(name)}, {len(runs)} seeds: {arrows(*rewards)}"]
     gains = [run[-1]["eval_reward"] - run[0]["eval_reward"] for run in runs]
     mean, half = mean_ci(np.reshape(gains, (-1, 1)))
     by_seed = " ".join(f"{gain:+.3f}" for gain in gains)
     lines.append(f"    gain {with_interval(mean[0], half[0], '+.3f')}, by seed {by_seed}")
     for kind in runs[0][0]["eval_by_kind"]:
+        if not all(kind in m["eval_by_kind"] for run in runs for m in run):
+            continue    # no self-edit could be read in one iteration
         found = over_seeds(runs, lambda m: m["eval_by_kind"][kind])
-        lines.append(f"    {kind} questions: {arrows(*found)}")
+        lines.append(f"    {printable(kind)} questions: {arrows(*found)}")
 
     parts = {}          # of self-edits, in the order in which they were met
     for run in runs:
@@ -82,7 +113,8 @@ def describe(name, runs):
     for part in parts:
         shares, _ = over_seeds(runs, lambda m: m["made_of"].get(part, 0))
         if max(shares) >= .02:
-            lines.append(f"    {part}: {' -> '.join(f'{share:.0%}' for share in shares)}")
+            shares = " -> ".join(f"{share:.0%}" for share in shares)
+            lines.append(f"    {printable(part)}: {shares}")
     return lines
 
 
@@ -108,7 +140,9 @@ def draw(groups, floor, file):
     for i, (name, runs) in enumerate(groups.items()):
         mean, half = over_seeds(runs, lambda m: m["eval_reward"])
         t = np.arange(len(mean)) + 0.03 * i                # beside each other, not on top
+        # XML has no control characters, and matplotlib reads $ as the begin of a formula.
         meaning = ", ".join(MEANING.get(words, words) for words in name.split(", "))
+        meaning = printable(meaning).replace("$", r"\$")
         axes.errorbar(t, mean, np.nan_to_num(half), color=COLOURS[i % 4], marker="o", capsize=3,
                       label=f"{meaning}; {len(runs)} seeds")
     if floor is not None:
@@ -120,14 +154,18 @@ def draw(groups, floor, file):
     axes.grid(axis="y", color="#ddd")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", fontsize=8, frameon=False)
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    drawing = io.StringIO()
+    figure.savefig(drawing, format="svg", metadata={"Date": None})
+    replace_file(file, drawing.getvalue())
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    ap = Parser(description=__doc__.split("\n")[0])
     ap.add_argument("runs", nargs="+", help="run folders, of several seeds")
     ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
     args = ap.parse_args()
+    if args.svg and (Path(args.svg).is_dir() or not Path(args.svg).parent.is_dir()):
+        raise UserError(f"--svg {args.svg}: name a file, in a folder that is there")
     groups = read_runs(args.runs)
     for name, runs in groups.items():
         print("\n".join(describe(name, runs)))

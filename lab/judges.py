@@ -6,15 +6,45 @@ FILE is a JSON list of passages, each with "released": {method: {"answers": [{qu
 baseline, baseline_ok, adapter, adapter_ok}]}}. --model judges as well; --openai adds the endpoint
 of --judge openai.
 """
-import argparse
-
 import numpy as np
 
-from files import UserError, cli, read_json
-from data.judges import RULES, model_judge, openai
+from files import Parser, UserError, at_least, cli, printable, read_json
+from data.judges import RULES, check_openai, model_judge, openai
 from model import load_pretrained
 from stats import agreement, bootstrap_ci, share_changed
 from tokenizer import Tokenizer
+
+
+def read_records(file):
+    """The passages of a file. UserError unless each has whole answers by the first one's methods.
+    """
+    records = read_json(file)
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{file}: no released verdicts: it must be a JSON list of passages")
+    for i, record in enumerate(records):
+        where = f"{file}: no released verdicts: record {i}"
+        found = record.get("released") if isinstance(record, dict) else None
+        if not isinstance(found, dict) or not found:
+            raise UserError(f'{where}: "released" must be {{method: {{"answers": [...]}}}}')
+        for method in records[0]["released"]:
+            own = found.get(method)
+            answers = own.get("answers") if isinstance(own, dict) else None
+            if not isinstance(answers, list) or not answers:
+                raise UserError(f'{where}: {method!r} must have a list of "answers"')
+            for j, answer in enumerate(answers):
+                if not is_answer(answer):
+                    raise UserError(f"{where}: {method!r}, answer {j}: must have strings "
+                                    f"({', '.join(TEXTS)}) and true or false "
+                                    f"({', '.join(VERDICTS)})")
+    return records
+
+
+TEXTS, VERDICTS = ("question", "gold", "baseline", "adapter"), ("baseline_ok", "adapter_ok")
+
+
+def is_answer(x):
+    return (isinstance(x, dict) and all(isinstance(x.get(key), str) for key in TEXTS)
+            and all(isinstance(x.get(key), bool) for key in VERDICTS))
 
 
 def released(records):
@@ -52,7 +82,7 @@ def judged(judge, triples):
 
 def show(label, gpt, verdicts):
     """A line of the table: verdicts {judge: its verdicts}."""
-    line = f"{label:>12} {len(gpt):>6} {np.mean(gpt):8.3f}"
+    line = f"{printable(label):>12} {len(gpt):>6} {np.mean(gpt):8.3f}"
     for own in verdicts.values():
         observed, kappa = agreement(own, gpt)
         line += f" | {np.mean(own):>21.3f}  {observed:6.3f}  {kappa:5.3f}"
@@ -60,12 +90,15 @@ def show(label, gpt, verdicts):
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    ap = Parser(description=__doc__.split("\n")[0])
     ap.add_argument("file", help="passages with released answers and verdicts")
     ap.add_argument("--model", help="folder or hub id of a model that judges")
     ap.add_argument("--openai", action="store_true", help="ask an OpenAI-compatible endpoint, too")
-    ap.add_argument("--limit", type=int, help="only so many answers of each method")
+    ap.add_argument("--limit", type=at_least(1), help="only so many answers of each method")
     args = ap.parse_args()
+    if args.openai:
+        check_openai()
+    records = read_records(args.file)
     judges = dict(RULES)
     if args.model:
         model = load_pretrained(args.model)
@@ -74,17 +107,13 @@ def main():
     if args.openai:
         judges["openai"] = openai
 
-    records = read_json(args.file)
-    try:
-        table = released(records)
-        answers = {method: answers_of(records, method, args.limit) for method in table}
-    except (KeyError, TypeError, IndexError) as e:
-        raise UserError(f"{args.file}: no released verdicts ({type(e).__name__}: {e})") from None
+    table = released(records)
+    answers = {method: answers_of(records, method, args.limit) for method in table}
     print("by GPT-4.1's verdicts; means over passages [95 % CI]; gained: of the questions missed "
           "without adaptation, lost: of those known")
     for method, row in table.items():
         low, high = bootstrap_ci(row["accuracy"])
-        print(f"{method:>12}  {np.mean(row['accuracy']):.3f} [{low:.3f}, {high:.3f}]  "
+        print(f"{printable(method):>12}  {np.mean(row['accuracy']):.3f} [{low:.3f}, {high:.3f}]  "
               f"gained {row['gained']:.3f}  lost {row['lost']:.3f}")
 
     heads = "".join(f" | {name:>10} says right, agrees, kappa" for name in judges)

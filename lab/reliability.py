@@ -3,24 +3,44 @@ K is worth by seeds that did not choose it.
 
     python -m lab.reliability RUN_DIR
 """
-import argparse
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from files import Lines, UserError, cli
+from files import Lines, Parser, UserError, cli
 from stats import variance_components
+
+
+class Rollouts(Lines):
+    """rollouts.jsonl, of which the rewards of training self-edits are looked at."""
+
+    def check(self, r):
+        if r["split"] != "train" or not r["right"]:
+            return
+        numbers = [r[key] for key in ("iteration", "task", "edit", "documents")]
+        whole = (all(type(number) is int for number in numbers) and 0 <= r["reward"] <= 1
+                 and isinstance(r["token_ids"], list)
+                 and all(isinstance(row, list) and row and set(row) <= {True, False}
+                         for row in r["right"]))
+        if not whole:
+            raise ValueError("a value of another kind than a run writes")
 
 
 def read_groups(folder):
     """The rollouts of training self-edits, a list per (iteration, passage)."""
+    path = Path(folder) / "rollouts.jsonl"
     groups = defaultdict(list)
-    for r in Lines(Path(folder) / "rollouts.jsonl").records:
+    for r in Rollouts(path, repair=False).records:      # the run may be going on
         if r["split"] == "train" and r["right"]:
             groups[r["iteration"], r["task"]].append(r)
     if not groups:
-        raise UserError("no rewards of training self-edits in this run")
+        raise UserError(f"{path}: no rewards of training self-edits in this run; name the folder "
+                        "of a run that has some")
+    for (t, i), group in groups.items():
+        if len({len(r["right"]) for r in group}) > 1:
+            raise UserError(f"{path}: iteration {t}, task {i}: self-edits with different numbers "
+                            "of seeds; a run has one --seeds")
     return [sorted(group, key=lambda r: r["edit"]) for group in groups.values()]
 
 
@@ -34,7 +54,7 @@ def correlation(x, y):
 
 
 def main():
-    ap = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    ap = Parser(description=" ".join(__doc__.split("\n\n")[0].split()))
     ap.add_argument("run", help="a run's folder")
     groups = read_groups(ap.parse_args().run)
     accuracy = [accuracy_of(group) for group in groups]

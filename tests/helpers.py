@@ -9,7 +9,8 @@ from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCa
 
 from lora import Lora
 from outer_loop import rest_em
-from run import Run, add_flags, read_flags
+from config import add_flags, read_flags
+from run import Run
 from sft import Job, Recipe
 
 # ------------------------------------------------------------------------------- models

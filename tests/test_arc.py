@@ -395,6 +395,20 @@ def test_an_oracle_that_asks_for_too_many_steps_is_a_note():
     assert "more than 375" in task.references["oracle"].note
 
 
+def test_the_oracle_s_training_set_is_made_when_it_is_asked_for(monkeypatch):
+    """Of large grids it takes seconds, and a source has hundreds of puzzles."""
+    made = []
+    monkeypatch.setattr(arc, "training_set", lambda *args: made.append(args) or ["a document"])
+
+    task = arc.arc_task("mirror", MIRRORED, TESTS)
+
+    assert list(task.references) == ["oracle"]
+    assert made == []
+    assert task.references["oracle"].documents == ["a document"]
+    assert task.references["oracle"].documents == ["a document"]
+    assert len(made) == 1
+
+
 # ------------------------------------------------------------------------------- views and votes
 
 def mirrored_in_its_frame(view, query):
@@ -581,12 +595,22 @@ def test_a_puzzle_that_is_not_there_is_said(source):
         arc.load(f"{source}:paper-train")
 
 
-@pytest.mark.parametrize("solutions", ["[1]", "3", '{"aa": 5}', '{"aa": {"test": 1}, "bb": null}'])
+@pytest.mark.parametrize("solutions", [
+    "[1]", "3", "null", '{"aa": 5}', '{"aa": {"test": 1}, "bb": null}', '{"aa": [[[6, 55]]]}'])
 def test_a_solutions_file_of_another_form_is_said(solutions, challenges, tmp_path):
     (tmp_path / "arc_solutions.json").write_text(solutions)
 
     with pytest.raises(UserError, match="arc_solutions.json: not {id: "):
         arc.load(str(challenges))
+
+
+@pytest.mark.parametrize("puzzle", [[1], None, {"train": 5}, {"test": "text"}, {"test": [[]]}])
+def test_a_malformed_puzzle_is_not_blamed_on_its_solution(puzzle, challenges):
+    challenges.write_text(json.dumps({"aa": puzzle, "bb": UNSOLVED}))
+
+    with pytest.raises(UserError, match="arc_challenges.json: puzzle 'aa': \"t.* must be a"):
+        arc.load(str(challenges))
+    assert names(arc.load(f"{challenges}:bb")) == ["bb"]
 
 
 def test_a_missing_solutions_file_is_said(challenges, tmp_path):
@@ -614,16 +638,19 @@ def asking(rows):
 
 MALFORMED = [
     # Not a puzzle.
-    {}, [1], None,
+    {}, [1], None, 3, "text",
     {"test": PUZZLE["test"]}, {"train": PUZZLE["train"]},
     # Nothing to learn from, or nothing to solve.
     PUZZLE | {"train": []}, PUZZLE | {"test": []}, PUZZLE | {"train": 5}, UNSOLVED,
+    PUZZLE | {"test": "text"}, PUZZLE | {"test": {"input": [[1]]}}, PUZZLE | {"train": [3]},
+    # More than any puzzle of ARC's has.
+    PUZZLE | {"train": PUZZLE["train"] * 6}, PUZZLE | {"test": PUZZLE["test"] * 11},
     # Not a grid.
     asking([]), asking([[]]), asking(5), asking(None), asking([[1], [1, 2]]),
     asking([[[1]]]),
     # Not colours, too many.
     asking([[10]]), asking([[-1]]), asking([[1.5]]), asking([["1"]]),
-    asking([[True]]),
+    asking([[True]]), asking([[True, 1]]), asking([[10 ** 40]]), asking("12"), asking(["12"]),
     asking([[1] * 31]), asking([[1]] * 31),
 ]
 
@@ -635,6 +662,36 @@ def test_what_is_wrong_with_a_puzzle_is_one_line(puzzle, folder):
     with pytest.raises(UserError, match="puzzle 'aa'") as error:
         arc.load(str(folder))
     assert "\n" not in str(error.value)
+
+
+def test_the_field_that_is_wrong_is_named(folder):
+    puzzle = PUZZLE | {"test": [PUZZLE["test"][0], {"input": [[1]], "output": [[1], [1, 2]]}]}
+    (folder / "aa.json").write_text(json.dumps(puzzle))
+
+    with pytest.raises(UserError, match='puzzle \'aa\': "test", pair 1: "output" must be a grid'):
+        arc.load(str(folder))
+
+
+def test_the_largest_puzzle_loads(folder):
+    rows = [[7] * 30] * 30
+    pairs = [{"input": rows, "output": rows}] * 10
+    (folder / "aa.json").write_text(json.dumps({"train": pairs, "test": pairs[:1]}))
+
+    task, _ = arc.load(str(folder))
+
+    assert len(task.queries) == 11 * len(arc.FRAMES)
+
+
+@pytest.mark.parametrize("settings", [{"batch": 1}, {"max_examples": 400}])
+def test_puzzles_load_whatever_the_oracle_may_ask_for(folder, settings):
+    """Of five demonstrations it has 250 examples, or 400."""
+    pairs = [{"input": [[i, i + 1]], "output": [[i + 1, i]]} for i in range(5)]
+    puzzle = PUZZLE | {"train": pairs}
+    (folder / "aa.json").write_text(json.dumps(puzzle))
+
+    task, _ = arc.load(str(folder), **settings)
+
+    assert "more than 375" in task.references["oracle"].note
 
 
 def test_the_papers_puzzles():
@@ -679,6 +736,15 @@ def test_a_picture_has_at_most_four_attempts_to_a_line():
     assert list(heights.values()) == [2, 4, 1]
 
 
+def test_a_picture_is_xml_whatever_a_name_holds():
+    task = arc.arc_task("mirror", MIRRORED, TESTS[:1])
+    attempts = {"\0a\x1b[2J\ufffe <b>": ["00\n00"]}
+
+    svg = ElementTree.fromstring(arc.picture(task, attempts))
+
+    assert [text.text for text in svg.iter(f"{SVG}text")][-1] == "?a?[2J? <b>, first"
+
+
 # ------------------------------------------------------------------------------- both programs
 
 GOOD = write_json_edit(["basic"], completion_only=True, lr=0.003, epochs=2)
@@ -688,15 +754,17 @@ TOO_MUCH = write_json_edit(["basic"], completion_only=True, lr=0.1, epochs=100)
 WRITTEN = [GOOD, UNREADABLE, ALSO_GOOD, TOO_MUCH]
 
 
-def scripted_edits(model, tok, tasks, sampling, seeds, adapters=None, progress=None):
+def scripted_edits(model, tok, tasks, sampling, seeds, adapters=None, progress=None, keep=None):
     """In place of sample_self_edits: these four, whatever the task, each of them with its EOS."""
     rows = []
-    for task in tasks:
+    for i, task in enumerate(tasks):
         row = []
         for j in range(sampling.n):
             text = WRITTEN[j % 4]
             row.append(read_self_edit(task, text, [*tok.encode(text), tok.eos]))
         rows.append(row)
+        if keep:
+            keep(i, row)
     return rows
 
 

@@ -11,7 +11,7 @@ import speed
 import suite
 from files import UserError
 from lora import Adapters
-from run import PRESETS
+from config import PRESETS
 
 FEW = "--jobs 2 --repeats 1 --scaling 2 8 --n-new 2".split()
 CPU = torch.device("cpu")

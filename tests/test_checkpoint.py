@@ -11,8 +11,10 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 
 import checkpoint
+import model
 from checkpoint import fetch, read_config
 from files import UserError, cli, read_json, replace_file
 from model import load_pretrained
@@ -140,6 +142,19 @@ def test_what_is_no_folder_and_no_hub_id(name):
     assert str(error.value) == f"{name}: no such folder (a hub id looks like owner/name)"
 
 
+@pytest.mark.parametrize("name", ["~nobody/x", "../nowhere", "a\0b", "x" * 5000])
+def test_a_name_that_is_hardly_one(name):
+    with pytest.raises(UserError, match="no such folder"):
+        fetch(name)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+
+    with pytest.raises(UserError, match="model.gguf is a file; a checkpoint is a folder of safete"):
+        fetch(tmp_path / "model.gguf")
+
+
 class Gated(GatedRepoError):
     def __init__(self):     # the real one wants an answer of the hub
         pass
@@ -241,6 +256,89 @@ def test_weights_that_are_no_safetensors_are_one_line(folder):
     assert_refused(folder, "model.safetensors is missing.*weights are read from safetensors only")
 
 
+def test_weights_of_another_format_are_named(folder):
+    for file in folder.glob("*"):
+        file.unlink()
+    (folder / "model.gguf").write_bytes(b"GGUF")
+
+    assert_refused(folder, "config.json is missing; 'model.gguf' is no help: weights are read from "
+                           "safetensors only")
+
+
+def test_weights_that_are_a_folder_are_one_line(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    (tmp_path / "m" / "model.safetensors").mkdir()
+
+    assert_refused(tmp_path / "m", "model.safetensors is missing; download the checkpoint again")
+
+
+@pytest.mark.parametrize("file", ["../a.safetensors", "/tmp/a.safetensors", "a.bin", 1, None])
+def test_an_index_names_files_of_its_folder(file, folder):
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": file}}))
+
+    assert_refused(folder, "index.json: .* is no name of a safetensors file")
+
+
+def test_layers_are_counted_before_a_model_is_built(folder, monkeypatch):
+    config = read_json(folder / "config.json") | {"num_hidden_layers": 1000}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(model, "Transformer", None)
+
+    assert_refused(folder, "tensor model.layers.3.. is missing: num_hidden_layers is 1000")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn])
+def test_weights_are_floating_point_numbers(dtype, tiny_folder, tmp_path):
+    damage_norm(tiny_folder, tmp_path / "m", lambda norm: norm.to(dtype))
+
+    assert_refused(tmp_path / "m", "model.safetensors: model.norm.weight has .*it must be .* F16, "
+                                   "BF16, F32 or F64")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weights_are_finite(value, dtype, tiny_folder, tmp_path):
+    damage_norm(tiny_folder, tmp_path / "m",
+                lambda norm: norm.to(dtype).index_fill(0, torch.tensor([5]), value))
+
+    assert_refused(tmp_path / "m", "model.safetensors: model.norm.weight holds NaN or infinity")
+
+
+def damage_norm(source, folder, change):
+    """Copy a checkpoint, one of its tensors changed."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = change(tensors["model.norm.weight"])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def empty_config(folder):
+    (folder / "config.json").write_text("")
+
+
+def half_the_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:9000])
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [empty_config, half_the_weights, no_weights])
+def test_a_run_s_own_checkpoint_is_made_again(damage, tiny_folder, tmp_path):
+    folder = tmp_path / "iter_2"
+    shutil.copytree(tiny_folder, folder)
+    damage(folder)
+    assert_refused(folder, "; download the checkpoint again")   # nothing shows that a run wrote it
+
+    (tmp_path / "rollouts.jsonl").touch()
+
+    assert_refused(folder, f"; delete {folder} and repeat the command$")
+
+
 def test_a_damaged_shard_is_one_line(folder):
     (shard,) = folder.glob("model-00002*")
     shard.write_bytes(b"\x10" * 100)
@@ -277,8 +375,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
 
 @pytest.mark.parametrize("change, words", [
     # What model.py does not implement.
-    ({"architectures": ["MambaForCausalLM"]}, "unsupported architecture: Mamba"),
-    ({"architectures": None}, r"unsupported architecture: \? "),
+    ({"architectures": ["MambaForCausalLM"]}, "unsupported architecture: .Mamba"),
+    ({"architectures": None}, r"unsupported architecture: .\?. "),
     ({"hidden_act": "gelu"}, "unsupported architecture: 'gelu'"),
     ({"rope_parameters": YARN}, "unsupported architecture: RoPE type 'yarn'"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
@@ -288,7 +386,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
     ({"mlp_bias": True}, "unsupported architecture: attention/mlp_bias"),
     ({"quantization_config": {"bits": 4}}, "unsupported architecture: quantised weights"),
     # What the weights do not fit.
-    ({"num_hidden_layers": 2}, "unexpected tensor model.layers.2"),
+    ({"num_hidden_layers": 2}, "unexpected tensor .model.layers.2"),
     ({"num_hidden_layers": 4}, "tensor model.layers.3.* is missing"),
     ({"intermediate_size": 128}, "has shape")])
 def test_a_config_that_does_not_fit_is_one_line(change, words, folder):
@@ -306,6 +404,50 @@ def test_a_config_without_a_key_is_one_line(key, folder):
     (folder / "config.json").write_text(json.dumps(config))
 
     assert_refused(folder, f"'{key}' is missing")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"num_hidden_layers": "12"},
+     "num_hidden_layers must be a whole number from 1 to 1000, not '12'"),
+    ({"num_hidden_layers": 10**7},
+     "num_hidden_layers must be a whole number from 1 to 1000, not 10000000"),
+    ({"vocab_size": True}, "vocab_size must be a whole number from 1 to 16777216, not True"),
+    ({"hidden_size": 2.0}, "hidden_size must be a whole number from 1 to 1048576, not 2.0"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads must be a whole number from 1 to 65536"),
+    ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads"),
+    ({"head_dim": 7}, "head_dim must be even"),
+    ({"hidden_size": 1, "head_dim": None}, "head_dim must be a whole number from 2 to 65536"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps must be a number from 1e-30 to 1, not 0"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number from 1e-30 to 1, not nan"),
+    ({"rope_parameters": {"rope_theta": 0}}, "rope_theta must be a number from 1e-30 to 1e.30, n"),
+    ({"rope_theta": -1.0, "rope_parameters": {}}, "rope_theta must be a number from 1e-30"),
+    ({"rope_theta": "1e4", "rope_parameters": {}}, "rope_theta must be a number from 1e-30"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+    ({"rope_parameters": LLAMA3_ROPE | {"factor": None}}, "'factor' is missing"),
+    ({"rope_parameters": LLAMA3_ROPE | {"factor": "8"}}, "factor must be a number from"),
+    ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 4.0}},
+     "low_freq_factor must be below high_freq_factor")])
+def test_a_field_of_another_kind_is_one_line(change, words, folder):
+    config = read_json(folder / "config.json") | change
+    (folder / "config.json").write_text(json.dumps(config))
+
+    assert_refused(folder, "config.json: " + words)
+
+
+@pytest.mark.parametrize("names", ["MambaForCausalLM", [], {}, [[]], [1], "a\nb"])
+def test_architectures_of_another_kind_are_one_line(names, folder):
+    config = read_json(folder / "config.json") | {"architectures": names}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    assert_refused(folder, "unsupported architecture: ")
+
+
+@pytest.mark.parametrize("rope", [[8.0], "yarn", 8.0, True])
+def test_rope_of_another_kind_is_one_line(rope, folder):
+    config = read_json(folder / "config.json") | {"rope_parameters": None, "rope_scaling": rope}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    assert_refused(folder, "unsupported architecture: RoPE type ")
 
 
 # ------------------------------------------------------------------------------- configurations
@@ -385,3 +527,35 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tiny, tmp_path, monkeypatch
     ids = torch.randint(0, 256, (1, 20))
     again = load_pretrained(tmp_path / "runs" / "out", "cpu")
     assert torch.equal(again(ids), tiny(ids))
+
+
+def test_a_draft_that_is_a_file_is_removed(tiny, tmp_path):
+    (tmp_path / "iter_1.tmp").write_text("x")
+
+    tiny.save_pretrained(tmp_path / "iter_1")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_1"]
+    load_pretrained(tmp_path / "iter_1", "cpu")
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tiny, tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(checkpoint, "sync", lambda path: synced.append((path, out.exists())))
+    out = tmp_path / "iter_1"
+
+    tiny.save_pretrained(out)
+
+    draft = tmp_path / "iter_1.tmp"
+    before = {path for path, named in synced if not named}
+    assert before == {draft, *(draft / path.name for path in out.iterdir())}
+    assert synced[-2:] == [(draft, False), (tmp_path, True)]
+
+
+def test_a_folder_in_place_of_a_tokenizer_s_file_is_not_copied(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "m")
+    (tmp_path / "m" / "special_tokens_map.json").mkdir()
+
+    load_pretrained(tmp_path / "m", "cpu").save_pretrained(tmp_path / "out")
+
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "special_tokens_map.json").exists()

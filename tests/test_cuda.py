@@ -14,7 +14,8 @@ from device import compiled
 from generate import Sampling
 from lora import PROJECTIONS, Adapters, Lora
 from memory import step_memory
-from model import Ribbon, load_pretrained
+from model import load_pretrained
+from ribbon import Ribbon
 from sft import Job, Recipe, sft
 from tests.helpers import mixed_jobs
 from tests.make_checkpoint import make_checkpoint

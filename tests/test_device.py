@@ -10,11 +10,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import generate
 import lora
 import model as transformer
+import ribbon as ribbon_file
 import update
 from device import flash_attention, fused, has_flash
 from generate import Sampling
 from lora import Adapters, Lora
-from model import Ribbon, load_pretrained
+from model import load_pretrained
+from ribbon import Ribbon
 from sft import sft
 from tests.helpers import ALL, CASES, mixed_jobs
 
@@ -157,7 +159,7 @@ def test_flash_attention_takes_the_ribbon_as_it_lies(tiny, monkeypatch):
         called.append(args)
         return by_sequence(*args)
 
-    monkeypatch.setattr(transformer, "has_flash", lambda x: True)
+    monkeypatch.setattr(ribbon_file, "has_flash", lambda x: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", op)
     h = tiny.hidden(ids, ribbon.position, ribbon.attend)
 
@@ -185,7 +187,7 @@ def test_a_cpu_has_no_flash_attention():
 
 def test_imitated_pads_are_masked_and_no_flash_attention(tiny, monkeypatch):
     from padding import PaddedRibbon
-    monkeypatch.setattr(transformer, "has_flash", lambda x: True)
+    monkeypatch.setattr(ribbon_file, "has_flash", lambda x: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", None)
     ribbon = PaddedRibbon([5, 7], [2, 0], torch.arange(12), "cpu")
 

@@ -389,3 +389,28 @@ def test_adapters_that_do_not_fit_together_answer_by_halves(model64, tok, monkey
     assert {i: outcome.answers for i, outcome in outcomes.items()} == {
         i: outcome.answers for i, outcome in expected.items()}
     assert "out of memory: going on with 2 at a time" in capsys.readouterr().out
+
+
+def test_a_self_edit_that_asks_for_too_much_is_refused(tiny, tok):
+    many = edit_of(*["ab"] * 30)
+    long = edit_of("x" * 400)
+    bounded = replace(RECIPE, epochs=3, batch=1, max_steps=80, max_tokens=1000)
+
+    with pytest.raises(ValueError, match="asks for 90 steps of training, more than 80"):
+        make_job(tiny, tok, many, 0, bounded)
+    with pytest.raises(ValueError, match=r"asks for 1\d\d\d tokens of training, more than 1000"):
+        make_job(tiny, tok, long, 0, bounded)
+    assert make_job(tiny, tok, many, 0, replace(bounded, max_steps=90)).steps == 90
+
+
+def test_a_batch_that_took_long_is_not_waited_for(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("inner_loop.time.time", lambda: clock[0])
+
+    def slowly():
+        for i in range(7):
+            clock[0] += 25.0
+            yield i
+
+    assert list(inner_loop.batched(slowly(), 100)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(inner_loop.batched(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]

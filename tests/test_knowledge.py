@@ -81,7 +81,7 @@ def test_the_passage_alone_is_there_to_compare_with(task):
 
 # ------------------------------------------------------------------------------- data files
 
-GOOD = {"title": "T", "context": "C", "questions": [{"question": "Q?", "answer": "A"}]}
+GOOD = {"title": "T", "context": "C", "questions": [{"question": "Q?", "answer": "Ob"}]}
 MALFORMED = [
     # The file.
     ("", "not readable as JSON"),
@@ -91,6 +91,9 @@ MALFORMED = [
     ([3], "record 0: not an object"),
     ([GOOD, GOOD | {"title": 5}], 'record 1: "title"'),
     ([GOOD | {"context": " "}], 'record 0: "context"'),
+    ([GOOD, GOOD | {"context": "a " * 500_001}], 'record 1: "context" .* 1,000,000 characters'),
+    ([GOOD | {"title": "a" * 1_000_001}], 'record 0: "title" .* 1,000,000 characters'),
+    ([GOOD | {"title": "a\ud800"}], "not readable as JSON"),
     ([{"title": "T", "context": "C"}], 'record 0: "questions"'),
     # A question.
     ([GOOD | {"questions": ["Q?"]}], "record 0: question 0 must have"),
@@ -133,6 +136,46 @@ def test_a_passage_without_questions_is_skipped_and_said(tmp_path):
     (line,) = lines
     assert "record 0" in line
     assert "no questions" in line
+
+
+def test_a_title_is_shown_as_far_as_it_can_be_printed(tmp_path):
+    path = tmp_path / "data.json"
+    title = "\x1b[2J\n" + "long " * 1000
+    path.write_text(json.dumps([GOOD | {"title": title, "questions": []}, GOOD]))
+    lines = []
+
+    knowledge.load(path, log=lines.append)
+
+    assert lines[0].isprintable()
+    assert len(lines[0]) < 200 + len(str(path))
+
+
+def with_answers(*answers):
+    return GOOD | {"questions": [{"question": "Q?", "answer": answer} for answer in answers]}
+
+
+@pytest.mark.parametrize("answer", ["the", "A", "!!!", "$", "a - an"])
+def test_a_gold_answer_that_no_rule_can_find_is_said(answer, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([GOOD, with_answers("Ob", answer)]))
+    lines = []
+
+    tasks = knowledge.load(path, log=lines.append)
+
+    assert len(tasks) == 2
+    assert lines == [f"note: {path}: record 1, question 1: gold answer {answer!r} has no word in "
+                     "it: no answer can be right"]
+    assert judges.RULES["rule"]([("Q?", answer, answer)]) == [False]
+
+
+def test_a_model_that_judges_may_find_an_answer_without_a_word(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([with_answers("$")]))
+    lines = []
+
+    knowledge.load(path, judge=lambda triples: [True] * len(triples), log=lines.append)
+
+    assert lines == []
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])

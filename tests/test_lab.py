@@ -92,6 +92,77 @@ def test_a_run_that_has_not_ended_is_an_error(tmp_path):
         call(curve, folder)
 
 
+def test_a_run_that_goes_on_is_only_read(tmp_path, capsys):
+    """Its last line may be half-written."""
+    folder = write_run(tmp_path / "run", [0.1, 0.2])
+    with (folder / "metrics.jsonl").open("a") as f:
+        f.write('{"iteration": 2, "eval_')
+    before = (folder / "metrics.jsonl").read_bytes()
+
+    call(curve, folder)
+
+    assert "0.100 -> 0.200" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+METRICS = {"iteration": 0, "eval_reward": 0.5, "eval_by_kind": {}, "made_of": {}, "baselines": []}
+
+
+@pytest.mark.parametrize("line", [
+    "{}", "[]", "null", "3", "x", "\0" * 9, "[" * 100_000,
+    *(json.dumps(METRICS | change) for change in (
+        {"iteration": 1}, {"eval_reward": None}, {"eval_reward": "x"},
+        {"eval_reward": float("nan")}, {"eval_reward": 10 ** 400},
+        {"eval_by_kind": []}, {"made_of": {"a": None}},
+        {"made_of": None}, {"baselines": 3}, {"baselines": [{"name": "passage only"}]}))])
+def test_a_damaged_line_of_metrics_is_one_line(line, tmp_path):
+    folder = write_run(tmp_path / "run", [0.1])
+    (folder / "metrics.jsonl").write_text(line + "\n")
+
+    with pytest.raises(UserError, match="metrics.jsonl, line 1: not a record") as error:
+        call(curve, folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", ["", "{}", "[]", "null", '{"iterations": "2"}'])
+def test_damaged_settings_are_one_line(config, tmp_path):
+    folder = write_run(tmp_path / "run", [0.1])
+    (folder / "config.json").write_text(config)
+
+    with pytest.raises(UserError, match="config.json: not "):
+        call(curve, folder)
+
+
+def test_a_folder_without_a_run_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="config.json is missing"):
+        call(curve, tmp_path)
+
+
+def test_runs_of_different_lengths_have_no_mean(tmp_path):
+    one = write_run(tmp_path / "one", [0.1, 0.2])
+    two = write_run(tmp_path / "two", [0.1, 0.2, 0.3], iterations=1, seed=1)
+
+    with pytest.raises(UserError, match="two: 3 iterations are measured, 2 in another run"):
+        call(curve, one, two)
+
+
+def test_a_kind_of_question_that_one_iteration_lacks_is_left_out(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", [0.1])
+    with (folder / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps(METRICS | {"iteration": 1}) + "\n")
+
+    call(curve, folder)
+
+    assert "forward" not in capsys.readouterr().out
+
+
+def test_what_run_adds_to_its_settings_sets_no_runs_apart(tmp_path):
+    one = write_run(tmp_path / "one", [0.1], content={"model": "aa"}, own={})
+    two = write_run(tmp_path / "two", [0.1], content={"model": "bb"}, own={}, seed=1)
+
+    assert list(curve.read_runs([one, two])) == ["all runs"]
+
+
 def test_the_floor_is_the_mean_of_training_on_the_passage_only(tmp_path):
     folders = [write_run(tmp_path / "a", [0.1]), write_run(tmp_path / "b", [0.1], seed=1)]
     groups = curve.read_runs(folders)
@@ -122,6 +193,26 @@ def test_curves_of_runs_are_drawn(runs, tmp_path, capsys):
                  "iteration of ReST-EM", "trained on the passage only"):
         assert f"<!-- {text} -->" in drawing
     assert drawing == (tmp_path / "again.svg").read_text()
+
+
+def test_a_drawing_is_xml_whatever_a_name_holds(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folders = [write_run(tmp_path / "one", [0.1]),
+               write_run(tmp_path / "two", [0.1], prompt="\0\x1b[2J $x$ <b> --")]
+
+    call(curve, *folders, "--svg", tmp_path / "curve.svg")
+
+    ElementTree.parse(tmp_path / "curve.svg")
+    assert "\x1b" not in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_drawing_needs_a_folder(tmp_path):
+    folder = write_run(tmp_path / "run", [0.1])
+
+    for file in (tmp_path / "none" / "curve.svg", tmp_path):
+        with pytest.raises(UserError, match="name a file, in a folder that is there"):
+            call(curve, folder, "--svg", file)
 
 
 def test_without_a_baseline_there_is_no_floor_in_the_drawing(runs, tmp_path):
@@ -201,8 +292,39 @@ def test_one_seed_tells_nothing_about_seeds(tmp_path, capsys):
 
 
 def test_a_run_without_rewards_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no rewards of training self-edits"):
+    with pytest.raises(UserError, match="rollouts.jsonl: no rewards of training self-edits"):
         call(reliability, tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"right": 5}, {"right": [5]}, {"right": [[]]}, {"right": [[None]]}, {"right": [[[]]]},
+    {"reward": None}, {"reward": float("nan")}, {"reward": 10 ** 400}, {"token_ids": None},
+    {"documents": "x"}, {"task": []}, {"iteration": None}, {"edit": "x"}])
+def test_a_damaged_rollout_is_one_line(change, tmp_path):
+    write_rollouts(tmp_path, [rollout(0, 0, [[True]], 3), rollout(0, 1, [[True]], 3) | change])
+
+    with pytest.raises(UserError, match="rollouts.jsonl, line 2: not a record") as error:
+        call(reliability, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_rollouts_with_different_numbers_of_seeds_are_one_line(tmp_path):
+    write_rollouts(tmp_path, [rollout(0, 0, [[True]], 3), rollout(0, 1, [[True], [True]], 3)])
+
+    with pytest.raises(UserError, match="rollouts.jsonl: iteration 0, task 0: .* seeds"):
+        call(reliability, tmp_path)
+
+
+def test_rollouts_of_a_run_that_goes_on_are_only_read(tmp_path, capsys):
+    write_rollouts(tmp_path, [rollout(0, 0, [[True]], 3)])
+    with (tmp_path / "rollouts.jsonl").open("a") as f:
+        f.write('{"iteration": 0, "spl')
+    before = (tmp_path / "rollouts.jsonl").read_bytes()
+
+    call(reliability, tmp_path)
+
+    assert "1 passages, 1 self-edits" in capsys.readouterr().out
+    assert (tmp_path / "rollouts.jsonl").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------- judges
@@ -260,6 +382,7 @@ def test_a_limit_takes_the_first_answers_of_each_method(verdicts_file, capsys):
 def test_a_model_and_an_endpoint_can_judge_as_well(verdicts_file, tiny_folder, monkeypatch, capsys):
     monkeypatch.setattr(judges, "model_judge", lambda model, tok, triples: [True] * len(triples))
     monkeypatch.setattr(judges, "openai", lambda triples: [False] * len(triples))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
 
     call(judges, verdicts_file, "--model", tiny_folder, "--openai")
 
@@ -271,14 +394,41 @@ def test_a_model_and_an_endpoint_can_judge_as_well(verdicts_file, tiny_folder, m
         "0.875", "0.875", "0.600", "0.000", "0.250", "0.000"]
 
 
-@pytest.mark.parametrize("content", [[], {}, [1], [{"title": "T"}],
-                                     [{"released": {"naive": {"edit": "x"}}}]])
+ANSWER = answered("Ob", "a", False, "b", True)
+
+
+def with_answer(answer):
+    return {"released": {"naive": {"answers": [answer]}}}
+
+
+@pytest.mark.parametrize("content", [
+    None, 3, [], {}, [1], [{"title": "T"}], [{"released": {}}], [{"released": {"naive": "x"}}],
+    [{"released": {"naive": {"edit": "x"}}}], [{"released": {"naive": {"answers": []}}}],
+    [with_answer(None)], [with_answer(ANSWER | {"gold": None})],
+    [with_answer(ANSWER | {"adapter": 5})], [with_answer(ANSWER | {"adapter_ok": "yes"})],
+    [with_answer(ANSWER), {"released": {"other": {"answers": [ANSWER]}}}]])
 def test_a_file_without_verdicts_is_an_error(content, tmp_path):
     path = tmp_path / "file.json"
     path.write_text(json.dumps(content))
 
     with pytest.raises(UserError, match="file.json: no released verdicts"):
         call(judges, path)
+
+
+def test_the_answer_that_is_wrong_is_named(tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps([with_answer(ANSWER), with_answer(ANSWER | {"gold": None})]))
+
+    with pytest.raises(UserError, match="record 1: 'naive', answer 0: must have strings"):
+        call(judges, path)
+
+
+@pytest.mark.parametrize("words", [["--limit", "0"], ["--limit", "-1"], ["--limit", "x"],
+                                   ["--lim", "3"]])
+def test_a_wrong_flag_is_one_line(words, verdicts_file, capsys):
+    with pytest.raises(SystemExit):
+        call(judges, verdicts_file, *words)
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_released_verdicts_are_the_released_figures(shared_data):

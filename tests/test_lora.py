@@ -11,7 +11,8 @@ import lora as program
 from files import UserError
 from lora import Adapters, Lora, Segments, low_rank
 from memory import on_host_if_full
-from model import Ribbon, load_pretrained
+from model import load_pretrained
+from ribbon import Ribbon
 from tests.helpers import ALL, CASES
 
 LORA = Lora(rank=4, alpha=8, targets=ALL)

@@ -15,7 +15,8 @@ from generate import Cache
 from lora import Adapters, Lora
 from memory import activation_memory, in_halves, on_host_if_full, step_memory
 from memory import auto_answering, auto_rows, auto_slots, free_memory
-from model import ModelConfig, Ribbon, Transformer, load_pretrained
+from model import ModelConfig, Transformer, load_pretrained
+from ribbon import Ribbon
 from plan import write_shape
 from sft import Engine, Job, sft
 from tests.helpers import ALL, CASES, RECIPE, mixed_jobs
@@ -378,3 +379,16 @@ def test_an_error_of_another_kind_is_raised(call):
 
     with pytest.raises(RuntimeError, match="device-side assert"):
         call(broken)
+
+
+@pytest.mark.parametrize("limit, used, free", [("1000", "300", 700), ("max", "300", float("inf")),
+                                               ("100", "300", 0), ("x", "y", float("inf"))])
+def test_a_containers_limit_counts(limit, used, free, tmp_path):
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text(used + "\n")
+
+    assert memory.free_in_container(tmp_path) == free
+
+
+def test_without_a_container_there_is_no_limit(tmp_path):
+    assert memory.free_in_container(tmp_path / "nowhere") == float("inf")

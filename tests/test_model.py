@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 import model as program
 from checkpoint import TOKENIZER_FILES
 from files import UserError
-from model import Ribbon, complete, like_lengths, load_pretrained
+from model import complete, load_pretrained
+from ribbon import Ribbon, like_lengths
 from tests.helpers import CASES
 from tests.make_checkpoint import make_checkpoint
 

@@ -255,6 +255,14 @@ def test_self_edits_that_say_nothing_do_not_stop_a_run(argv, varied_rewards, mon
     assert rank_of_change(run, 2) == 0
 
 
+def test_a_broken_policy_is_not_saved(argv, tmp_path):
+    """Its adapter may be finite and the merged model unusable all the same."""
+    with pytest.raises(UserError, match="M-step of round 1 diverged"):
+        run_it([*argv, "--outer-lr", "30", "--outer-epochs", "6"])
+
+    assert not list((tmp_path / "run").glob("iter_*"))
+
+
 def test_inner_loops_that_diverge_do_not_stop_a_run(argv, varied_rewards):
     run = run_it([*argv, "--inner-lr", "1e30", "--iterations", "1"])
 

@@ -9,7 +9,7 @@ import outer_loop
 import plan as program
 from files import UserError
 from plan import CARDS, GIB, hardware_table, plan, planner
-from run import Config, inner_recipe
+from config import Config, inner_recipe
 from tests.conftest import ROOT
 
 KNOWLEDGE = Config(model="qwen2.5-7b")

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,18 +14,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import inner_loop
 import outer_loop
-from files import UserError, cli
+from config import PRESETS, Config, flag
 from data import judges
 from data.judges import each
+from files import UserError, cli
 from generate import quiet
 from inner_loop import Answers
 from lora import PROJECTIONS, Lora
 from model import load_pretrained
-from run import PRESETS, Config, Lines, Meter, Records, Run, flag, score_edits, unadapted
+from run import Lines, Meter, Records, Run, score_edits, unadapted
 from sft import Recipe
+from tests.conftest import ROOT
 from tests.helpers import SMALL, even_length, parse, read_lines, run_it
 
 FIELDS = dataclasses.fields(Config)
@@ -179,7 +183,7 @@ def test_unknown_and_abbreviated_flags_are_errors(words, argv, capsys):
     (["--domain", "x"], "--domain 'x': choose among knowledge, arc, tinyworld, tinyarc"),
     (["--inner-schedule", "x"], "--inner-schedule 'x': choose among linear, cosine"),
     (["--select", "worst"], "--select 'worst': choose among best, solved, random"),
-    (["--tasks", "0"], "--tasks 0: must be more than 0"),
+    (["--tasks", "0"], "--tasks 0: must be 1 or more"),
     (["--clip", "-1"], "--clip -1.0: must be more than 0"),
     (["--model", ""], "--model is missing (-h explains)"),
     (["--eval-data", ""], "--eval-data is missing (-h explains)"),
@@ -202,7 +206,7 @@ def test_a_bad_flag_ends_the_program_with_status_1_and_no_traceback(argv):
     done = subprocess.run(command, capture_output=True, text=True)
 
     assert done.returncode == 1
-    assert done.stderr == "error: --tasks 0: must be more than 0\n"
+    assert done.stderr == "error: --tasks 0: must be 1 or more\n"
 
 
 def help_text(monkeypatch, capsys):
@@ -230,10 +234,10 @@ def test_help_shows_every_field_with_words_about_it(monkeypatch, capsys):
 
 @pytest.mark.parametrize("line", [
     "--model STR folder or hub id of a Llama, Qwen2/2.5 or Qwen3 checkpoint --domain",
-    "--inner-rank INT LoRA's rank (default: 32)",
-    "--inner-lr FLOAT learning rate, which falls to 0 (default: 0.001)",
+    "--inner-rank INT LoRA's rank (1 or more, at most 4096; default: 32)",
+    "--inner-lr FLOAT learning rate, which falls to 0 (more than 0; default: 0.001)",
     "--inner-targets NAME [NAME ...] adapted layers (default: q_proj v_proj)",
-    "--outer-rank INT LoRA's rank in the M-step (default: 64)",
+    "--outer-rank INT LoRA's rank in the M-step (1 or more, at most 4096; default: 64)",
     "--strict, --no-strict keep a self-edit only if it beats the un-adapted model (Eq. 2) --res"])
 def test_help_shows_a_fields_comment_and_its_default(line, monkeypatch, capsys):
     assert line in help_text(monkeypatch, capsys)
@@ -256,7 +260,8 @@ def spy_on_jobs(monkeypatch, module):
 # Every value differs from its default.
 BOTH = "--clip 0.5 --weight-decay 0.1 --slots 2"
 INNER = ("--inner-rank 2 --inner-alpha 12 --inner-targets q_proj k_proj --inner-lr 0.005 "
-         "--inner-schedule cosine --inner-warmup 2 --inner-epochs 3 --inner-batch 2 --pad-to 300")
+         "--inner-schedule cosine --inner-warmup 2 --inner-epochs 3 --inner-batch 2 --pad-to 300 "
+         "--max-steps 1000 --max-train-tokens 9000")
 OUTER = ("--outer-rank 3 --outer-alpha 5 --outer-targets o_proj up_proj --outer-lr 0.002 "
          "--outer-epochs 4 --outer-batch 6")
 
@@ -272,7 +277,7 @@ def test_the_flags_of_both_loops_reach_their_jobs(argv, varied_rewards, monkeypa
         assert job.recipe == Recipe(
             Lora(rank=2, alpha=12, targets=["q_proj", "k_proj"]), lr=0.005, epochs=3, batch=2,
             schedule="cosine", warmup=2, completion_only=False, clip=0.5, weight_decay=0.1,
-            pad_to=300, slots=2)
+            pad_to=300, slots=2, max_steps=1000, max_tokens=9000)
     assert len(outer_jobs) == 1
     assert outer_jobs[0].recipe == Recipe(
         Lora(rank=3, alpha=5, targets=["o_proj", "up_proj"]), lr=0.002, epochs=4, batch=6,
@@ -363,9 +368,11 @@ def test_rewording_an_arm_s_name_changes_no_draw(argv):
 def test_a_runs_folder_holds_all_of_it(whole):
     names = {path.name for path in whole.folder.iterdir()}
 
-    assert names == {"config.json", "edits.jsonl", "rollouts.jsonl", "metrics.jsonl", "iter_1",
+    assert names == {".lock", "config.json", "edits.jsonl", "rollouts.jsonl", "metrics.jsonl",
+                     "iter_1",
                      "iter_2"}
-    assert json.loads((whole.folder / "config.json").read_text()) == vars(whole.cfg)
+    config = json.loads((whole.folder / "config.json").read_text())
+    assert vars(whole.cfg).items() <= config.items()
     assert read_lines(whole.folder / "edits.jsonl") == whole.edits.records
     assert read_lines(whole.folder / "rollouts.jsonl") == whole.rollouts.records
     assert read_lines(whole.folder / "metrics.jsonl") == whole.metrics.records
@@ -553,11 +560,145 @@ def test_a_killed_run_resumes_to_the_same_result(argv, tmp_path):
     assert_same(Run(parse(argv)), Run(parse(left_alone)))
 
 
-def test_other_settings_are_refused(argv):
-    Run(parse(argv))
+def settled(argv, program="outer_loop", **own):
+    """A run with these flags that is about to compute something."""
+    run = Run(parse(argv))
+    run.settle(program, **own)
+    return run
 
-    with pytest.raises(UserError, match=r"holds a run with other settings \(seed: 0, keep: 1\)"):
-        Run(parse([*argv, "--seed", "1", "--keep", "2"]))
+
+@pytest.fixture()
+def begun(argv):
+    """The folder of a run that has computed something; the flags of that run."""
+    run = settled(argv, edits_from=["a"])
+    run.edits.add({"iteration": 0, "split": "eval", "task": 0, "edit": 0, "text": "",
+                   "token_ids": []})
+    return run.folder
+
+
+def test_self_edits_are_kept_while_others_are_written(argv, tmp_path, varied_rewards):
+    """A kill in the middle of sampling loses none that was finished."""
+    argv = [*argv, "--tasks", "5", "--rows", "3"]     # a task at a time
+    whole = run_it([*argv, "--run-dir", str(tmp_path / "whole")])
+    add = Records.add
+
+    def killed(records, *new):
+        add(records, *new)
+        if len(records.records) >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Records, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_it(argv)
+    gc.collect()
+    kept = read_lines(tmp_path / "run" / "edits.jsonl")
+    assert len(kept) >= 8
+    assert {r["split"] for r in kept} == {"eval", "train"}
+
+    assert_same(run_it(argv), whole)
+
+
+def test_other_settings_are_refused(argv, begun):
+    with pytest.raises(UserError, match=r"holds a run with other settings \(keep: 1, seed: 0\)"):
+        settled([*argv, "--seed", "1", "--keep", "2"])
+
+
+@pytest.mark.parametrize("words", ["--slots 3", "--rows 2", "--recompute", "--device cpu",
+                                   "--verbose", "--iterations 7"])
+def test_machine_and_length_are_no_part_of_what_a_run_is(words, argv, begun):
+    settled([*argv, *words.split()])
+
+
+def test_another_program_or_another_file_of_its_own_is_refused(argv, begun):
+    with pytest.raises(UserError, match="program: 'outer_loop'"):
+        settled(argv, "eval single")
+    with pytest.raises(UserError, match="edits_from: another"):
+        settled(argv, edits_from=["b"])
+
+
+def test_data_and_model_are_known_by_their_content(argv, begun, tmp_path, tiny_folder):
+    """Moved they are the same; changed at their place they are others."""
+    moved = list(argv)
+    for name in ("--train-data", "--eval-data"):
+        i = moved.index(name) + 1
+        moved[i] = shutil.copy(moved[i], tmp_path / f"moved{i}.json")
+    i = moved.index("--model") + 1
+    moved[i] = str(shutil.copytree(moved[i], tmp_path / "moved"))
+    settled(moved)
+
+    records = json.loads((tmp_path / "moved5.json").read_text())
+    (tmp_path / "moved5.json").write_text(json.dumps(records[::-1]))
+    with pytest.raises(UserError, match="eval_data: another"):
+        settled(moved)
+    weights = load_file(tmp_path / "moved" / "model.safetensors")
+    save_file({name: x + 1 for name, x in weights.items()}, tmp_path / "moved/model.safetensors",
+              {"format": "pt"})
+    with pytest.raises(UserError, match="eval_data: another, model: another"):
+        settled(moved)
+
+
+def test_a_moved_run_resumes(argv, begun, tmp_path):
+    moved = list(argv)
+    moved[moved.index("--run-dir") + 1] = str(begun.rename(tmp_path / "elsewhere"))
+
+    assert len(settled(moved).edits.records) == 1
+
+
+def test_a_setting_that_an_older_run_lacks_has_its_default(argv, begun):
+    config = json.loads((begun / "config.json").read_text())
+    for name in ("max_steps", "program", "own", "content"):
+        del config[name]
+    (begun / "config.json").write_text(json.dumps(config))
+    settled(argv)
+
+    with pytest.raises(UserError, match="max_steps: 2000"):
+        settled([*argv, "--max-steps", "7"])
+
+
+def test_a_mistaken_first_command_blocks_nothing(argv):
+    """Until something is computed, a folder is nobody's."""
+    with pytest.raises(UserError, match="typo.json is missing"):
+        run_it([*argv, "--eval-data", "typo.json"])
+    settled([*argv, "--seed", "5"])
+
+    run_it(argv)
+
+
+def test_two_processes_do_not_share_a_folder(argv):
+    program = ("import sys; from files import cli; from tests.helpers import run_it; "
+               "cli(lambda: run_it(sys.argv[1:]))")
+    run = Run(parse(argv))
+
+    done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True,
+                          cwd=ROOT)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: another process is at work in {run.folder}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name, line, problem", [
+    ("edits.jsonl", "{", "line 2"), ("edits.jsonl", "[]", "line 2"), ("edits.jsonl", "", "line 2"),
+    ("edits.jsonl", '{"iteration": 0, "split": "eval", "task": 0, "edit": 0}', "a second one"),
+    ("rollouts.jsonl", '{"iteration": 0}', "'task'"), ("metrics.jsonl", "null", "line 1"),
+    ("metrics.jsonl", '{"iteration": 1, "eval_reward": 1}', "iteration 1 after 0 lines"),
+    ("metrics.jsonl", '{"iteration": 0, "eval_reward": null}', "line 1")])
+def test_a_damaged_record_is_named_by_file_and_line(name, line, problem, argv, begun):
+    with (begun / name).open("a") as f:
+        f.write(line + "\n")
+
+    with pytest.raises(UserError, match=rf"{name}, line \d.*restore it, or delete") as stopped:
+        Run(parse(argv))
+    assert problem in str(stopped.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "\x00"])
+def test_a_damaged_config_is_one_line(text, argv, begun):
+    (begun / "config.json").write_text(text)
+
+    with pytest.raises(UserError, match="config.json: not"):
+        settled(argv)
 
 
 def test_more_iterations_and_more_words_may_be_asked_for(argv):
@@ -690,13 +831,26 @@ def test_the_model_that_judges_is_the_base_in_every_iteration(argv, tiny_folder,
 
 
 def test_verdicts_of_a_service_are_kept_in_the_runs_folder(argv, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
     cfg = parse([*argv, "--judge", "openai"])
     triples = [("q", "gold", "even"), ("q", "gold", "odd")]
 
-    monkeypatch.setattr(judges, "openai", each(even_length))
+    def verdicts(triples):
+        return [(triple, even_length(*triple)) for triple in triples]
+
+    monkeypatch.setattr(judges, "openai_verdicts", verdicts)
     assert Run(cfg).judge(triples) == [True, False]
-    monkeypatch.setattr(judges, "openai", None)     # a resumed run asks about nothing twice
+    monkeypatch.setattr(judges, "openai_verdicts", None)    # resumed, it asks about nothing twice
     assert Run(cfg).judge(triples) == [True, False]
 
     kept = read_lines(Run(cfg).folder / "judge.jsonl")
-    assert kept == [[list(triples[0]), True], [list(triples[1]), False]]
+    who = "gpt-4.1 at https://api.openai.com/v1"
+    assert kept == [{"judge": who, "triple": list(triples[0]), "verdict": True},
+                    {"judge": who, "triple": list(triples[1]), "verdict": False}]
+
+
+def test_a_missing_key_is_said_before_anything_is_computed(argv, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    with pytest.raises(UserError, match="needs OPENAI_API_KEY"):
+        Run(parse([*argv, "--judge", "openai"]))

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from files import UserError
-from tokenizer import LLAMA3, Tokenizer
+from tests.make_checkpoint import make_checkpoint
+from tokenizer import LLAMA3, LONGEST, Tokenizer, pieces
 
 # ------------------------------------------------------------------------------- texts
 
@@ -210,6 +211,32 @@ def test_newlines_of_a_real_vocabulary_are_in_many_tokens(qwen):
     assert newlines.isdisjoint(tok.encode("a b."))
 
 
+# ------------------------------------------------------------------------------- long blanks
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\t", "\r\n", " \n", "\u3000"])
+@pytest.mark.parametrize("which", ["tiny_folder", "llama3"])
+def test_millions_of_blanks_are_text_like_any_other(blank, which, request):
+    """tiktoken gives up at a million in a row, with an error that no `except Exception` catches."""
+    tok = Tokenizer.from_pretrained(request.getfixturevalue(which))
+    text = "a" + blank * (2_100_000 // len(blank)) + "b"
+
+    assert tok.decode(tok.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "a", " ", "a b\n", " " * LONGEST, "a" * 3 * LONGEST,
+                                  ("word " * 9 + "\n") * 10_000, (" " * LONGEST + "x") * 3])
+def test_ordinary_text_is_in_one_piece(text, tok):
+    assert pieces(text) == [text]
+    assert tok.encode(text) == tok.encoding.encode_ordinary(text)
+
+
+def test_long_blanks_are_cut():
+    text = "ab" + " " * (2 * LONGEST + 1) + "c"
+
+    assert pieces(text) == ["ab" + " " * LONGEST, " " * LONGEST, " c"]
+    assert pieces(text[2:-2]) == [" " * LONGEST, " " * LONGEST]
+
+
 # ------------------------------------------------------------------------------- chat
 
 def test_chat_is_for_chat_models(qwen, tmp_path):
@@ -293,7 +320,34 @@ def other_alphabet(spec):
     spec["model"]["vocab"]["\u2581the"] = 300
 
 
+def other_expression(spec):
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+        split, {"type": "ByteLevel", "use_regex": False}]}
+
+
+def ids_twice(spec):
+    spec["model"]["vocab"]["!"] = spec["model"]["vocab"]["a"]
+
+
+def id_of_a_special_token_twice(spec):
+    spec["added_tokens"][0]["id"] = 0
+
+
+def an_id_in_quotes(spec):
+    spec["model"]["vocab"]["!"] = "0"
+
+
+def no_vocabulary(spec):
+    spec["model"]["vocab"] = {}
+
+
 @pytest.mark.parametrize("change, words", [
+    (other_expression, "pre-tokenizer .* is not implemented, or its expression is not"),
+    (ids_twice, "each token must have an id of its own"),
+    (id_of_a_special_token_twice, "each token must have an id of its own"),
+    (an_id_in_quotes, "each token must have an id of its own"),
+    (no_vocabulary, "each token must have an id of its own"),
     (other_model, "only byte-level BPE"),
     (other_normaliser, "NFC or no normaliser"),
     (other_pre_tokenizer, "pre-tokenizer .'Whitespace'. is not implemented"),
@@ -318,3 +372,66 @@ def test_a_sentencepiece_file_is_refused(tmp_path):
 def test_no_tokenizer_at_all(tmp_path):
     with pytest.raises(UserError, match="neither tokenizer.json nor tokenizer.model"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------------------------- what must fit
+
+@pytest.fixture()
+def chat_folder(tmp_path):
+    return make_checkpoint(tmp_path / "m", end="<|im_end|>")
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def assert_refused(folder, words):
+    with pytest.raises(UserError, match=words) as error:
+        Tokenizer.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("eos", ["2", "<|im_end|>", -1, 264, 10**30, 1.0, True, {}, [256, "2"]])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_end_is_an_id_of_the_vocabulary(eos, file, chat_folder):
+    (chat_folder / "generation_config.json").write_text("{}")
+    change_json(chat_folder / file, eos_token_id=eos)
+
+    assert_refused(chat_folder, f"/{file}: eos_token_id must be ids < 264, not ")
+
+
+@pytest.mark.parametrize("size", [1, 97, 255, 258])
+def test_a_vocabulary_larger_than_the_model_s_is_refused(size, chat_folder):
+    change_json(chat_folder / "config.json", vocab_size=size, eos_token_id=None)
+
+    assert_refused(chat_folder, "tokenizer and weights do not belong together: it has id 258, "
+                                f"config.json's vocab_size is {size}")
+
+
+def test_ids_that_are_never_used_may_lie_beyond_the_model(chat_folder):
+    """Checkpoints have been published with a padding token that the embedding lacks."""
+    spec = json.loads((chat_folder / "tokenizer.json").read_text())
+    spec["added_tokens"].append({"id": 5000, "content": "<pad>"})
+    (chat_folder / "tokenizer.json").write_text(json.dumps(spec))
+
+    assert Tokenizer.from_pretrained(chat_folder).prompt("a") is not None
+
+
+@pytest.mark.parametrize("end, token", [
+    ("<|im_end|>", "<|im_start|>"), ("<|im_end|>", "<|im_end|>"),
+    ("<|eot_id|>", "<|end_header_id|>")])
+def test_a_chat_model_needs_its_tokens(end, token, tmp_path):
+    folder = make_checkpoint(tmp_path / "m", end=end, vocab_size=300)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != token]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+
+    assert_refused(folder, "tokenizer.json: token .* is missing, as this is a chat model")
+
+
+@pytest.mark.parametrize("token", [1, [], True, {"content": 5}, {"content": []}])
+@pytest.mark.parametrize("key", ["eos_token", "bos_token"])
+def test_a_special_token_is_text(key, token, chat_folder):
+    change_json(chat_folder / "tokenizer_config.json", **{key: token})
+
+    assert_refused(chat_folder, f"tokenizer_config.json: {key} must be the text of a token, not ")
