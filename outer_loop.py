@@ -16,14 +16,15 @@ import time
 
 import numpy as np
 
+import page
 import team
+from config import Config, add_flags, outer_recipe, read_flags
 from files import Parser, UserError, cli
 from inner_loop import in_prompt
 from lora import Adapters
 from memory import peak_memory
 from plan import plan
 from report import iteration_line, round_line, summary
-from config import Config, add_flags, outer_recipe, read_flags
 from run import Meter, Run
 from run import sample_edits, score_edits, unadapted
 from selfedit import SelfEdit, Task, seed_for
@@ -177,6 +178,7 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
         "seconds": round(time.time() - run.begin, 1)}
     if team.RANK == 0:
         run.metrics.add(metrics)
+        page.write(run.folder)          # report.html, to look at
     else:
         run.metrics.records.append(metrics)
     run.log(iteration_line(metrics))
@@ -232,7 +234,7 @@ def main():
     held_out = rest_em(cfg, run)
     run.log("\n" + summary(run, held_out))
     run.log(f"\n{time.time() - run.begin:.0f} s, peak memory {peak_memory() / 2 ** 30:.1f} GiB; "
-            f"everything is in {run.folder}: read its rollouts.jsonl")
+            f"look at {run.folder}/report.html")
 
 
 if __name__ == "__main__":

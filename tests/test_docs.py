@@ -63,7 +63,7 @@ def names_of(path):
 
 @pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
 def test_every_file_that_is_named_exists(document):
-    made_by_a_run = {"config.json", "edits.jsonl", "rollouts.jsonl", "metrics.jsonl"}
+    made_by_a_run = {"report.html", "config.json", "edits.jsonl", "rollouts.jsonl", "metrics.jsonl"}
     files = {name for name in names_of(document) if re.search(r"\.(py|json|jsonl|svg|md)$", name)}
 
     missing = [name for name in files - made_by_a_run if not (ROOT / name).exists()]
@@ -85,7 +85,7 @@ def test_every_function_that_is_named_exists(document):
     missing = []
     for name in names_of(document):
         owner, _, attribute = name.partition(".")
-        if owner in owners and attribute and attribute not in ("py", "json"):
+        if owner in owners and attribute and attribute not in ("py", "json", "html"):
             if not hasattr(owners[owner], attribute.split(".")[0]):
                 missing.append(name)
 

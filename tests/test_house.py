@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ["files", "checkpoint", "team", "device", "memory", "stats", "tokenizer", "ribbon",
           "model", "generate", "lora", "padding", "packing", "update", "sft", "selfedit",
           "data.judges", "data.knowledge", "data.arc", "data.tinyworld", "data.tinyarc",
-          "data.pretrain_tiny", "inner_loop", "config", "run", "plan", "report",
+          "data.pretrain_tiny", "inner_loop", "config", "run", "plan", "report", "page",
           "outer_loop", "speed", "suite", "eval", "bench", "lab.curve", "lab.reliability",
           "lab.judges"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]

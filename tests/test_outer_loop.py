@@ -488,7 +488,7 @@ def test_the_program_prints_a_summary_and_with_verbose_its_settings(words, setti
 
     out = capsys.readouterr().out
     assert "\nwith a self-edit 0.000 -> 0.000\n" in out
-    assert "everything is in" in out.splitlines()[-1]
+    assert "report.html" in out.splitlines()[-1]
     shown = re.search("^ +inner_rank 4$", out, re.MULTILINE)
     assert bool(shown) == settings
 

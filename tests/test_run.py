@@ -369,7 +369,7 @@ def test_a_runs_folder_holds_all_of_it(whole):
     names = {path.name for path in whole.folder.iterdir()}
 
     assert names == {".lock", "config.json", "edits.jsonl", "rollouts.jsonl", "metrics.jsonl",
-                     "iter_1",
+                     "report.html", "iter_1",
                      "iter_2"}
     config = json.loads((whole.folder / "config.json").read_text())
     assert vars(whole.cfg).items() <= config.items()

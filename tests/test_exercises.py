@@ -1,0 +1,225 @@
+"""The exercises: the project's own functions pass, the stubs don't; each bug shows somewhere."""
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import outer_loop
+from exercises import bugs, tiny
+from generate import Sampling
+from inner_loop import ask, grade_all
+from lora import PROJECTIONS, Adapters, Lora
+from outer_loop import m_step, rest_em
+from run import Run
+from selfedit import SelfEdit, sample_self_edits
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# ------------------------------------------------------------------------------- exercises
+
+
+def check(which):
+    """What pytest says of exercises/check.py."""
+    env = os.environ | {"EXERCISES": which, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    command = [sys.executable, "-m", "pytest", "exercises/check.py", "-q", "--tb=line", "-rf",
+               "-p", "no:cacheprovider"]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_the_projects_own_functions_pass():
+    done = check("solutions")
+
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_every_test_of_the_stubs_fails_and_says_why():
+    done = check("")
+
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert len(failed) >= 40
+    assert re.search(rf"^{len(failed)} failed in ", done.stdout, re.MULTILINE)   # none passed
+    for line in failed:
+        number = re.search(r"::Test(\d\d)", line)[1]
+        assert line.endswith(f"NotImplementedError: exercise {int(number)}")
+    assert {re.search(r"::Test(\d\d)", line)[1] for line in failed} == {
+        f"{number:02}" for number in range(1, 13)}
+
+
+def test_a_plain_pytest_does_not_collect_them():
+    assert "testpaths = tests\n" in (ROOT / "pytest.ini").read_text()
+    assert not list((ROOT / "exercises").glob("test_*.py"))
+
+
+def test_lines_are_short():
+    for path in (ROOT / "exercises").glob("*.py"):
+        assert max(map(len, path.read_text().splitlines()), default=0) <= 100, path
+
+
+# ------------------------------------------------------------------------------- bugs
+
+VAGUE = "It is a fine town to live in."
+
+
+def with_and_without(bug, measure):
+    """What is measured without the bug and with it. Nothing raises."""
+    right = measure()
+    with bug():
+        wrong = measure()
+    assert measure() == right       # the patch is gone
+    return right, wrong
+
+
+def vague_outcomes(n=4):
+    """(accuracy, mean last loss, mean first loss) of towns trained on their passage alone."""
+    tasks = tiny.towns(n)
+    outcomes = tiny.outcomes_of(tasks, [VAGUE] * n)
+    first, last = (sum(o.losses[0][k] for o in outcomes) / n for k in (0, 1))
+    return tiny.accuracy(tasks, outcomes), first, last
+
+
+def test_there_are_eight_and_each_is_explained():
+    answers = (ROOT / "exercises" / "bugs_answers.md").read_text()
+
+    assert sorted(bugs.BUGS) == list(range(1, 9))
+    for number, bug in bugs.BUGS.items():
+        assert f"| {number} | `{bug.__name__}` |" in answers
+
+
+def test_learned_pads_start_at_a_high_loss_and_teach_little():
+    right, wrong = with_and_without(bugs.pads_learned, lambda: vague_outcomes(2))
+
+    assert wrong[1] > right[1] + 3
+    assert wrong[0] < right[0] - 0.1
+
+
+def test_a_wrong_scale_begins_at_the_same_loss_and_ruins_the_adapter():
+    right, wrong = with_and_without(bugs.wrong_scale, vague_outcomes)
+
+    assert wrong[1] == right[1]         # B is zero at first, whatever the scale
+    assert wrong[0] < right[0] - 0.2
+
+
+def test_leaked_questions_make_empty_notes_perfect():
+    right, wrong = with_and_without(bugs.question_leaked, vague_outcomes)
+
+    assert right[0] < 0.65
+    assert wrong[0] > 0.9
+
+
+def test_a_hacked_judge_is_pleased_with_the_model_as_it_is():
+    model, tok = tiny.load()
+
+    def unadapted():
+        tasks = tiny.towns(6)
+        (answers,) = ask(model, tok, [tasks], tiny.ANSWERING)
+        right = sum(grade_all(tasks, [answer.texts for answer in answers]), [])
+        return sum(right) / len(right)
+
+    right, wrong = with_and_without(bugs.hacked_judge, unadapted)
+
+    assert right < 0.1
+    assert wrong > 0.3
+
+
+def test_ties_by_position_keep_the_shortest_though_no_reward_differs():
+    edits = [[SelfEdit("text", [1] * length, ["text"]) for length in (30, 50, 10, 20)]] * 5
+
+    def kept_tokens():
+        kept = outer_loop.select(tiny.CONFIG, [[0.5] * 4] * 5, edits, [0] * 5, t=0)
+        return sum(len(edits[i][j].token_ids) for i, j in kept) / len(kept)
+
+    right, wrong = with_and_without(bugs.ties_by_position, kept_tokens)
+
+    assert (right, wrong) == (40, 15)       # keep is 2: the first two, the shortest two
+
+
+def test_a_merge_in_bfloat16_is_not_what_was_trained():
+    base, _ = tiny.load()
+    ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(0))
+
+    def gap():
+        """Between the adapter's logits and those of the merged weights."""
+        model = copy.deepcopy(base)
+        adapters = Adapters(model, Lora(4, 4, PROJECTIONS), 1)
+        adapters.flat.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+        with adapters.route([ids.numel()]):
+            routed = model(ids)
+        adapters.merge(0)
+        return (model(ids) - routed).abs().max().item()
+
+    right, wrong = with_and_without(bugs.merge_in_bfloat16, gap)
+
+    assert right < 1e-3
+    assert wrong > 1e-2
+
+
+def test_without_eos_the_policy_forgets_to_stop():
+    base, tok = tiny.load()
+    tasks = tiny.towns(24, "train")
+    sampling = Sampling(160, n=1, temperature=0.8, top_p=0.95)
+    kept = []
+    for task, (edit,) in zip(tasks, sample_self_edits(base, tok, tasks, sampling,
+                                                      [[i] for i in range(24)])):
+        kept.append((task, edit))
+
+    def surprise_at_eos():
+        """Mean -log p(EOS) at the end of these self-edits, after an M-step on them."""
+        model = copy.deepcopy(base)
+        run = SimpleNamespace(tok=tok, log=lambda line: None)
+        m_step(replace(tiny.CONFIG, outer_lr=1e-2), run, model, kept, 0)
+        found = []
+        for task, edit in kept[:8]:
+            ids = torch.tensor(tok.prompt(task.prompt) + edit.token_ids)
+            log_p = model(ids[None])[0, -2].log_softmax(-1)
+            found.append(-log_p[tok.eos].item())
+        return sum(found) / len(found)
+
+    right, wrong = with_and_without(bugs.eos_missing, surprise_at_eos)
+
+    assert wrong > right + 0.5
+
+
+def test_a_stale_policy_writes_the_same_after_the_m_step(tmp_path):
+    def texts(folder):
+        """What the held-out towns' self-edits are before and after one round, at temperature 0."""
+        cfg = replace(tiny.CONFIG, iterations=1, tasks=8, edits=1, keep=1, eval_tasks=3,
+                      eval_edits=1, baselines=False, temperature=0.0, outer_lr=1e-2,
+                      inner_epochs=1, run_dir=str(tmp_path / folder))
+        run = Run(cfg)
+        rest_em(cfg, run)
+        return [[r["text"] for r in run.edits.of(t, "eval")] for t in (0, 1)]
+
+    before, after = texts("right")
+    assert before != after
+    with bugs.stale_policy():
+        before, after = texts("wrong")
+    assert before == after
+
+
+def test_a_bug_can_be_run_by_its_number(tmp_path):
+    """python -m exercises.bugs N, with the flags of outer_loop.py."""
+    small = ("--iterations 0 --eval-tasks 2 --eval-edits 1 --no-baselines --inner-epochs 1 "
+             f"--device cpu --run-dir {tmp_path / 'run'}")
+
+    done = subprocess.run([sys.executable, "-m", "exercises.bugs", "3", *small.split()], cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    (metrics,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert metrics["eval_unadapted"] > 0.2      # 3 is the hacked judge
+
+
+def test_an_unknown_bug_is_a_line():
+    done = subprocess.run([sys.executable, "-m", "exercises.bugs", "9"], cwd=ROOT,
+                          capture_output=True, text=True)
+
+    assert done.returncode == 1
+    assert done.stderr == "which bug? 1 to 8, then the flags of outer_loop.py\n"
