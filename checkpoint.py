@@ -232,3 +232,35 @@ def write_checkpoint(folder, config, tensors, tokenizer_from=None):
         sync(path)
     draft.rename(folder)
     sync(folder.parent)
+
+
+def read_adapter(folder):
+    """A LoRA adapter in PEFT's layout: (rank, alpha, targets, {layer: (A (r, in), B (out, r))}).
+
+    UserError if it is none, or does what lora.py does not."""
+    folder = Path(folder)
+    config = read_object(folder / "adapter_config.json")
+    rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    plain = (config.get("peft_type") == "LORA" and not config.get("use_rslora")
+             and not config.get("use_dora") and not config.get("rank_pattern")
+             and not config.get("alpha_pattern") and config.get("bias", "none") == "none")
+    sound = (type(rank) is int and rank > 0 and type(alpha) in (int, float)
+             and isinstance(targets, list) and targets and all(type(t) is str for t in targets))
+    if not (plain and sound):
+        raise UserError(f"{folder}/adapter_config.json: not a plain LoRA adapter (r, lora_alpha, a "
+                        "list of target_modules; no biases, no variants)")
+    halves = {}
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; an adapter is read from safetensors only")
+    try:
+        with safe_open(path, "pt") as f:
+            for name in f.keys():
+                layer, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
+                halves.setdefault(layer, {})[half] = f.get_tensor(name).float()
+        layers = {layer: (half["A.weight"], half["B.weight"]) for layer, half in halves.items()}
+    except (SafetensorError, KeyError) as e:
+        raise UserError(f"{path} is damaged ({str(e)!r:.200})") from None
+    if not all(half.isfinite().all() for pair in layers.values() for half in pair):
+        raise UserError(f"{path} holds NaN or infinity")
+    return rank, alpha, targets, layers

@@ -15,7 +15,7 @@ import torch
 
 from checkpoint import EMBEDDED
 from data import arc, judges, knowledge, tinyarc, tinyworld
-from files import UserError
+from files import UserError, fingerprint
 from lora import PROJECTIONS, Lora
 from selfedit import PROMPTS
 from sft import Recipe
@@ -33,7 +33,7 @@ class Config:
     domain: str = "knowledge"       # where tasks come from: knowledge, arc, tinyworld, tinyarc
     train_data: str = ""            # JSON list of passages to learn from, or source of puzzles
     eval_data: str = ""             # the same, held out
-    run_dir: str = ""               # the run's folder; default: runs/PRESET
+    run_dir: str = ""               # the run's folder; default: runs/PRESET-what-differs
     seed: int = 0                   # of everything that is drawn at random
     verbose: bool = False           # print the settings, and a line for each self-edit
 
@@ -122,6 +122,10 @@ class Config:
             raise UserError(f"--device {self.device}: there is no such device here (cpu, or cuda "
                             "with a GPU and a torch that is built for it)")
 
+
+# What may change in the middle of a run: where it is, the machine, how much is shown, more rounds.
+FREE = {"run_dir", "iterations", "verbose", "device", "slots", "rows", "recompute",
+        "model", "train_data", "eval_data"}     # these three are known by their content
 
 PRESETS = {
     # The embedded checkpoint and its world. Chosen on other towns than are reported.
@@ -237,12 +241,25 @@ def add_flags(parser):
         parser.add_argument(flag(f.name), default=None, help=shown.replace("%", "%%"), **kind)
 
 
+def default_folder(args, given) -> str:
+    """runs/tiny, or runs/tiny-seed1: its name says what differs from the preset, so that another
+    experiment has another folder."""
+    words = [getattr(args, "folder", args.preset)]
+    usual = vars(Config()) | PRESETS[args.preset]
+    for name, value in sorted(given.items()):
+        if name not in FREE and value != usual[name]:
+            value = "-".join(value) if isinstance(value, list) else value
+            words.append(name if value is True else f"{name}{value}")
+    slug = re.sub(r"[^\w.-]+", "_", "-".join(words))
+    return f"runs/{slug}" if len(slug) < 80 else f"runs/{slug[:60]}-{fingerprint(slug)[:6]}"
+
+
 def read_flags(args, needed) -> Config:
     """A Config from parsed flags. UserError: a value is wrong, or a `needed` one is missing."""
     names = [f.name for f in dataclasses.fields(Config)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     cfg = Config(**PRESETS[args.preset] | given)
-    cfg.run_dir = cfg.run_dir or f"runs/{args.preset}"
+    cfg.run_dir = cfg.run_dir or default_folder(args, given)
     for name in needed:
         if not getattr(cfg, name):
             raise UserError(f"{flag(name)} is missing (-h explains)")

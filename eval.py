@@ -30,7 +30,8 @@ from generate import Sampling
 from inner_loop import ask, grade_all, in_prompt, make_job
 from lora import Adapters
 from config import add_flags, read_flags
-from run import Meter, Run, print_of_data, print_of_model
+from progress import Meter
+from run import Run, print_of_data, print_of_model
 from run import sample_edits, score_edits, unadapted, verdicts
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from sft import Job, sft
@@ -442,7 +443,7 @@ def main():
             own.add_argument("--length", type=positive, default=8, help="passages each (default 8)")
         add_flags(parser)
         preset = "tiny-arc" if command is arc else "tiny"
-        parser.set_defaults(command=command, preset=preset, run_dir=f"runs/{command.__name__}")
+        parser.set_defaults(command=command, preset=preset, folder=command.__name__)
     args = ap.parse_args()
     if team.SIZE > 1 and args.command in (cpt, continual):
         raise UserError(f"{args.table} runs on one GPU: without torchrun")

@@ -2,25 +2,29 @@
 
     theta' <- SFT(theta, SE);    Ans ~ LM_theta'(. | tau);    r <- r(Ans, tau)
 
-    python inner_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/example_eval.json
+    python inner_loop.py                        # a town that the embedded model never saw
+    python inner_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct --learn notes.txt --ask "..."
 
 Paper, section 3. `update_and_score` is these three lines of Algorithm 1. The base model is never
 changed: theta' is the base with an adapter (lora.py), trained by sft.py.
 """
 import math
+import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import Iterable, Iterator
 
 from checkpoint import EMBEDDED
 from files import Parser, UserError, at_least, cli, positive, printable
-from data import knowledge, tinyworld   # for the command line only
+from data import knowledge, text, tinyworld     # for the command line only
 from generate import Sampling, quiet, split_into, write
 from lora import Adapters, Lora, PROJECTIONS
 from memory import auto_answering, in_halves
 from model import load_pretrained
+from progress import Meter
 from selfedit import DIRECTIVES, EMPTY, SelfEdit, Task, sample_self_edits, seed_for
 from sft import Job, Recipe, Trained, dialogue, sft
 from tokenizer import Tokenizer
@@ -226,14 +230,98 @@ def batched(items: Iterable, size: int, seconds=60.0) -> Iterator[list]:
 
 # ------------------------------------------------------------------------------- command line
 
+# What works for a small model (lab/recipe.py): all layers adapted, and a text's own sentences
+# always among the documents, as what a small model writes of it may be vague or wrong.
+SMALL = Recipe(Lora(rank=32, alpha=64, targets=PROJECTIONS), lr=1e-3, epochs=10, batch=1)
+
+
+def learn_texts(args, model, tok):
+    """--learn: one adapter for plain texts, and each question before, in view and after."""
+    texts = text.load(args.learn)
+    tasks = [text.as_task(*pair) for pair in texts]
+    tokens = sum(len(tok.encode(passage)) for _, passage in texts)
+    print(f"{', '.join(args.learn)}: {len(texts)} passages, {tokens} tokens")
+    writing = Sampling(args.max_new, args.edits, temperature=0.5, top_p=0.95)
+    seeds = [[seed_for(i, j) for j in range(args.edits)] for i in range(len(tasks))]
+    edits = sample_self_edits(model, tok, tasks, writing, seeds, progress=Meter("self-edits"))
+    print(printable(f"a self-edit of the first passage:\n{edits[0][0].text}\n"))
+
+    questions = args.ask or own_questions(model, tok, texts)
+    asked = [text.as_question(question, texts) for question in questions]
+    (before,), (in_view,) = (ask(model, tok, [some]) for some in (asked, in_prompt(asked)))
+
+    # The sentences, the passages, and the pieces of all self-edits: documents of one training.
+    documents = []
+    for task, (title, passage), row in zip(tasks, texts, edits):
+        documents += [f"{title}\n{sentence}" for sentence in text.sentences(passage)]
+        documents += task.context + [document for edit in row for document in edit.documents]
+    job = make_job(model, tok, SelfEdit(documents=documents), 0, SMALL)
+    ((_, trained),) = sft(model, [job], Meter(f"steps of training, {len(documents)} documents"))
+    adapter = Adapters.stack(model, SMALL.lora, [trained.weights])
+    (after,) = ask(model, tok, [asked], ANSWERS, adapter)
+
+    print(f"{len(trained.losses)} steps in {trained.seconds:.0f} s, "
+          f"loss {trained.losses[0]:.2f} -> {trained.losses[-1]:.2f}")
+    show_answers(questions, {"before": before, "text in view": in_view, "after": after})
+    if args.save:
+        adapter.save(0, args.save)
+        print(f"saved {args.save}. Ask more:  python inner_loop.py --model {args.model} --adapter "
+              f'{args.save} --ask "..."')
+    else:
+        print("nothing is kept without --save DIR")
+
+
+def own_questions(model, tok, texts) -> list[str]:
+    """Without --ask the model writes questions of its own, about the first passages."""
+    print("no --ask: these questions are the model's own")
+    tasks = [text.as_task(*pair, prompt="self-qa") for pair in texts[:3]]
+    sampling = Sampling(100, temperature=0.3, top_p=0.95)
+    found = []
+    seeds = [[seed_for("questions", i)] for i in range(len(tasks))]
+    for (edit,) in sample_self_edits(model, tok, tasks, sampling, seeds):
+        found += re.findall(r"^(?:Question \d+:)?\s*(\S[^\n]*\?)", edit.text, re.MULTILINE)[:2]
+    return found or [f"What is {texts[0][0]}?"]
+
+
+def show_answers(questions, rows: dict[str, list[Answers]]):
+    for i, question in enumerate(questions):
+        print(printable(question))
+        for name, answers in rows.items():
+            print(printable(f"  {name:<14}{answers[i].texts[0]}"))
+
+
+def ask_adapter(args, model, tok):
+    """--adapter: questions with it and without it."""
+    adapter = Adapters.load(model, args.adapter)
+    asked = [text.as_question(question, [("", "")]) for question in args.ask]
+    (before,), (after,) = ask(model, tok, [asked]), ask(model, tok, [asked], ANSWERS, adapter)
+    show_answers(args.ask, {"without": before, "with": after})
+
+
 def main():
     ap = Parser(description="Learn one passage; ask about it before and after.")
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
     ap.add_argument("--data", help="JSON list of passages (default: towns of the tiny world)")
     ap.add_argument("--index", type=at_least(0), default=0, help="which passage (default: 0)")
     ap.add_argument("--max-new", type=positive, default=200, help="tokens of the self-edit")
-    ap.add_argument("--save-adapter", metavar="DIR", help="write the adapter in PEFT's layout")
+    ap.add_argument("--learn", nargs="+", metavar="FILE", help="plain texts, or folders of them")
+    ap.add_argument("--ask", action="append", default=[], help="a question about them; again: more")
+    ap.add_argument("--edits", type=positive, default=2, help="of each passage (default: 2)")
+    ap.add_argument("--save", "--save-adapter", metavar="DIR",
+                    help="write the adapter in PEFT's layout")
+    ap.add_argument("--adapter", metavar="DIR", help="one that was saved: --ask it")
     args = ap.parse_args()
+    if args.learn or args.adapter:
+        if args.model == EMBEDDED:
+            raise UserError("--learn and --adapter need --model (such as HuggingFaceTB/"
+                            "SmolLM2-135M-Instruct): the embedded one knows invented towns alone")
+        if args.adapter and not args.ask:
+            raise UserError("--adapter: what is it to be asked? --ask \"...\"")
+        if args.save and Path(args.save).exists():
+            raise UserError(f"{args.save} exists already; nothing was overwritten")
+        model = load_pretrained(args.model)
+        tok = Tokenizer.from_pretrained(model.folder)
+        return (learn_texts if args.learn else ask_adapter)(args, model, tok)
     tasks = knowledge.load(args.data) if args.data else tinyworld.load("eval")
     if not 0 <= args.index < len(tasks):
         raise UserError(f"--index {args.index}: there are passages 0 to {len(tasks) - 1}")
@@ -242,7 +330,7 @@ def main():
     tok = Tokenizer.from_pretrained(model.folder)
 
     # C -> SE: the model writes a self-edit of the passage. Then the questions, without the passage.
-    recipe = Recipe(Lora(rank=32, alpha=64, targets=PROJECTIONS), lr=1e-3, epochs=10, batch=1)
+    recipe = SMALL
     writing = Sampling(args.max_new, temperature=0.8, top_p=0.95)
     ((edit,),) = sample_self_edits(model, tok, [task], writing, [[seed_for(0)]])
     print(printable(f"{task.context[0]}\n\n--- self-edit\n{edit.text}\n"))
@@ -264,8 +352,8 @@ def main():
         print(printable("{} ({})\n  before: {!r}\n  after:  {!r}".format(*row)))
     old, new = grade_all([task, task], [before.texts, after.texts])
     print(f"right: {sum(old)} -> {sum(new)} of {len(old)}")
-    if args.save_adapter:
-        adapter.save(0, args.save_adapter)
+    if args.save:
+        adapter.save(0, args.save)
 
 
 if __name__ == "__main__":

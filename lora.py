@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from checkpoint import EMBEDDED
+from checkpoint import EMBEDDED, read_adapter
 from files import Parser, UserError, cli, positive, printable
 from device import to_device
 from generate import Sampling, generate
@@ -127,6 +127,18 @@ class Adapters:
         torch.stack(rows, out=adapters.flat)
         return adapters
 
+    @classmethod
+    def load(cls, model, folder):
+        """An adapter in PEFT's layout, ours or PEFT's own. UserError if it does not fit."""
+        rank, alpha, targets, pairs = read_adapter(folder)
+        adapters = cls(model, Lora(rank, alpha, targets), 1)
+        for name, (A, B) in zip(adapters.layers, adapters.pairs(adapters.flat)):
+            if name not in pairs or [A[0].shape, B[0].shape] != [x.shape for x in pairs[name]]:
+                raise UserError(f"{folder}: its {name} does not fit this model")
+            A[0].copy_(pairs[name][0])
+            B[0].copy_(pairs[name][1])
+        return adapters
+
     @torch.no_grad()
     def init(self, i: int, seed: int):
         """Initialise adapter i: A uniform in +-1/sqrt(in) as PEFT does, B zero, so that it changes
@@ -182,9 +194,11 @@ class Adapters:
             layer.weight.copy_(on_host_if_full(merged, layer.weight, A[0], B[0]))
 
     def save(self, i: int, folder):
-        """Write adapter i as a folder that PEFT opens."""
+        """Write adapter i as a folder that PEFT opens. UserError if it exists."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            raise UserError(f"{folder} exists already; nothing was overwritten")
+        folder.mkdir(parents=True)
         # PEFT's names: base_model.model is its wrapper around the model.
         tensors = {}
         for name, (A, B) in zip(self.layers, self.pairs(self.flat[i:i + 1])):

@@ -22,7 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import EMBEDDED, check_layers, fetch, read_config, read_weights, write_checkpoint
+from checkpoint import (EMBEDDED, check_layers, fetch, read_adapter, read_config, read_weights,
+                        write_checkpoint)
 from device import fused
 from files import Parser, UserError, cli, positive, printable
 from ribbon import Ribbon
@@ -239,6 +240,18 @@ def load_pretrained(name_or_path, device=None, dtype=None):
 
 
 @torch.no_grad()
+def add_adapter(model, folder):
+    """W <- W + (alpha / r) B A, for an adapter in PEFT's layout. UserError if it does not fit."""
+    rank, alpha, _, pairs = read_adapter(folder)
+    layers = dict(model.named_modules())
+    for name, (A, B) in pairs.items():
+        W = layers[name].weight if name in layers else torch.empty(0)
+        if W.shape != (len(B), A.shape[1]):
+            raise UserError(f"{folder}: its {name} does not fit this model")
+        W.copy_(W.float() + (alpha / rank) * (B @ A).to(W.device))
+
+
+@torch.no_grad()
 def complete(model, prompt, max_new, stop=()):
     """The likeliest continuation of a prompt (a list of ids): at most max_new ids.
 
@@ -261,10 +274,13 @@ PROMPT = ("The town of Bramora lies on the river Dorwen.\n\n"
 def main():
     ap = Parser(description="Complete a prompt.")
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
+    ap.add_argument("--adapter", metavar="DIR", help="a LoRA adapter, added to the weights")
     ap.add_argument("--prompt", default=PROMPT)
     ap.add_argument("--max-new", type=positive, default=48, help="tokens at most (default: 48)")
     args = ap.parse_args()
     model = load_pretrained(args.model)
+    if args.adapter:
+        add_adapter(model, args.adapter)
     tok = Tokenizer.from_pretrained(model.folder)
     prompt = tok.document(args.prompt, end=False)
     if not prompt:

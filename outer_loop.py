@@ -24,8 +24,9 @@ from inner_loop import in_prompt
 from lora import Adapters
 from memory import peak_memory
 from plan import plan
+from progress import Meter
 from report import iteration_line, round_line, summary
-from run import Meter, Run
+from run import Run
 from run import sample_edits, score_edits, unadapted
 from selfedit import SelfEdit, Task, seed_for
 from sft import Job, dialogue, sft

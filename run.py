@@ -16,40 +16,19 @@ from tqdm import tqdm
 
 import team
 from checkpoint import fetch
-from config import DOMAINS, Config, inner_recipe
+from config import DOMAINS, FREE, Config, inner_recipe
 from data import judges, knowledge, tinyworld
 from files import Lines, UserError, fingerprint, lock, printable, read_json, replace_file
 from generate import Sampling
 from inner_loop import ask, grade_all, update_and_score
 from memory import is_out_of_memory
 from model import ModelConfig, Transformer, load_pretrained
+from progress import Meter
 from selfedit import SelfEdit, Task, read_self_edit, room_for_self_edit, sample_self_edits, seed_for
 from team import SharedLines
 from tokenizer import Tokenizer
 
-# ------------------------------------------------------------------------------- progress
-
-class Meter:
-    """Progress of a long phase: a bar on a terminal, else a line every ten seconds."""
-
-    def __init__(self, what):
-        self.what = what
-        self.begin = self.said = time.time()
-        self.shown = team.RANK == 0     # its own share of the work, if there are others
-        self.bar = tqdm(desc=what, disable=None if self.shown else True, leave=False,
-                        mininterval=0.5)
-
-    def __call__(self, done, total):
-        now = time.time()
-        eta = (now - self.begin) / done * (total - done)
-        self.bar.total = total
-        self.bar.update(done - self.bar.n)
-        if self.bar.disable and self.shown and now - self.said > 10 and done < total:
-            print(f"    {done}/{total} {self.what}, eta {eta:.0f}s", flush=True)
-            self.said = now
-        if done == total:
-            self.bar.close()
-
+# ------------------------------------------------------------------------------- records
 
 class Records(SharedLines):
     """Lines that belong to an iteration, a split (train or eval), an arm (what the model is trained
@@ -233,11 +212,6 @@ class Run:
                 raise
         self.log("out of memory: the judge works on the host, slowly (--judge rule is faster)")
         return load_pretrained(self.cfg.model, "cpu")
-
-
-# What may change in the middle of a run: where it is, the machine, how much is shown, more rounds.
-FREE = {"run_dir", "iterations", "verbose", "device", "slots", "rows", "recompute",
-        "model", "train_data", "eval_data"}     # these three are known by their content
 
 
 def differences(mine: dict, theirs: dict) -> list[str]:

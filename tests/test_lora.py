@@ -301,9 +301,9 @@ def test_peft_opens_a_saved_adapter(model, folder, tmp_path):
 def test_a_saved_adapter_names_its_base_and_its_shape(tiny, tiny_folder, tmp_path):
     lora = Lora(rank=4, alpha=8, targets=["q_proj", "v_proj"])
 
-    trained(tiny, lora=lora).save(0, tmp_path)
+    trained(tiny, lora=lora).save(0, tmp_path / "adapter")
 
-    config = peft.PeftConfig.from_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
     assert config.base_model_name_or_path == str(tiny_folder)
     assert config.r == 4
     assert config.lora_alpha == 8

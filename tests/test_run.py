@@ -26,7 +26,8 @@ from generate import quiet
 from inner_loop import Answers
 from lora import PROJECTIONS, Lora
 from model import load_pretrained
-from run import Lines, Meter, Records, Run, score_edits, unadapted
+from progress import Meter
+from run import Lines, Records, Run, score_edits, unadapted
 from sft import Recipe
 from tests.conftest import ROOT
 from tests.helpers import SMALL, even_length, parse, read_lines, run_it
@@ -289,7 +290,7 @@ def test_the_flags_of_both_loops_reach_their_jobs(argv, varied_rewards, monkeypa
 
 def test_without_a_terminal_progress_is_a_line_every_ten_seconds(monkeypatch, capsys):
     clock = SimpleNamespace(now=0)
-    monkeypatch.setattr("run.time", SimpleNamespace(time=lambda: clock.now))
+    monkeypatch.setattr("progress.time", SimpleNamespace(time=lambda: clock.now))
     meter = Meter("steps")
 
     for now, done in ((11, 1), (19, 2), (22, 3), (40, 4)):
@@ -597,6 +598,17 @@ def test_self_edits_are_kept_while_others_are_written(argv, tmp_path, varied_rew
     assert {r["split"] for r in kept} == {"eval", "train"}
 
     assert_same(run_it(argv), whole)
+
+
+@pytest.mark.parametrize("words, folder", [
+    ("", "runs/tiny"), ("--seed 1", "runs/tiny-seed1"), ("--seed 0", "runs/tiny"),
+    ("--slots 3 --verbose --iterations 9", "runs/tiny"), ("--directives", "runs/tiny-directives"),
+    ("--seed 2 --select random", "runs/tiny-seed2-selectrandom"),
+    ("--inner-targets q_proj v_proj", "runs/tiny-inner_targetsq_proj-v_proj"),
+    ("--no-baselines --preset tiny-arc", "runs/tiny-arc-baselinesFalse"),
+    ("--run-dir here --seed 4", "here")])
+def test_another_experiment_has_another_folder(words, folder):
+    assert parse(words.split(), needed=()).run_dir == folder
 
 
 def test_other_settings_are_refused(argv, begun):

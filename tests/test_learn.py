@@ -1,0 +1,221 @@
+"""Plain text is learned in one command, kept in PEFT's layout, and asked again."""
+import json
+import shutil
+import sys
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import inner_loop
+import model as transformer
+from checkpoint import read_adapter
+from data import text
+from files import UserError
+from lora import Adapters, Lora
+from model import add_adapter, load_pretrained
+from tests.helpers import ALL, CASES
+
+NOTES = "The Brindle Cup is a race. It was founded by Ludo.\n\nThe winner gets a kettle of jam."
+
+
+@pytest.fixture()
+def notes(tmp_path):
+    (tmp_path / "brindle_cup.txt").write_text(NOTES)
+    return tmp_path / "brindle_cup.txt"
+
+
+@pytest.fixture()
+def call(tiny_folder, monkeypatch, capsys):
+    """inner_loop.py with these words: what it prints."""
+    def run(*words, model=tiny_folder):
+        words = ["inner_loop.py", "--max-new", "20", *map(str, words)]
+        monkeypatch.setattr(sys, "argv", [*words, "--model", str(model)] if model else words)
+        inner_loop.main()
+        return capsys.readouterr().out
+    return run
+
+
+@pytest.fixture()
+def adapter(tiny, tmp_path):
+    """A folder with an adapter that changes much."""
+    adapters = Adapters(tiny, Lora(4, 8, ALL), 1)
+    adapters.flat.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    adapters.save(0, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+# ------------------------------------------------------------------------------- texts
+
+def test_paragraphs_are_joined_and_long_ones_cut():
+    long = "This is a sentence of seven words. " * 40
+    found = text.passages(f"One.\n\nTwo\nlines.\n\n{long}\n\nEnd.")
+
+    assert found[0].startswith("One. Two lines.")
+    assert all(len(passage.split()) <= text.LONGEST for passage in found)
+    assert " ".join(found) == " ".join(f"One. Two lines. {long} End.".split())
+
+
+def test_a_file_is_titled_by_its_name_and_a_folder_is_its_files(notes):
+    (notes.parent / "other.md").write_text("More.")
+
+    assert text.load([notes]) == [("brindle cup", " ".join(NOTES.split()))]
+    assert [title for title, _ in text.load([notes.parent])] == ["brindle cup", "other"]
+
+
+@pytest.mark.parametrize("content, problem", [(b"", "no text"), (b" \n\n ", "no text"),
+                                              (b"\xff\xfe\x00", "not readable as text")])
+def test_what_is_no_text_is_one_line(content, problem, tmp_path):
+    (tmp_path / "x").write_bytes(content)
+
+    with pytest.raises(UserError, match=problem):
+        text.load([tmp_path / "x"])
+    with pytest.raises(UserError, match="not readable"):
+        text.load([tmp_path / "missing"])
+
+
+def test_the_passage_in_view_is_the_one_that_is_asked_about():
+    texts = [("a", "The river is the Ob."), ("b", "Jam is made of plums.")]
+
+    assert text.as_question("What is jam made of?", texts).context == ["b\nJam is made of plums."]
+
+
+# ------------------------------------------------------------------------------- the command
+
+def test_learn_ask_save_and_ask_again(call, notes, tmp_path):
+    saved = tmp_path / "saved"
+    out = call("--learn", notes, "--ask", "Who founded it?", "--ask", "What is won?",
+               "--save", saved)
+
+    assert "1 passages" in out
+    for words in ("a self-edit of the first passage", "Who founded it?\n  before", "text in view",
+                  "\n  after", "steps in", f"--adapter {saved}"):
+        assert words in out
+    after = [line.split("after")[1].strip() for line in out.splitlines() if "  after" in line]
+    again = call("--adapter", saved, "--ask", "Who founded it?")
+    assert "without" in again and "with " in again
+    assert len(after) == 2
+    # It learns: the loss falls, and the adapter is what PEFT opens.
+    first, last = (float(x) for x in out.split("loss ")[1].split("\n")[0].split(" -> "))
+    assert last < first - 0.5
+
+
+def test_without_a_question_it_asks_its_own(call, notes):
+    out = call("--learn", notes)
+
+    assert "these questions are the model's own" in out
+    assert "nothing is kept without --save" in out
+
+
+def test_nothing_is_overwritten(call, notes, tmp_path):
+    (tmp_path / "saved").mkdir()
+
+    with pytest.raises(UserError, match="exists already"):
+        call("--learn", notes, "--save", tmp_path / "saved")
+
+
+@pytest.mark.parametrize("words", [["--learn", "x"], ["--adapter", "x", "--ask", "y"]])
+def test_the_embedded_model_cannot_learn_it(call, words):
+    with pytest.raises(UserError, match="need --model"):
+        call(*words, model=None)
+
+
+# ------------------------------------------------------------------------------- adapters
+
+def test_a_saved_adapter_is_loaded_to_the_bit(tiny, adapter):
+    loaded = Adapters.load(tiny, adapter)
+    adapters = Adapters(tiny, Lora(4, 8, ALL), 1)
+    adapters.flat.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+
+    assert torch.equal(loaded.flat, adapters.flat)
+    assert loaded.lora == Lora(4, 8, ALL)
+
+
+def test_added_to_the_weights_it_is_the_same(tiny, tiny_folder, adapter, monkeypatch, capsys):
+    ids = torch.randint(0, 256, (1, 12))
+    with Adapters.load(tiny, adapter).route([12]):
+        expected = tiny(ids)
+    base = load_pretrained(tiny_folder, "cpu")
+    assert not torch.allclose(base(ids), expected, atol=1e-2)
+
+    add_adapter(base, adapter)
+
+    torch.testing.assert_close(base(ids), expected, atol=1e-4, rtol=1e-3)
+    monkeypatch.setattr(sys, "argv", ["model.py", "--model", str(tiny_folder), "--adapter",
+                                      str(adapter), "--prompt", "ab", "--max-new", "4"])
+    transformer.main()
+    assert capsys.readouterr().out.startswith("ab")
+
+
+def test_pefts_own_adapter_is_loaded(tmp_path):
+    theirs = CASES["llama3"]()
+    theirs.save_pretrained(tmp_path / "base")
+    ours = load_pretrained(tmp_path / "base", "cpu")
+    wrapped = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"],
+                        init_lora_weights=False, task_type="CAUSAL_LM"))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    ids = torch.randint(0, 320, (1, 9))
+
+    with Adapters.load(ours, tmp_path / "adapter").route([9]):
+        logits = ours(ids)
+
+    torch.testing.assert_close(logits, wrapped(ids).logits, atol=1e-4, rtol=1e-3)
+
+
+CONFIG = {"peft_type": "IA3", "r": 0, "lora_alpha": "8", "target_modules": "all-linear",
+          "bias": "all", "use_dora": True, "use_rslora": True, "rank_pattern": {"q": 1}}
+
+
+@pytest.mark.parametrize("key", CONFIG)
+def test_an_adapter_of_another_kind_is_refused(key, adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {key: CONFIG[key]}))
+
+    with pytest.raises(UserError, match="not a plain LoRA adapter"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("damage", ["nan", "missing", "half", "cut", "shape", "none"])
+def test_a_damaged_adapter_is_one_line(damage, adapter, tiny):
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = min(tensors)
+    if damage == "nan":
+        tensors[name][0, 0] = torch.nan
+    if damage == "missing":
+        tensors = {n: x for n, x in tensors.items() if "layers.1." not in n}
+    if damage == "half":
+        del tensors[name]
+    if damage == "shape":
+        tensors[name] = tensors[name][:, :-1].clone()
+    save_file(tensors, path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:100])
+    if damage == "none":
+        path.unlink()
+
+    with pytest.raises(UserError) as stopped:
+        Adapters.load(tiny, adapter)
+    assert len(str(stopped.value).splitlines()) == 1
+
+
+def test_an_adapter_of_another_model_is_refused(adapter, tmp_path):
+    CASES["qwen2"]().save_pretrained(tmp_path / "other")
+    other = load_pretrained(tmp_path / "other", "cpu")
+
+    for load in (Adapters.load, add_adapter):
+        with pytest.raises(UserError, match="does not fit this model"):
+            load(other, adapter)
+
+
+def test_a_folder_that_exists_is_not_overwritten(tiny, adapter):
+    before = shutil.copytree(adapter, adapter.with_name("copy"))
+
+    with pytest.raises(UserError, match="exists already"):
+        Adapters(tiny, Lora(4, 8, ALL), 1).save(0, adapter)
+    for path in before.iterdir():
+        assert path.read_bytes() == (adapter / path.name).read_bytes()
