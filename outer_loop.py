@@ -25,7 +25,7 @@ from lora import Adapters
 from memory import peak_memory
 from plan import plan
 from progress import Meter
-from report import iteration_line, round_line, summary
+from report import curve, iteration_line, opening, round_line, summary
 from run import Run
 from run import sample_edits, score_edits, unadapted
 from selfedit import SelfEdit, Task, seed_for
@@ -183,6 +183,8 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
     else:
         run.metrics.records.append(metrics)
     run.log(iteration_line(metrics))
+    if t > 0:
+        run.log(curve(run.metrics.records))
 
 
 def baselines(run: Run, model, tasks: list[Task], without: list[float]) -> list[dict]:
@@ -232,10 +234,11 @@ def main():
         for name, value in dataclasses.asdict(cfg).items():
             run.log(f"{name:>18} {value}")
 
+    run.log(opening(cfg))
     held_out = rest_em(cfg, run)
     run.log("\n" + summary(run, held_out))
     run.log(f"\n{time.time() - run.begin:.0f} s, peak memory {peak_memory() / 2 ** 30:.1f} GiB; "
-            f"look at {run.folder}/report.html")
+            f"look at {run.folder}/report.html; then try --seed 1, or another --preset")
 
 
 if __name__ == "__main__":

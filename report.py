@@ -1,9 +1,33 @@
 """What a run shows, in words: what `python outer_loop.py` prints."""
 import numpy as np
 
+from config import Config
 from files import printable
 from run import Run
 from selfedit import Task
+
+
+def opening(cfg: Config) -> str:
+    """What is about to happen, in three sentences."""
+    what, asked = "passages", "without the passage"
+    if "arc" in cfg.domain:
+        what, asked = "puzzles", "for the solution"
+    kept = {"best": f"the {cfg.keep} best of {cfg.edits}", "solved": "those with reward 1",
+            "random": f"any {cfg.keep} of {cfg.edits}"}[cfg.select]
+    return (f"In each of {cfg.iterations} rounds the model reads {cfg.tasks} {what} and writes "
+            f"{cfg.edits} self-edits of each.\nEvery self-edit trains an adapter, which is asked "
+            f"{asked}: the share of right answers is its\nreward, and {kept} are learned. Watch the "
+            f"reward on held-out {what} rise;\n{cfg.run_dir}/report.html shows more after each "
+            "round.\n")
+
+
+def curve(metrics: list[dict], width=40) -> str:
+    """Held-out reward over iterations, as bars."""
+    lines = []
+    for m in metrics:
+        bar = "#" * round(width * m["eval_reward"])
+        lines.append(f"    {m['iteration']:>2} |{bar:<{width}}| {m['eval_reward']:.3f}")
+    return "\n".join(lines)
 
 
 def iteration_line(m: dict) -> str:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import outer_loop
 import run as run_module
+from config import PRESETS, Config
 from files import UserError
 from data import judges, knowledge
 from data.judges import each
@@ -20,7 +21,7 @@ from inner_loop import ANSWERS, ask, grade_all, make_job
 from lora import PROJECTIONS, Adapters, Lora
 from model import load_pretrained
 from outer_loop import by_kind, m_step, next_tasks, select
-from report import in_brackets, summary, typical_task
+from report import curve, in_brackets, opening, summary, typical_task
 from run import Records, Run
 from selfedit import SelfEdit, read_self_edit, sample_self_edits
 from sft import Recipe, sft
@@ -253,6 +254,23 @@ def test_self_edits_that_say_nothing_do_not_stop_a_run(argv, varied_rewards, mon
         assert r["reward"] == 0
         assert "nothing to learn" in r["note"]
     assert rank_of_change(run, 2) == 0
+
+
+def test_it_says_what_is_about_to_happen():
+    said = opening(Config(**PRESETS["tiny"] | {"run_dir": "here"}))
+
+    assert "3 rounds the model reads 20 passages and writes 8 self-edits" in said
+    assert "the 2 best of 8 are learned" in " ".join(said.split())
+    assert "here/report.html" in said
+    puzzles = opening(Config(**PRESETS["tiny-arc"]))
+    assert "10 puzzles" in puzzles and "those with reward 1" in puzzles
+
+
+def test_the_curve_is_as_long_as_the_reward():
+    lines = curve([{"iteration": 0, "eval_reward": 0.5}, {"iteration": 1, "eval_reward": 1.0}],
+                  width=8).splitlines()
+
+    assert lines == ["     0 |####    | 0.500", "     1 |########| 1.000"]
 
 
 def test_a_broken_policy_is_not_saved(argv, tmp_path):
