@@ -16,8 +16,8 @@ def opening(cfg: Config) -> str:
             "random": f"any {cfg.keep} of {cfg.edits}"}[cfg.select]
     return (f"In each of {cfg.iterations} rounds the model reads {cfg.tasks} {what} and writes "
             f"{cfg.edits} self-edits of each.\nEvery self-edit trains an adapter, which is asked "
-            f"{asked}: the share of right answers is its\nreward, and {kept} are learned. Watch the "
-            f"reward on held-out {what} rise;\n{cfg.run_dir}/report.html shows more after each "
+            f"{asked}: the share of right answers is its\nreward, and {kept} are learned. "
+            f"Watch the reward on held-out {what} rise;\n{cfg.run_dir}/report.html shows more after each "
             "round.\n")
 
 
