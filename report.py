@@ -17,8 +17,8 @@ def opening(cfg: Config) -> str:
     return (f"In each of {cfg.iterations} rounds the model reads {cfg.tasks} {what} and writes "
             f"{cfg.edits} self-edits of each.\nEvery self-edit trains an adapter, which is asked "
             f"{asked}: the share of right answers is its\nreward, and {kept} are learned. "
-            f"Watch the reward on held-out {what} rise;\n{cfg.run_dir}/report.html shows more after each "
-            "round.\n")
+            f"Watch the reward on held-out {what} rise;\n{cfg.run_dir}/report.html shows more "
+            "after each round.\n")
 
 
 def curve(metrics: list[dict], width=40) -> str:
