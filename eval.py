@@ -19,12 +19,14 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+# Before what takes long to import, so that Ctrl-C is a line from here on.
+from files import Lines, Parser, UserError, cli, positive, read_json, replace_file
+
 import numpy as np
 from safetensors.torch import load_file, save_file
 
 import page
 import team
-from files import Lines, Parser, UserError, cli, positive, read_json, replace_file
 from data.arc import picture
 from generate import Sampling
 from inner_loop import ask, grade_all, in_prompt, make_job
@@ -59,8 +61,6 @@ class Table:
     def add_rounds(self, folder, k: int):
         """A row for k self-edits of each checkpoint of the run in another folder."""
         rounds = len(list(Path(folder).glob("iter_*[0-9]")))
-        if not rounds:
-            raise UserError(f"{folder}: no checkpoint iter_1 there")
         for t in range(1, rounds + 1):
             model = self.run.load(t, folder)
             edits = sample_edits(self.run, model, self.tasks, t, "eval", k)
@@ -148,7 +148,8 @@ def single(args, run: Run):
     if taken:
         raise UserError(f"--edits-from: {min(taken)!r} is the name of a row of its own; call this "
                         "kind of self-edit something else")
-    run.settle("eval single", edits_from=prints(args.edits_from), run=prints_of_rounds(args.run))
+    run.settle("eval single", edits_from=prints(args.edits_from),
+               run=prints_of_rounds(run, args.run))
     table = Table(run, tasks)
     model = run.load(0)
     own_edits = sample_edits(run, model, tasks, 0, "eval", 1)
@@ -180,9 +181,16 @@ def prints(files) -> list[str]:
     return [print_of_data(file) for file in files]
 
 
-def prints_of_rounds(folder) -> dict[str, str]:
+def prints_of_rounds(run: Run, folder) -> dict[str, str]:
     """{iter_1: its fingerprint, ...} of the run in a folder."""
-    rounds = sorted(Path(folder).glob("iter_*[0-9]")) if folder else []
+    if not folder:
+        return {}
+    rounds = sorted(Path(folder).glob("iter_*[0-9]"))
+    if not rounds:
+        raise UserError(f"{folder}: no checkpoint iter_1 there")
+    domain = read_json(Path(folder) / "config.json").get("domain")
+    if domain != run.cfg.domain:
+        raise UserError(f"{folder} is a run of {domain}, and this one is of {run.cfg.domain}")
     return {path.name: print_of_model(path) for path in rounds}
 
 
@@ -249,7 +257,7 @@ def arc(args, run: Run):
     tasks = run.tasks(cfg.eval_data)[:cfg.eval_tasks]
     if tasks[0].context:
         raise UserError("this experiment is about puzzles; for passages: python eval.py single")
-    run.settle("eval arc", run=prints_of_rounds(args.run))
+    run.settle("eval arc", run=prints_of_rounds(run, args.run))
     table = Table(run, tasks, first_row="in-context learning")
     own_edits = sample_edits(run, run.load(0), tasks, 0, "eval", cfg.eval_edits)
     reference = table.add("its own self-edits", own_edits)

@@ -14,12 +14,14 @@ import math
 import random
 import time
 
+# Before what takes long to import, so that Ctrl-C is a line from here on.
+from files import Parser, UserError, cli
+
 import numpy as np
 
 import page
 import team
 from config import Config, add_flags, outer_recipe, read_flags
-from files import Parser, UserError, cli
 from inner_loop import in_prompt
 from lora import Adapters
 from memory import peak_memory

@@ -19,7 +19,8 @@ from data.judges import each
 from eval import cpt_row, imported, row_of
 from generate import quiet
 from lora import Lora
-from tests.helpers import SMALL, even_length, read_lines, run_it
+from run import Run
+from tests.helpers import SMALL, even_length, parse, read_lines, run_it
 
 VARIED = each(even_length)      # rewards that differ on a random model
 
@@ -351,6 +352,15 @@ def test_continual_edits_resume_to_the_same_result(flags, tmp_path, varied_rewar
 def test_a_row_of_more_passages_than_there_are_is_an_error(flags):
     with pytest.raises(UserError, match="--length 7: there are 6 passages"):
         evaluate("continual", *flags, "--length", "7")
+
+
+def test_a_run_of_another_domain_is_refused(argv, tmp_path):
+    (tmp_path / "other" / "iter_1").mkdir(parents=True)
+    (tmp_path / "other" / "config.json").write_text('{"domain": "arc"}')
+    run = Run(parse(argv))
+
+    with pytest.raises(UserError, match="is a run of arc, and this one is of knowledge"):
+        tables.prints_of_rounds(run, tmp_path / "other")
 
 
 def test_a_run_without_checkpoints_is_an_error(flags, tmp_path):
