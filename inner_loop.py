@@ -230,8 +230,8 @@ def batched(items: Iterable, size: int, seconds=60.0) -> Iterator[list]:
 
 # ------------------------------------------------------------------------------- command line
 
-# What works for a small model (lab/recipe.py): all layers adapted, and a text's own sentences
-# always among the documents, as what a small model writes of it may be vague or wrong.
+# For a small model (docs/RESULTS.md, lab/recipe.py): all layers adapted. With --learn a text's own
+# sentences are among the documents, as what a small model writes of it may be vague or wrong.
 SMALL = Recipe(Lora(rank=32, alpha=64, targets=PROJECTIONS), lr=1e-3, epochs=10, batch=1)
 
 

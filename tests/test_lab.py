@@ -1,6 +1,7 @@
 """The instruments of lab/: curves over seeds, how far rewards and judges can be trusted."""
 import json
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from files import UserError
 from data import judges as rules
 from data.judges import each
-from lab import curve, judges, reliability
-from tests.helpers import SMALL, even_length, run_it
+from lab import curve, judges, recipe, reliability
+from tests.helpers import SMALL, even_length, read_lines, run_it
 
 
 def call(program, *words):
@@ -455,3 +456,31 @@ def test_the_rules_agree_with_the_released_verdicts(shared_data, capsys):
     assert 0.85 <= float(agrees) <= 0.92
     assert float(kappa) > 0.7
     assert 0.84 <= float(substring_agrees) <= 0.90
+
+
+# ------------------------------------------------------------------------------- recipes
+
+def test_recipes_are_measured_once_each(passages, tiny_folder, tmp_path, monkeypatch, capsys):
+    records = json.loads(passages.read_text())[:2]
+    for record in records:
+        record["released_edits"] = [{"text": "It has a river.\nIt is old."}]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    short = {name: (replace(one, epochs=1), kind) for name, (one, kind) in recipe.RECIPES.items()}
+    monkeypatch.setattr(recipe, "RECIPES", short)
+    words = ["--model", tiny_folder, "--data", tmp_path / "data.json", "--out", tmp_path / "out"]
+
+    call(recipe, *words)
+    first = capsys.readouterr().out
+    call(recipe, *words)    # all are known
+
+    found = {r["recipe"]: r for r in read_lines(tmp_path / "out")}
+    assert list(found) == list(short)
+    assert capsys.readouterr().out == first
+    assert found["all layers, lr 1e-3"]["documents"] == 3           # two lines and the passage
+    assert found["and the passage's sentences"]["documents"] == 5
+    assert found["the passage's sentences alone"]["documents"] == 3
+
+
+def test_passages_without_self_edits_are_refused(passages, tiny_folder, tmp_path):
+    with pytest.raises(UserError, match="each passage needs"):
+        call(recipe, "--model", tiny_folder, "--data", passages, "--out", tmp_path / "out")

@@ -1,0 +1,105 @@
+"""Which inner loop teaches a small model a passage? Self-edits that are given, learned by many
+recipes, and the same questions asked.
+
+    python -m lab.recipe --model DIR --data FILE --out recipes.jsonl
+
+FILE: passages with "released_edits": [{"text": ...}], as the authors' release has for training
+passages. Choose on these, and report on others. A recipe's line is written when it is known, and
+the same command goes on where it was stopped.
+"""
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import knowledge
+from data.text import sentences
+from files import Lines, Parser, UserError, cli, positive, read_json
+from inner_loop import SMALL, update_and_score
+from lora import Lora
+from model import load_pretrained
+from progress import Meter
+from selfedit import SelfEdit, read_self_edit, seed_for
+from stats import bootstrap_ci
+from tokenizer import Tokenizer
+
+FEW = ["q_proj", "v_proj"]
+BASE = SMALL     # all layers, lr 1e-3, 10 epochs, a document a step
+# name -> (recipe, what the documents are)
+RECIPES = {
+    "q and v, lr 1e-3 (the paper's)": (replace(BASE, lora=Lora(32, 64, FEW)), "edit"),
+    "all layers, lr 1e-3": (BASE, "edit"),
+    "all layers, lr 5e-4": (replace(BASE, lr=5e-4), "edit"),
+    "all layers, lr 2e-3": (replace(BASE, lr=2e-3), "edit"),
+    "and the passage's sentences": (BASE, "edit and sentences"),
+    "the passage's sentences alone": (BASE, "sentences"),
+    "all layers, lr 1e-3, 5 epochs": (replace(BASE, epochs=5), "edit"),
+    "all layers, lr 2e-3, 5 epochs": (replace(BASE, lr=2e-3, epochs=5), "edit"),
+    "all layers, lr 2e-3, batch 4": (replace(BASE, lr=2e-3, batch=4), "edit"),
+    "as chat turns": (BASE, "turns"),
+}
+
+
+def documents(task, edit: SelfEdit, kind: str) -> list:
+    """What is trained on: the self-edit's pieces and the passage, or a variation of that."""
+    title, passage = task.context[0].split("\n", 1)
+    own_sentences = [f"{title}\n{sentence}" for sentence in sentences(passage)]
+    if kind == "sentences":
+        return [*own_sentences, task.context[0]]
+    if kind == "edit and sentences":
+        return [*own_sentences, *edit.documents]
+    if kind == "turns":
+        turn = f"Tell me something about {title}."
+        return [(turn, document.split("\n", 1)[1]) for document in edit.documents]
+    return edit.documents
+
+
+def measure(model, tok, tasks, edits, name) -> dict:
+    """Accuracy of every passage under a recipe, and what it cost."""
+    recipe, kind = RECIPES[name]
+    edits = [SelfEdit(documents=documents(task, edit, kind)) for task, edit in zip(tasks, edits)]
+    begin = time.time()
+    seeds = [[seed_for("recipe", i)] for i in range(len(tasks))]
+    outcomes = dict(update_and_score(model, tok, tasks, edits, seeds, recipe,
+                                     progress=Meter(f"steps, {name}")))
+    accuracy = [outcomes[i].reward for i in range(len(tasks))]
+    return {"recipe": name, "accuracy": accuracy,
+            "documents": float(np.mean([len(edit.documents) for edit in edits])),
+            "loss": float(np.mean([outcomes[i].losses[0][1] for i in outcomes])),
+            "seconds": (time.time() - begin) / len(tasks)}
+
+
+def main():
+    ap = Parser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    ap.add_argument("--model", required=True, help="folder or hub id")
+    ap.add_argument("--data", required=True, help="passages with released_edits")
+    ap.add_argument("--out", required=True, type=Path, help="JSON lines, one per recipe")
+    ap.add_argument("--tasks", type=positive, default=12, help="the first passages (default: 12)")
+    ap.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    args = ap.parse_args()
+    tasks = knowledge.load(args.data)[:args.tasks]
+    try:
+        texts = [r["released_edits"][0]["text"] for r in read_json(args.data)[:args.tasks]]
+    except (LookupError, TypeError):
+        raise UserError(f'{args.data}: each passage needs "released_edits": [{{"text": ...}}, ...]'
+                        ) from None
+    edits = [read_self_edit(task, text) for task, text in zip(tasks, texts)]
+    done = Lines(args.out)
+    model = load_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    tok = Tokenizer.from_pretrained(model.folder)
+    known = {r["recipe"] for r in done.records}
+    for name in RECIPES:
+        if name not in known:
+            done.add(measure(model, tok, tasks, edits, name))
+
+    print(f"{'':<34}accuracy [95 % CI]    documents   loss   s/passage")
+    for r in done.records:
+        low, high = bootstrap_ci(r["accuracy"])
+        print(f"{r['recipe']:<34}{np.mean(r['accuracy']):.3f} [{low:.3f}, {high:.3f}] "
+              f"{r['documents']:9.1f} {r['loss']:9.2f} {r['seconds']:8.0f}")
+
+
+if __name__ == "__main__":
+    cli(main)
