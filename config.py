@@ -186,12 +186,15 @@ class Range:
         return low if self.high == math.inf else f"{low}, at most {self.high:g}"
 
 
+RANGE = r" ([\[(])([\d.e]+)\.\.([\d.e]*)\]$"      # at the end of a comment
+
+
 @cache
 def ranges() -> dict[str, Range]:
     """Of the fields whose comment ends with one: [1..], (0..1]."""
     found = {}
     for name, comment in comments().items():
-        match = re.search(r"([\[(])([\d.e]+)\.\.([\d.e]*)\]$", comment)
+        match = re.search(RANGE, comment)
         if match:
             bracket, low, high = match.groups()
             found[name] = Range(float(low), float(high or "inf"), above=bracket == "(")
@@ -235,8 +238,7 @@ def add_flags(parser):
         if default != "":
             shown += f" (default: {default})"
         if f.name in ranges():
-            shown = shown.rsplit(" [", 1)[0].rsplit(" (0..", 1)[0]
-            shown += f" ({ranges()[f.name]}; default: {default})"
+            shown = re.sub(RANGE, f" ({ranges()[f.name]}; default: {default})", comments()[f.name])
         # None: not given, so that the preset's value stands.
         parser.add_argument(flag(f.name), default=None, help=shown.replace("%", "%%"), **kind)
 

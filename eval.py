@@ -116,7 +116,7 @@ def print_table(table: Table, name: str, reference: dict):
     if team.RANK == 0:
         replace_file(path, json.dumps(
             {"command": sys.argv, "seed": run.cfg.seed, "rows": table.rows}, indent=1))
-        page.write(run.folder)
+        page.refresh(run)
     run.log("gained: of the questions missed without adaptation; lost: of those known; "
             f"cut: answers at the cap. Also in {path}")
 
@@ -327,7 +327,7 @@ def continual(args, run: Run):
         run.log(f"{what:>44} {mean:7.3f} ({error:.3f})")
     replace_file(run.folder / "continual.json", json.dumps(
         {"command": sys.argv, "seed": cfg.seed, **result}, indent=1))
-    page.write(run.folder)
+    page.refresh(run)
 
 
 def learn_next(run, model, learned: Adapters, tasks: list[Task], k: int, length: int) -> list[str]:

@@ -181,7 +181,7 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
         "seconds": round(time.time() - run.begin, 1)}
     if team.RANK == 0:
         run.metrics.add(metrics)
-        page.write(run.folder)          # report.html, to look at
+        page.refresh(run)               # report.html, to look at
     else:
         run.metrics.records.append(metrics)
     run.log(iteration_line(metrics))

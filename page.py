@@ -69,6 +69,14 @@ def write(folder) -> Path:
     return path / "report.html"
 
 
+def refresh(run):
+    """Bring a run's page up to date. A page that can't be made stops no run."""
+    try:
+        write(run.folder)
+    except UserError as e:
+        run.log(f"note: {e}")
+
+
 def tag(kind, /, *inside, **attributes) -> str:
     """An element. inside: HTML. attributes: texts, whose names have _ for -, and class_."""
     said = [f' {name.rstrip("_").replace("_", "-")}="{clean(text, 10 ** 9)}"'

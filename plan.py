@@ -106,6 +106,12 @@ def texts_of(cfg: Config) -> Texts:
     return Texts(prompt=80, edit=70, documents=[[11] * 6], questions=11, question=14, answer=6)
 
 
+def token_flops(weights, parameters):
+    """FLOPs of a token in training: 4 a weight of the frozen base (2 forward, 2 for the gradient
+    that passes through), 6 a parameter of its adapter."""
+    return 4 * weights + 6 * parameters
+
+
 @dataclass
 class Phase:
     name: str
@@ -143,9 +149,7 @@ class Planner:
             need, again = step_memory(model, lora, slots, per_step), 1.33
             model.recompute = False
             what += ", recomputed"
-        # A token of the frozen base costs 4 FLOPs a weight (2 forward, 2 for the gradient that
-        # passes through), one of an adapter 6 a parameter.
-        flops = tokens * (4 * self.passed + 6 * lora.parameters(model)) * again
+        flops = tokens * token_flops(self.passed, lora.parameters(model)) * again
         steps = -(-steps // slots)      # of the engine
         seconds = max(flops / (OF_FLOPS * self.card.flops),
                       steps * LAUNCHES * model.config.n_layer)

@@ -21,7 +21,7 @@ from inner_loop import batched
 from lora import Adapters, Lora
 from memory import peak_memory
 from model import ModelConfig, Transformer
-from plan import write_shape
+from plan import token_flops, write_shape
 from sft import Job, Recipe, sft
 
 LENGTHS = json.loads(EMBEDDED.with_name("lengths.json").read_text())   # per self-edit
@@ -236,13 +236,12 @@ def matmul_rate(device, dtype):
 
 @dataclass
 class Floor:
-    """A token of the frozen base costs 4 FLOPs a weight (2 forward, 2 for the gradient that passes
-    through), one of an adapter 6 a parameter."""
+    """The least time that training can take: its FLOPs at the rate of a large product."""
     weights: int        # N, of the layers and the output
     parameters: int     # P, of an adapter
     rate: float         # FLOP/s of a large product
 
-    flops = property(lambda self: 4 * self.weights + 6 * self.parameters)
+    flops = property(lambda self: token_flops(self.weights, self.parameters))
     tokens_per_second = property(lambda self: self.rate / self.flops)
 
     @classmethod

@@ -8,7 +8,7 @@ of --judge openai.
 """
 import numpy as np
 
-from files import Parser, UserError, at_least, cli, printable, read_json
+from files import Parser, UserError, positive, cli, printable, read_json
 from data.judges import RULES, check_openai, model_judge, openai
 from model import load_pretrained
 from stats import agreement, bootstrap_ci, share_changed
@@ -94,7 +94,7 @@ def main():
     ap.add_argument("file", help="passages with released answers and verdicts")
     ap.add_argument("--model", help="folder or hub id of a model that judges")
     ap.add_argument("--openai", action="store_true", help="ask an OpenAI-compatible endpoint, too")
-    ap.add_argument("--limit", type=at_least(1), help="only so many answers of each method")
+    ap.add_argument("--limit", type=positive, help="only so many answers of each method")
     args = ap.parse_args()
     if args.openai:
         check_openai()

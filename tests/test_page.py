@@ -5,6 +5,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -186,3 +187,13 @@ def test_command_line(tmp_path):
     assert (tmp_path / "r" / "rollouts.jsonl").read_text().endswith('"spl')
     with pytest.raises(UserError, match="missing"):
         page.write(tmp_path / "none")
+
+
+def test_a_page_that_can_not_be_made_stops_no_run(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    said = []
+
+    page.refresh(SimpleNamespace(folder=tmp_path, log=said.append))
+
+    assert len(said) == 1
+    assert said[0].startswith("note: ")
