@@ -885,6 +885,7 @@ def test_the_table_of_puzzles(random_model, tmp_path, monkeypatch, capsys):
     """A row for the model in context, its own self-edits, the oracle, each round of a run."""
     # Another random model takes the place of a run's first round.
     make_checkpoint(tmp_path / "other" / "iter_1", seed=1, max_position_embeddings=4096)
+    (tmp_path / "other" / "config.json").write_text('{"domain": "tinyarc"}')
     monkeypatch.setattr(runs, "sample_self_edits", scripted_edits)
     folder = tmp_path / "table"
     monkeypatch.setattr("sys.argv", [
