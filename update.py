@@ -7,6 +7,7 @@ import torch
 
 from device import fused
 
+PIECE = 2 ** 16     # values of an adapter that are updated together on a CPU: .25 MiB each
 
 class FrozenHeadLoss(torch.autograd.Function):
     """Cross-entropy through a frozen output layer: h (N, D), W (V, D), labels (N,) -> nll (N,).
@@ -49,14 +50,17 @@ def subtract_onehot(p, label):
 
 
 @torch.no_grad()
-def adamw_(p, g, m, v, lr, t, copy, clip, weight_decay, betas=(0.9, 0.999), eps=1e-8):
+def adamw_(p, g, m, v, lr, t, copy, clip, weight_decay, norm=None, betas=(0.9, 0.999), eps=1e-8):
     """One AdamW step (arXiv 1711.05101) of n adapters, in place, each gradient clipped by its norm.
 
     p, g, m, v (n, P); lr and the step's number t, from 1, (n, 1): each adapter has its own. copy:
-    of p in the model's dtype, which is written as well (or p itself); g is in that dtype."""
-    # Clip: shorten a gradient whose norm exceeds `clip`, as torch's clip_grad_norm_ does.
+    of p in the model's dtype, which is written as well (or p itself); g is in that dtype. norm
+    (n, 1): of the whole gradients, where these are pieces of them."""
     g = g.to(p.dtype)
-    g = g.mul_((clip / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1))
+    if norm is None:
+        norm = g.norm(dim=1, keepdim=True)
+    # Clip: shorten a gradient whose norm exceeds `clip`, as torch's clip_grad_norm_ does.
+    g = g.mul_((clip / (norm + 1e-6)).clamp(max=1))
     # Running means of the gradient and of its square. They start at 0: m_hat, v_hat correct that.
     m.lerp_(g, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
@@ -70,12 +74,16 @@ def adamw_(p, g, m, v, lr, t, copy, clip, weight_decay, betas=(0.9, 0.999), eps=
         copy.copy_(p)
 
 
-def adamw_all(*state, **settings):
-    """adamw_ of all adapters: on CUDA in one compiled call, on a CPU one by one, each within the
-    cache."""
-    p = state[0]
+def adamw_all(p, g, m, v, lr, t, copy, **settings):
+    """adamw_ of all adapters: on CUDA in one compiled call, on a CPU piece by piece, so that what
+    is read and written a dozen times stays in the cache."""
     if p.is_cuda:
-        fused(adamw_, p)(*state, **settings)
-    else:
-        for row in range(len(p)):
-            adamw_(*[x[row:row + 1] for x in state], **settings)
+        fused(adamw_, p)(p, g, m, v, lr, t, copy, **settings)
+        return
+    for row in range(len(p)):
+        own = slice(row, row + 1)
+        norm = g[own].norm(dim=1, keepdim=True, dtype=p.dtype)
+        pieces = [x[own].split(PIECE, dim=1) for x in (p, g, m, v, copy)]
+        for piece_p, piece_g, piece_m, piece_v, piece_copy in zip(*pieces):
+            adamw_(piece_p, piece_g, piece_m, piece_v, lr[own], t[own], piece_copy, norm=norm,
+                   **settings)

@@ -27,18 +27,20 @@ from tokenizer import Tokenizer
 
 FEW = ["q_proj", "v_proj"]
 BASE = SMALL     # all layers, lr 1e-3, 10 epochs, a document a step
+FOURS = replace(BASE, lr=2e-3, batch=4)
 # name -> (recipe, what the documents are)
 RECIPES = {
     "q and v, lr 1e-3 (the paper's)": (replace(BASE, lora=Lora(32, 64, FEW)), "edit"),
     "all layers, lr 1e-3": (BASE, "edit"),
     "all layers, lr 5e-4": (replace(BASE, lr=5e-4), "edit"),
     "all layers, lr 2e-3": (replace(BASE, lr=2e-3), "edit"),
-    "and the passage's sentences": (BASE, "edit and sentences"),
-    "the passage's sentences alone": (BASE, "sentences"),
-    "all layers, lr 1e-3, 5 epochs": (replace(BASE, epochs=5), "edit"),
-    "all layers, lr 2e-3, 5 epochs": (replace(BASE, lr=2e-3, epochs=5), "edit"),
-    "all layers, lr 2e-3, batch 4": (replace(BASE, lr=2e-3, batch=4), "edit"),
-    "as chat turns": (BASE, "turns"),
+    "and its sentences": (BASE, "edit and sentences"),
+    "batch 4, lr 2e-3": (FOURS, "edit"),
+    "batch 4, and its sentences": (FOURS, "edit and sentences"),
+    "batch 4, its sentences alone": (FOURS, "sentences"),
+    "batch 4, as chat turns": (FOURS, "turns"),
+    "batch 4, lr 4e-3": (replace(FOURS, lr=4e-3), "edit"),
+    "batch 4, 5 epochs": (replace(FOURS, epochs=5), "edit"),
 }
 
 
