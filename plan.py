@@ -199,7 +199,8 @@ class Planner:
         """The best self-edits of a round, each after its prompt."""
         cfg, texts = self.cfg, self.texts
         recipe = outer_recipe(cfg)
-        kept = cfg.tasks * (cfg.edits if cfg.select == "solved" else cfg.keep)     # at most
+        at_most = cfg.keep if cfg.update in ("best", "random") else cfg.edits
+        kept = cfg.tasks * at_most
         job = Job([([0] * (texts.prompt + texts.edit), [])] * kept, 0, recipe)
         return self.training("M-step", recipe.lora, [job])
 

@@ -12,8 +12,9 @@ def opening(cfg: Config) -> str:
     what, asked = "passages", "without the passage"
     if "arc" in cfg.domain:
         what, asked = "puzzles", "for the solution"
+    weighed = "all of them, by advantage,"
     kept = {"best": f"the {cfg.keep} best of {cfg.edits}", "solved": "those with reward 1",
-            "random": f"any {cfg.keep} of {cfg.edits}"}[cfg.select]
+            "random": f"any {cfg.keep} of {cfg.edits}"}.get(cfg.update, weighed)
     return (f"In each of {cfg.iterations} rounds the model reads {cfg.tasks} {what} and writes "
             f"{cfg.edits} self-edits of each.\nEvery self-edit trains an adapter, which is asked "
             f"{asked}: the share of right answers is its\nreward, and {kept} are learned. "
@@ -38,11 +39,12 @@ def iteration_line(m: dict) -> str:
             f"un-adapted {m['eval_unadapted']:.3f}")
 
 
-def round_line(t: int, scores, without, kept) -> str:
-    """What a round's self-edits were worth, and those that are kept."""
-    mean_kept = np.mean([scores[i][j] for i, j in kept]) if kept else 0.0
-    return (f"round {t + 1}: mean reward {np.mean(scores):.3f}, un-adapted {np.mean(without):.3f}; "
-            f"kept {len(kept)} self-edits with mean reward {mean_kept:.3f}")
+def round_line(t: int, scores, without, learned) -> str:
+    """What a round's self-edits were worth, and those with a positive weight."""
+    wanted = [scores[i][j] for i, j, weight in learned if weight > 0]
+    line = (f"round {t + 1}: mean reward {np.mean(scores):.3f}, un-adapted {np.mean(without):.3f}; "
+            f"kept {len(wanted)} self-edits with mean reward {np.mean(wanted or [0]):.3f}")
+    return line + (f", and {len(learned) - len(wanted)} to avoid" * (len(learned) > len(wanted)))
 
 
 def summary(run: Run, held_out: list[Task]) -> str:

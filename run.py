@@ -119,6 +119,9 @@ class Run:
         if not isinstance(theirs, dict):
             raise UserError(f"{path}: not the settings of a run; restore it, or name another "
                             "--run-dir")
+        # `update` was called `select` until 2026-11-24.
+        if "select" in theirs:
+            theirs["update"] = theirs.pop("select")
         # A run that has computed nothing yet may become another.
         if self.edits.records or self.rollouts.records or self.metrics.records:
             differ = differences(mine, theirs)

@@ -89,6 +89,15 @@ PROMPTS = {
     "none":
         "Passage:\n{title}\n{context}\n\n",
 }
+
+
+def fill(prompt: str, title: str, context: str) -> str:
+    """The prompt for a passage: one of PROMPTS by its name, or a template like them."""
+    # In one go: a passage may have "{title}" in it.
+    parts = {"{title}": title, "{context}": context}
+    return re.sub(r"{title}|{context}", lambda found: parts[found[0]], PROMPTS.get(prompt, prompt))
+
+
 QUERY = ("Let's answer a question directly and concisely.\n"
          "Question: Topic: {title}\n{question}\nAnswer:\n")
 
@@ -267,7 +276,7 @@ def main():
         if not 0 <= args.index < len(passages):
             raise UserError(f"--index {args.index}: there are passages 0 to {len(passages) - 1}")
         passage = passages[args.index]
-        prompt = PROMPTS[args.prompt].format(title=passage["title"], context=passage["context"])
+        prompt = fill(args.prompt, passage["title"], passage["context"])
 
     # Each self-edit has a seed of its own, so that --edits 4 has the three of --edits 3 in it.
     model = load_pretrained(args.model)

@@ -51,7 +51,7 @@ class Recipe:
 class Job:
     """One adapter to train. Jobs that are trained together may differ in all but recipe.lora, clip,
     weight_decay and slots."""
-    examples: list          # of (ids, learn) lists: the loss is on ids[j] where learn[j]
+    examples: list          # of (ids, learn) lists: learn[j] is the weight of ids[j] in the loss
     seed: int               # of the adapter's first values and of the order of its examples
     recipe: Recipe
     # For eval.py continual: values (P,) to begin with, in place of fresh ones, and which of them
@@ -99,10 +99,10 @@ class Trained:
     diverged: bool          # some weight is not finite
 
 
-def dialogue(prompt: list[int], completion: list[int], completion_only=True):
-    """(ids, learn) of what a model reads and what it is to write."""
-    learn = [not completion_only] * len(prompt) + [True] * len(completion)
-    return prompt + completion, learn
+def dialogue(prompt: list[int], completion: list[int], completion_only=True, weight=True):
+    """(ids, learn) of what a model reads and what it is to write; to write less, if weight < 0."""
+    of_prompt = False if completion_only else weight
+    return prompt + completion, [of_prompt] * len(prompt) + [weight] * len(completion)
 
 
 # ------------------------------------------------------------------------------- the textbook
@@ -118,16 +118,19 @@ def sft_one(model, job: Job) -> torch.Tensor:
     weights = adapter.flat.requires_grad_()                         # (1, P)
     optimizer = torch.optim.AdamW([weights], lr=recipe.lr, weight_decay=recipe.weight_decay)
     for step, batch in enumerate(job.micro_batches()):
-        # The negative log-likelihood of every token that is to be learned, given those before it.
-        losses = []
+        # The negative log-likelihood of every token given those before it, times its weight.
+        losses, total = [], 0.0
         for example in batch:
-            ids, learn = (torch.tensor(x, device=model.device) for x in job.examples[example])
+            ids, learn = job.examples[example]
+            ids = torch.tensor(ids, device=model.device)
+            learn = torch.tensor(learn, device=model.device, dtype=weights.dtype)
             with adapter.route([len(ids)]):
                 logits = model(ids[None])[0]                        # (T, V)
             nll = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
-            losses.append(nll[learn[1:]])
-        # Its mean over the whole micro-batch; then one clipped step of AdamW.
-        loss = torch.cat(losses).mean()
+            losses.append((nll * learn[1:]).sum())
+            total = total + learn[1:].abs().sum()
+        # Its weighted mean over the whole micro-batch; then one clipped step of AdamW.
+        loss = sum(losses) / total
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([weights], recipe.clip)

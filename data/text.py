@@ -2,8 +2,8 @@
 import re
 from pathlib import Path
 
-from files import UserError
-from selfedit import PROMPTS, QUERY, SelfEdit, Task, split_documents
+from files import UserError, read_text
+from selfedit import QUERY, SelfEdit, Task, fill, split_documents
 
 LONGEST = 150   # words of a passage
 
@@ -16,12 +16,8 @@ def load(names) -> list[tuple[str, str]]:
         paths += inside or [name]
     found = []
     for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError) as e:
-            raise UserError(f"{path}: not readable as text ({e})") from None
         title = re.sub(r"[_-]+", " ", path.stem)
-        found += [(title, passage) for passage in passages(text)]
+        found += [(title, passage) for passage in passages(read_text(path))]
     if not found:
         raise UserError(f"{', '.join(map(str, names))}: there is no text in it")
     return found
@@ -48,7 +44,7 @@ def sentences(passage: str) -> list[str]:
 def as_task(title: str, passage: str, prompt="implications") -> Task:
     """A passage that is to be learned. It has no questions."""
     return Task(
-        name=title, prompt=PROMPTS[prompt].format(title=title, context=passage),
+        name=title, prompt=fill(prompt, title, passage),
         context=[f"{title}\n{passage}"], questions=[], queries=[], answers=[], judge=None,
         read=lambda text: SelfEdit(documents=[f"{title}\n{s}" for s in split_documents(text)]))
 

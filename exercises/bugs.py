@@ -44,8 +44,8 @@ def eos_missing():
     """Kept self-edits are learned without the EOS that was sampled: the policy forgets to stop."""
     dialogue = outer_loop.dialogue
 
-    def without_last(prompt, completion, completion_only=True):
-        return dialogue(prompt, completion[:-1], completion_only)
+    def without_last(prompt, completion, completion_only=True, weight=True):
+        return dialogue(prompt, completion[:-1], completion_only, weight)
 
     with patch.object(outer_loop, "dialogue", without_last):
         yield

@@ -49,7 +49,7 @@ def factor(lengths, rewards):
 # 3
 def select(rewards, usable, without, how="best", keep=1, strict=False):
     edits = [[SelfEdit(documents=["text"] * good) for good in row] for row in usable]
-    cfg = Config(select=how, keep=keep, strict=strict)
+    cfg = Config(update=how, keep=keep, strict=strict)
     return outer_loop.select(cfg, rewards, edits, without, t=0)
 
 

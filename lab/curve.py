@@ -14,9 +14,9 @@ from stats import mean_ci
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 # What settings mean, in a figure's legend.
-MEANING = {"select best": "the best self-edits are kept",
-           "select solved": "self-edits that solved their puzzle are kept",
-           "select random": "any self-edits are kept (control)",
+MEANING = {"update best": "the best self-edits are kept",
+           "update solved": "self-edits that solved their puzzle are kept",
+           "update random": "any self-edits are kept (control)",
            "directives": "each chooses its learning rate and epochs"}
 
 

@@ -18,16 +18,17 @@ from data import knowledge
 from data.text import sentences
 from files import Lines, Parser, UserError, cli, positive, read_json
 from inner_loop import SMALL, update_and_score
-from lora import Lora
+from lora import PROJECTIONS, Lora
 from model import load_pretrained
 from progress import Meter
 from selfedit import SelfEdit, read_self_edit, seed_for
+from sft import Recipe
 from stats import bootstrap_ci
 from tokenizer import Tokenizer
 
 FEW = ["q_proj", "v_proj"]
-BASE = SMALL     # all layers, lr 1e-3, 10 epochs, a document a step
-FOURS = replace(BASE, lr=2e-3, batch=4)
+BASE = Recipe(Lora(rank=32, alpha=64, targets=PROJECTIONS), lr=1e-3, epochs=10, batch=1)
+FOURS = SMALL   # the one that was chosen: lr 2e-3, four documents a step
 # name -> (recipe, what the documents are)
 RECIPES = {
     "q and v, lr 1e-3 (the paper's)": (replace(BASE, lora=Lora(32, 64, FEW)), "edit"),

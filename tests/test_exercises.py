@@ -174,7 +174,8 @@ def test_without_eos_the_policy_forgets_to_stop():
         """Mean -log p(EOS) at the end of these self-edits, after an M-step on them."""
         model = copy.deepcopy(base)
         run = SimpleNamespace(tok=tok, log=lambda line: None)
-        m_step(replace(tiny.CONFIG, outer_lr=1e-2), run, model, kept, 0)
+        m_step(replace(tiny.CONFIG, outer_lr=1e-2), run, model,
+               [(task, edit, 1.0) for task, edit in kept], 0)
         found = []
         for task, edit in kept[:8]:
             ids = torch.tensor(tok.prompt(task.prompt) + edit.token_ids)

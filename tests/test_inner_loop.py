@@ -11,7 +11,8 @@ import inner_loop
 from files import UserError
 from data.judges import each
 from generate import Sampling
-from inner_loop import Answers, Outcome, ask, grade_all, in_prompt, make_job, update_and_score
+from inner_loop import Answers, ask, grade_all, in_prompt, make_job, update_and_score
+from reward import Outcome, reward
 from lora import Adapters
 from model import load_pretrained
 from selfedit import SelfEdit, Task
@@ -229,7 +230,7 @@ def test_an_outcome_is_the_mean_over_its_seeds():
     outcome.add(short, Answers(["c", "d"], cut=2), [True, True])
 
     assert outcome.accuracy == [0.5, 1.0]
-    assert outcome.reward == 0.75
+    assert reward(outcome, None, None) == 0.75
     assert outcome.answers == [["a", "b"], ["c", "d"]]
     assert outcome.right == [[True, False], [True, True]]
     assert outcome.losses == [[3.0, 1.0], [4.0, 4.0]]   # the first and the last, rounded
@@ -358,7 +359,7 @@ def test_the_command_shows_a_passage_learned_and_saves_an_adapter_that_peft_open
 
 
 def test_the_command_says_which_passages_there_are(tiny_folder, passages, monkeypatch):
-    with pytest.raises(UserError, match="--index 6: there are passages 0 to 5"):
+    with pytest.raises(UserError, match="passage 6: there are passages 0 to 5"):
         run_main(monkeypatch, "--model", tiny_folder, "--data", passages, "--index", 6)
 
 

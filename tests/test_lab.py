@@ -29,7 +29,7 @@ def runs(tiny_folder, passages, tmp_path_factory):
     folders = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(rules.RULES, "rule", each(even_length))
-        for words in ("--seed 0", "--seed 1", "--seed 0 --select random --strict"):
+        for words in ("--seed 0", "--seed 1", "--seed 0 --update random --strict"):
             folders.append(folder / f"run{len(folders)}")
             run_it([*common, *words.split(), "--run-dir", folders[-1]])
     return folders
@@ -41,7 +41,7 @@ def write_run(folder, rewards, made_of=(), iterations=None, **settings):
     """A run's folder as lab.curve reads it."""
     folder.mkdir()
     config = {"iterations": len(rewards) - 1, "seed": 0, "run_dir": str(folder), "model": "m",
-              "verbose": False, "select": "best", "strict": False, "targets": ["q_proj"]}
+              "verbose": False, "update": "best", "strict": False, "targets": ["q_proj"]}
     if iterations:
         config["iterations"] = iterations
     (folder / "config.json").write_text(json.dumps(config | settings))
@@ -73,14 +73,14 @@ def test_runs_are_grouped_by_what_sets_them_apart(tmp_path):
     folders = [
         write_run(tmp_path / "a", [0.1, 0.2]),
         write_run(tmp_path / "b", [0.3, 0.4], seed=1),
-        write_run(tmp_path / "c", [0.5, 0.6], select="random", strict=True),
+        write_run(tmp_path / "c", [0.5, 0.6], update="random", strict=True),
         write_run(tmp_path / "d", [0.7, 0.8], targets=["q_proj", "v_proj"], model="other")]
 
     groups = curve.read_runs(folders)
 
     names = list(groups)
-    assert names[0].startswith("select best, targets")
-    assert names[1].startswith("select random, strict, targets")
+    assert names[0].startswith("update best, targets")
+    assert names[1].startswith("update random, strict, targets")
     assert [len(group) for group in groups.values()] == [2, 1, 1]
     rewards = [m["eval_reward"] for m in groups[names[0]][1]]
     assert rewards == [0.3, 0.4]
@@ -183,8 +183,8 @@ def test_curves_of_runs_are_drawn(runs, tmp_path, capsys):
     call(curve, *runs, "--svg", tmp_path / "again.svg")
 
     out = capsys.readouterr().out
-    assert "select best, 2 seeds: " in out
-    assert "select random, strict, 1 seeds: " in out
+    assert "update best, 2 seeds: " in out
+    assert "update random, strict, 1 seeds: " in out
     assert "    gain " in out
     drawing = (tmp_path / "curve.svg").read_text()
     assert ElementTree.fromstring(drawing).tag.endswith("svg")
@@ -477,8 +477,8 @@ def test_recipes_are_measured_once_each(passages, tiny_folder, tmp_path, monkeyp
     assert list(found) == list(short)
     assert capsys.readouterr().out == first
     assert found["all layers, lr 1e-3"]["documents"] == 3           # two lines and the passage
-    assert found["and the passage's sentences"]["documents"] == 5
-    assert found["the passage's sentences alone"]["documents"] == 3
+    assert found["and its sentences"]["documents"] == 5
+    assert found["batch 4, its sentences alone"]["documents"] == 3
 
 
 def test_passages_without_self_edits_are_refused(passages, tiny_folder, tmp_path):

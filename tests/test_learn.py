@@ -1,7 +1,9 @@
 """Plain text is learned in one command, kept in PEFT's layout, and asked again."""
 import json
+import re
 import shutil
 import sys
+from dataclasses import replace
 
 import peft
 import pytest
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import inner_loop
 import model as transformer
 from checkpoint import read_adapter
+from config import PRESETS, Config, inner_recipe
 from data import text
 from files import UserError
 from lora import Adapters, Lora
@@ -72,7 +75,7 @@ def test_what_is_no_text_is_one_line(content, problem, tmp_path):
 
     with pytest.raises(UserError, match=problem):
         text.load([tmp_path / "x"])
-    with pytest.raises(UserError, match="not readable"):
+    with pytest.raises(UserError, match="missing"):
         text.load([tmp_path / "missing"])
 
 
@@ -120,6 +123,55 @@ def test_nothing_is_overwritten(call, notes, tmp_path):
 def test_the_embedded_model_cannot_learn_it(call, words):
     with pytest.raises(UserError, match="need --model"):
         call(*words, model=None)
+
+
+def test_what_was_saved_is_pushed(call, notes, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(inner_loop, "push", lambda *words: pushed.append(words))
+    saved = str(tmp_path / "saved")
+
+    call("--learn", notes, "--ask", "Who?", "--save", saved, "--push", "me/notes")
+
+    assert pushed == [(saved, "me/notes")]
+
+
+def test_there_is_something_to_push(call, notes):
+    with pytest.raises(UserError, match="--push goes with"):
+        call("--learn", notes, "--push", "me/notes")
+
+
+# ------------------------------------------------------------------------------- one's own notes
+
+def test_one_s_own_self_edit_is_scored(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("The ruler of Lorzun is Garwyn.\nWhich town is ruled by Garwyn? Lorzun\n")
+    monkeypatch.setattr("sys.argv", ["inner_loop.py", "--task", "tinyworld:tune:3", "--self-edit",
+                                     str(path)])
+
+    inner_loop.main()
+
+    out = capsys.readouterr().out
+    assert "ruled by Garwyn? (Lorzun)\n  before: 'Dalthorpe'\n  after:  'Lorzun'" in out
+    assert int(re.search(r"right: 0 -> (\d+) of 11", out)[1]) > 4
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--task", "tinyworld:tune:9999"], "passage 9999: there are passages 0 to"),
+    (["--task", "tinyarc:tune:1"], "such as tinyworld:tune:3"),
+    (["--task", "tinyworld:tune:x"], "such as tinyworld:tune:3"),
+    (["--task", "tinyworld:nowhere:1"], "not 'nowhere'"),
+    (["--task", "tinyworld:tune:1", "--self-edit", "nowhere.txt"], "nowhere.txt is missing")])
+def test_a_task_is_named_by_its_world_split_and_number(words, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["inner_loop.py", *words])
+
+    with pytest.raises(UserError, match=re.escape(message)):
+        inner_loop.main()
+
+
+def test_the_embedded_model_has_the_inner_loop_of_its_preset():
+    cfg = Config(**PRESETS["tiny"])
+    assert replace(inner_loop.TINY, max_steps=cfg.max_steps, max_tokens=cfg.max_train_tokens) == (
+        inner_recipe(cfg))
 
 
 # ------------------------------------------------------------------------------- adapters

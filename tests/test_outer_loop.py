@@ -6,10 +6,12 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import inner_loop
 import outer_loop
 import run as run_module
 from config import PRESETS, Config
@@ -20,7 +22,7 @@ from generate import Sampling, quiet
 from inner_loop import ANSWERS, ask, grade_all, make_job
 from lora import PROJECTIONS, Adapters, Lora
 from model import load_pretrained
-from outer_loop import by_kind, m_step, next_tasks, select
+from outer_loop import by_kind, m_step, next_tasks, select, weigh
 from report import curve, in_brackets, opening, summary, typical_task
 from run import Records, Run
 from selfedit import SelfEdit, read_self_edit, sample_self_edits
@@ -128,7 +130,7 @@ def test_the_m_step_is_given_the_best_self_edit_of_each_passage(argv, varied_rew
         rollouts.sort(key=lambda r: (-r["reward"], r["edit"]))
         best = rollouts[0]
         prompt = prompts[best["title"]]
-        learn = [False] * len(prompt) + [True] * len(best["token_ids"])
+        learn = [0] * len(prompt) + [1] * len(best["token_ids"])
         expected.append((prompt + best["token_ids"], learn))
     (job,) = jobs
     assert job.examples == expected
@@ -152,7 +154,7 @@ def test_the_m_step_makes_a_kept_self_edit_likelier(argv):
         return nll[:split].mean().item(), nll[split:].mean().item()
 
     prompt_before, edit_before = losses()
-    m_step(cfg, run, model, [(task, edit)], 0)
+    m_step(cfg, run, model, [(task, edit, 1.0)], 0)
     prompt_after, edit_after = losses()
 
     assert edit_after < edit_before - 0.5
@@ -168,7 +170,7 @@ def test_without_a_kept_self_edit_the_model_stays_as_it_is(argv, capsys):
     m_step(cfg, run, model, [], 0)
 
     assert torch.equal(model.state_dict()[UP], before)
-    assert "no self-edit was kept" in capsys.readouterr().out
+    assert "no self-edit to learn from" in capsys.readouterr().out
 
 
 def test_an_m_step_that_diverges_is_an_error_and_saves_nothing(argv, tmp_path):
@@ -299,9 +301,11 @@ SCORES = [[0.2, 0.5, 0.5], [0, 0, 0], [0.1, 0.3, 0.2]]
 EDITS = [THREE, THREE, THREE]
 
 
+WORDS = ["--preset", "knowledge", "--model", "m", "--train-data", "a", "--eval-data", "b"]
+
+
 def selected(scores, edits, *words, without=None, t=0):
-    cfg = parse(["--preset", "knowledge", "--model", "m", "--train-data", "a", "--eval-data", "b",
-                 *words])
+    cfg = parse([*WORDS, *words])
     return select(cfg, scores, edits, without or [0] * len(scores), t)
 
 
@@ -323,27 +327,112 @@ def test_solved_keeps_all_with_reward_1_that_hold_something():
     scores = [[1, 0.5, 1], [0, 0, 0], [1, 1, 0]]
     edits = [THREE, THREE, [EDIT, EMPTY, EDIT]]
 
-    assert selected(scores, edits, "--select", "solved") == [(0, 0), (0, 2), (2, 0)]
+    assert selected(scores, edits, "--update", "solved") == [(0, 0), (0, 2), (2, 0)]
 
 
 def test_a_self_edit_with_nothing_to_learn_from_is_never_kept():
     edits = [[EMPTY, EDIT], [EMPTY, EMPTY]]
 
     for way in ("best", "solved", "random"):
-        assert selected([[1, 1], [1, 1]], edits, "--select", way) == [(0, 1)]
+        assert selected([[1, 1], [1, 1]], edits, "--update", way) == [(0, 1)]
 
 
 def test_random_keeps_as_many_as_best_whatever_their_rewards():
     edits = [[EDIT] * 20] * 50
 
-    kept = selected([[0] * 20] * 50, edits, "--select", "random", "--keep", "2")
+    kept = selected([[0] * 20] * 50, edits, "--update", "random", "--keep", "2")
 
     assert [i for i, _ in kept] == [i // 2 for i in range(100)]
     assert len(set(kept)) == 100                    # no self-edit twice
     assert len({j for _, j in kept}) > 15           # any of them
     rising = [[j / 20 for j in range(20)]] * 50
-    assert selected(rising, edits, "--select", "random", "--keep", "2") == kept
-    assert selected(rising, edits, "--select", "random", "--keep", "2", t=1) != kept
+    assert selected(rising, edits, "--update", "random", "--keep", "2") == kept
+    assert selected(rising, edits, "--update", "random", "--keep", "2", t=1) != kept
+
+
+def test_rest_em_weighs_what_it_selects_by_1():
+    assert weigh(parse(WORDS), SCORES, EDITS, [0, 0, 0], 0) == [(0, 1, 1), (1, 0, 1), (2, 1, 1)]
+
+
+def test_the_weights_of_reinforce_are_rewards_above_their_task_s_mean():
+    """The unreadable are included; where all rewards are equal there is nothing to learn."""
+    edits = [[EDIT, EMPTY, EDIT], THREE, THREE]
+    scores = [[0.9, 0.0, 0.6], [0.5, 0.5, 0.5], [0.1, 0.3, 0.2]]
+
+    found = weigh(parse([*WORDS, "--update", "reinforce"]), scores, edits, [0, 0, 0], 0)
+
+    places = [(i, j) for i, j, _ in found]
+    assert places == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
+    assert [w for _, _, w in found] == pytest.approx([0.4, -0.5, 0.1, -0.1, 0.1])
+
+
+def test_the_weights_of_grpo_have_mean_0_and_deviation_1_in_each_task():
+    found = weigh(parse([*WORDS, "--update", "grpo"]), SCORES, EDITS, [0, 0, 0], 0)
+
+    for task in (0, 2):
+        row = np.array([w for i, _, w in found if i == task] + [0] * (task == 2))
+        assert row.mean() == pytest.approx(0)
+        assert row.std() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("update", ["reinforce", "grpo"])
+def test_by_advantage_the_better_self_edit_becomes_likelier_and_the_worse_one_less(argv, update):
+    cfg = parse([*argv, "--update", update, "--outer-lr", "3e-3", "--outer-epochs", "3"])
+    run = Run(cfg)
+    model = run.load(0)
+    task = run.tasks(cfg.train_data)[0]
+    sampling = Sampling(max_new=24, temperature=1.0, top_p=0.95)
+    sampling = replace(sampling, n=2)
+    (edits,) = sample_self_edits(model, run.tok, [task], sampling, [[7, 8]])
+    prompt = run.tok.prompt(task.prompt)
+
+    def losses():
+        found = []
+        for edit in edits:
+            ids = torch.tensor([prompt + edit.token_ids])
+            nll = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="none")
+            found.append(nll[len(prompt) - 1:].mean().item())
+        return found
+
+    before = losses()
+    learned = weigh(cfg, [[1.0, 0.0]], [edits], [0.0], 0)
+    m_step(cfg, run, model, [(task, edits[j], weight) for _, j, weight in learned], 0)
+    after = losses()
+
+    assert after[0] - before[0] < after[1] - before[1] - 0.5
+
+
+def test_a_run_by_advantage_goes_to_its_end(argv, varied_rewards, capsys):
+    run = run_it([*argv, "--update", "grpo", "--outer-epochs", "1"])
+
+    assert len(run.metrics.records) == 3
+    out = capsys.readouterr().out
+    assert " to avoid" in out
+    assert "all of them, by advantage" in opening(run.cfg)
+
+
+def test_the_reward_is_one_function_and_is_logged_as_it_was_used(argv, varied_rewards, monkeypatch):
+    """Shorter self-edits are worth more: the longest one gets the lowest reward."""
+    monkeypatch.setattr(inner_loop, "reward", lambda outcome, edit, task: -len(edit.token_ids))
+
+    run = run_it([*argv, "--iterations", "1"])
+
+    for r in run.rollouts.records:
+        if r["documents"]:
+            assert r["reward"] == -len(r["token_ids"])
+            assert all(isinstance(verdict, bool) for row in r["right"] for verdict in row)
+
+
+def test_a_prompt_may_be_a_file(argv, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("Teach {context} ({title}), {as} a {story}.\n")
+
+    cfg = parse([*argv, "--prompt-file", str(path)])
+
+    task = Run(cfg).tasks(cfg.train_data)[0]
+    title, context = task.context[0].split("\n", 1)
+    assert task.prompt == f"Teach {context} ({title}), {{as}} a {{story}}.\n"
+    assert cfg.prompt == path.read_text()       # so that a changed file is another run
 
 
 def test_best_of_five_is_what_the_release_kept(shared_data):

@@ -82,7 +82,7 @@ def test_the_knowledge_preset_holds_the_papers_values():
     assert cfg.top_p == 0.95
     assert cfg.max_edit_tokens == 2048
     assert cfg.max_answer_tokens == 64
-    assert cfg.select == "best"
+    assert cfg.update == "best"
     assert cfg.keep == 1
     assert values(cfg, "inner_") == {"rank": 32, "alpha": 64, "lr": 1e-3, "epochs": 10, "batch": 1,
                                      "schedule": "linear", "warmup": 0}
@@ -120,7 +120,7 @@ def test_the_arc_preset_holds_the_papers_values():
     assert cfg.temperature == 0.8
     assert cfg.max_examples == 250
     assert cfg.stop == "eos"
-    assert cfg.select == "solved"
+    assert cfg.update == "solved"
     # A self-edit chooses its learning rate and epochs.
     inner = values(cfg, "inner_")
     assert inner["rank"] == 128
@@ -183,12 +183,16 @@ def test_unknown_and_abbreviated_flags_are_errors(words, argv, capsys):
     (["--dtype", "int4"], "--dtype 'int4': choose among float32, bfloat16, float64"),
     (["--domain", "x"], "--domain 'x': choose among knowledge, arc, tinyworld, tinyarc"),
     (["--inner-schedule", "x"], "--inner-schedule 'x': choose among linear, cosine"),
-    (["--select", "worst"], "--select 'worst': choose among best, solved, random"),
+    (["--update", "worst"], "--update 'worst': choose among best, solved, random, reinforce, grpo"),
     (["--tasks", "0"], "--tasks 0: must be 1 or more"),
     (["--clip", "-1"], "--clip -1.0: must be more than 0"),
     (["--model", ""], "--model is missing (-h explains)"),
     (["--eval-data", ""], "--eval-data is missing (-h explains)"),
-    (["--directives"], "--directives: only the tiny world's self-edits can choose lr and epochs"),
+    (["--directives"], "--directives: it does nothing in the domain knowledge, only in tinyworld"),
+    (["--views", "3"], "--views: it does nothing in the domain knowledge, only in arc and tinyarc"),
+    (["--update", "grpo", "--keep", "2"], "--keep: --update grpo takes no number"),
+    (["--update", "grpo", "--strict"], "--update grpo: --strict and --restart are for ReST-EM"),
+    (["--prompt-file", "nowhere.txt"], "nowhere.txt is missing"),
     (["--inner-targets", "w_proj"], "--inner-targets: no layer is called w_proj"),
     (["--train-data", "nowhere.json"], "nowhere.json is missing")])
 def test_a_bad_flag_is_one_line_that_names_it(words, message, argv, monkeypatch):
@@ -603,7 +607,7 @@ def test_self_edits_are_kept_while_others_are_written(argv, tmp_path, varied_rew
 @pytest.mark.parametrize("words, folder", [
     ("", "runs/tiny"), ("--seed 1", "runs/tiny-seed1"), ("--seed 0", "runs/tiny"),
     ("--slots 3 --verbose --iterations 9", "runs/tiny"), ("--directives", "runs/tiny-directives"),
-    ("--seed 2 --select random", "runs/tiny-seed2-selectrandom"),
+    ("--seed 2 --update random", "runs/tiny-seed2-updaterandom"),
     ("--inner-targets q_proj v_proj", "runs/tiny-inner_targetsq_proj-v_proj"),
     ("--no-baselines --preset tiny-arc", "runs/tiny-arc-baselinesFalse"),
     ("--run-dir here --seed 4", "here")])

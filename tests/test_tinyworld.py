@@ -376,7 +376,7 @@ def test_the_loop_end_to_end(tmp_path, capsys):
 @pytest.mark.slow
 def test_random_selection_does_not_keep_the_best(tmp_path, capsys):
     folder = tmp_path / "run"
-    cfg = parse([*FEW.split(), folder, "--select", "random"])
+    cfg = parse([*FEW.split(), folder, "--update", "random"])
 
     rest_em(cfg, Run(cfg))
 
