@@ -97,7 +97,7 @@ class Config:
 
     def __post_init__(self):
         """Every rule about the values; a UserError names the flag."""
-        allowed = {"domain": DOMAINS, 
+        allowed = {"domain": DOMAINS,
                    "update": ("best", "solved", "random", "reinforce", "grpo"),
                    "judge": (*judges.RULES, "model", "openai"), "stop": ("newline", "eos"),
                    "inner_schedule": ("linear", "cosine"),

@@ -27,7 +27,7 @@ from lora import Adapters
 from memory import peak_memory
 from plan import plan
 from progress import Meter
-from report import curve, iteration_line, opening, round_line, summary
+from report import curve, examples, iteration_line, opening, round_line, summary
 from run import Run
 from run import sample_edits, score_edits, unadapted
 from selfedit import SelfEdit, Task, seed_for
@@ -57,6 +57,7 @@ def rest_em(cfg: Config, run: Run) -> list[Task]:
         # E-step: sample self-edits, and measure the model that each of them makes. These functions
         # of run.py call selfedit.sample_self_edits, inner_loop.ask and inner_loop.update_and_score,
         # and keep on disk what those return.
+        run.log(f"\nRound {t + 1}: the E-step, on {cfg.tasks} tasks to learn from")
         tasks = next_tasks(train, t, cfg.tasks)                         # (C, tau) ~ D
         edits = sample_edits(run, model, tasks, t, "train", cfg.edits)  # SE ~ LM_theta_t(. | C)
         without = unadapted(run, model, tasks)
@@ -65,6 +66,7 @@ def rest_em(cfg: Config, run: Run) -> list[Task]:
 
         # M-step: fine-tune the model on the self-edits, weighed by what they were worth.
         learned = weigh(cfg, scores, edits, without, t)
+        run.log(examples(tasks[0], edits[0], scores[0]))
         run.log(round_line(t, scores, without, learned))
         # NOTE(paper): a round goes on from the last one, as in the official code. ReST-EM as Singh
         # et al. describe it starts from the base model every time: --restart.
@@ -177,6 +179,7 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
     # A resumed run has it already.
     if any(m["iteration"] == t for m in run.metrics.records):
         return
+    run.log(f"\nAfter {t} rounds: {len(tasks)} held-out tasks")
     edits = sample_edits(run, model, tasks, t, "eval", cfg.eval_edits)
     without = unadapted(run, model, tasks)
     arms = []

@@ -4,7 +4,7 @@ import numpy as np
 from config import Config
 from files import printable
 from run import Run
-from selfedit import Task
+from selfedit import SelfEdit, Task
 
 
 def opening(cfg: Config) -> str:
@@ -37,6 +37,15 @@ def iteration_line(m: dict) -> str:
     reward = f"{m['eval_reward']:.3f} [{low:.3f}, {high:.3f}]{in_brackets(m['eval_by_kind'])}"
     return (f"iteration {m['iteration']}: held-out reward {reward} on {m['eval_tasks']} tasks, "
             f"un-adapted {m['eval_unadapted']:.3f}")
+
+
+def examples(task: Task, edits: list[SelfEdit], scores: list[float], width=100) -> str:
+    """A task's self-edits with their rewards, the best first, each in a line."""
+    lines = [f"for example, of {printable(task.name, 60)}:"]
+    for score, edit in sorted(zip(scores, edits), key=lambda pair: -pair[0]):
+        text = " / ".join(edit.text.split("\n"))
+        lines.append(f"    {score:.2f}  {printable(text, width) or '(nothing)'}")
+    return "\n".join(lines)
 
 
 def round_line(t: int, scores, without, learned) -> str:

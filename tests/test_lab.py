@@ -9,7 +9,7 @@ import pytest
 from files import UserError
 from data import judges as rules
 from data.judges import each
-from lab import curve, judges, recipe, reliability
+from lab import curve, judges, paired, recipe, reliability
 from tests.helpers import SMALL, even_length, read_lines, run_it
 
 
@@ -484,3 +484,53 @@ def test_recipes_are_measured_once_each(passages, tiny_folder, tmp_path, monkeyp
 def test_passages_without_self_edits_are_refused(passages, tiny_folder, tmp_path):
     with pytest.raises(UserError, match="each passage needs"):
         call(recipe, "--model", tiny_folder, "--data", passages, "--out", tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------- paired
+
+def evaluated(task, arm, answer, reward):
+    return {"iteration": 0, "split": "eval", "arm": arm, "task": task, "edit": 0, "reward": reward,
+            "unadapted": 0.0, "answers": [[answer]], "questions": ["Where?"], "gold": ["Ostermar"],
+            "documents": 2, "seconds": 1.5}
+
+
+@pytest.fixture
+def single_run(tmp_path):
+    """Two kinds of self-edits of three passages, and one that is not finished."""
+    rows = []
+    for task, (plain, own) in enumerate([(1, 0), (1, 1), (0, 1)]):
+        # The first kind recites: the gold answer comes in its second sentence.
+        rows.append(evaluated(task, "passage only", "It is wet. It is on Ostermar.", plain))
+        rows.append(evaluated(task, "own", "On Ostermar.", own))
+    rows.append(evaluated(0, "half", "", 1))
+    (tmp_path / "run").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "run" / "rollouts.jsonl").write_text(lines)
+    return tmp_path / "run"
+
+
+def test_each_passage_is_compared_with_itself(single_run, capsys):
+    call(paired, single_run)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
+        "no adaptation", "passage only", "own"]
+    assert lines[3].startswith("| passage only | 0.667 [0.000, 1.000] |  | 0.000 [0.000, 0.000] | 7")
+    assert "| +0.000 [-1.000, +1.000] | 1.000 [1.000, 1.000] | 2 | 2.0 | 2 |" in lines[4]
+
+
+def test_what_is_saved_gives_the_same_table(single_run, tmp_path, capsys):
+    call(paired, single_run, "--save", tmp_path / "kept.json")
+    first = capsys.readouterr().out
+
+    call(paired, tmp_path / "kept.json")
+
+    assert capsys.readouterr().out == first
+    assert "Ostermar" not in (tmp_path / "kept.json").read_text()       # no text of a passage
+
+
+def test_there_is_something_to_compare_with(single_run, tmp_path):
+    with pytest.raises(UserError, match="choose among passage only, own"):
+        call(paired, single_run, "--against", "half")
+    with pytest.raises(UserError, match="no rollouts of `eval.py single`"):
+        call(paired, tmp_path)
