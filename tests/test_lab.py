@@ -515,7 +515,7 @@ def test_each_passage_is_compared_with_itself(single_run, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
         "no adaptation", "passage only", "own"]
-    assert lines[3].startswith("| passage only | 0.667 [0.000, 1.000] |  | 0.000 [0.000, 0.000] | 7")
+    assert lines[3].startswith("| passage only | 0.667 [0.000, 1.000] |  | 0.000 [0.000, 0.000] |")
     assert "| +0.000 [-1.000, +1.000] | 1.000 [1.000, 1.000] | 2 | 2.0 | 2 |" in lines[4]
 
 
