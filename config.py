@@ -155,7 +155,9 @@ PRESETS = {
         dtype="float32"),
     # The paper's knowledge incorporation: the defaults above.
     "knowledge": {},
-    # The same with the quirks of the official code that its figures depend on.
+    # For models below about 1 B, by lab/recipe.py (docs/RESULTS.md).
+    "small": dict(inner_lr=2e-3, inner_batch=4, inner_targets=PROJECTIONS),
+    # "knowledge" with the quirks of the official code that its figures depend on.
     "official": dict(pad_to=2048, stop="eos"),
     # The paper's few-shot abstract reasoning.
     "arc": dict(

@@ -168,10 +168,11 @@ def test_a_task_is_named_by_its_world_split_and_number(words, message, monkeypat
         inner_loop.main()
 
 
-def test_the_embedded_model_has_the_inner_loop_of_its_preset():
-    cfg = Config(**PRESETS["tiny"])
-    assert replace(inner_loop.TINY, max_steps=cfg.max_steps, max_tokens=cfg.max_train_tokens) == (
-        inner_recipe(cfg))
+@pytest.mark.parametrize("preset, recipe", [("tiny", inner_loop.TINY), ("small", inner_loop.SMALL)])
+def test_the_inner_loop_is_that_of_a_preset(preset, recipe):
+    cfg = Config(**PRESETS[preset])
+    bounds = {"max_steps": cfg.max_steps, "max_tokens": cfg.max_train_tokens}
+    assert replace(recipe, **bounds) == inner_recipe(cfg)
 
 
 # ------------------------------------------------------------------------------- adapters
