@@ -842,7 +842,7 @@ def test_a_solved_puzzle_s_self_edits_are_kept(finished):
     expected = []
     for name in solved:
         expected += [(name, GOOD), (name, ALSO_GOOD)]
-    kept = [(task.name, edit.text) for task, edit in finished.kept]
+    kept = [(task.name, edit.text) for task, edit, _ in finished.kept]
     assert sorted(kept) == sorted(expected)
     assert f"kept {len(expected)} self-edits with mean reward 1.000" in finished.printed
 
