@@ -179,7 +179,7 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
     # A resumed run has it already.
     if any(m["iteration"] == t for m in run.metrics.records):
         return
-    run.log(f"\nAfter {t} rounds: {len(tasks)} held-out tasks")
+    run.log(f"\nHeld-out tasks after round {t}: {len(tasks)}")
     edits = sample_edits(run, model, tasks, t, "eval", cfg.eval_edits)
     without = unadapted(run, model, tasks)
     arms = []
