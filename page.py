@@ -16,7 +16,7 @@ import numpy as np
 from config import PRESETS, Config, flag
 from files import Lines, Parser, UserError, cli, printable, read_json, replace_file
 from report import arrows, iteration_line, typical_task
-from run import Metrics, Records, place_of
+from run import Metrics, Records, place_of, read_settings
 
 # Mid-tones that can be told apart, also by the colour-blind, on white and on black.
 COLOURS = "#3b82c4 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8c6bb1 #8a8a8a #a6761d #66a61e".split()
@@ -49,7 +49,7 @@ class Rollouts(Lines):
 def write(folder) -> Path:
     """Write report.html into a run's folder, from the files there. UserError if they are none."""
     path = Path(folder)
-    run = SimpleNamespace(path=path, cfg=read_json(path / "config.json"),
+    run = SimpleNamespace(path=path, cfg=read_settings(path),
                           metrics=Metrics(path / "metrics.jsonl", repair=False),
                           rollouts=Rollouts(path / "rollouts.jsonl", repair=False))
     sections = {"The run": headline, "The two loops": loops, "Held-out reward": curve,
@@ -144,13 +144,15 @@ def loops(run) -> str:
     kept = {"best": f"keep the {cfg['keep']} best of each {k}", "solved": "keep those of reward 1",
             "random": f"keep {cfg['keep']} of each {k}, at random"}.get(
                 cfg["update"], f"{cfg['update']}: weigh all by their advantage")
+    weighed = cfg["update"] in ("reinforce", "grpo")
     boxes = [(f"θₜ reads {n} {'puzzles' if puzzles else 'passages'}",
               f"and writes K = {k} self-edits of each"),
              ("θ′ ← θₜ trained on one self-edit", f"LoRA of rank {cfg['inner_rank']}"),
              (f"θ′ is asked {'for the solution' if puzzles else 'without the passage'}",
               "reward: the share of right answers"),
              (kept, f"of {n * k} self-edits in a round"),
-             ("M-step: θₜ₊₁ ← SFT on those kept", "to write more like them")]
+             ("M-step: θₜ₊₁ ← SFT, so weighed" if weighed else "M-step: θₜ₊₁ ← SFT on those kept",
+              "more like the better ones" if weighed else "to write more like them")]
     parts = [tag("path", d="M64 64h292v180H64z", stroke_dasharray="4 3"),
              tag("path", d="M76 367H40V31h36m-7-4 7 4-7 4"),
              words(134, 80, f"inner loop, {n * k * cfg['seeds']} times"),

@@ -71,6 +71,15 @@ class Metrics(Lines):
 
 # ------------------------------------------------------------------------------- the folder
 
+def read_settings(folder):
+    """config.json of a run, in today's names: `update` was called `select` until 2026-11-24."""
+    found = read_json(Path(folder) / "config.json")
+    if not isinstance(found, dict):
+        return found        # who asks says what is wrong with it
+    return {"update" if name == "select" else name: value for name, value in found.items()}
+
+
+
 class Run:
     """What a run has done so far, on disk: settings, self-edits, rewards, metrics, weights."""
 
@@ -115,13 +124,10 @@ class Run:
             "model": print_of_model(cfg.model), "train_data": print_of_data(cfg.train_data),
             "eval_data": print_of_data(cfg.eval_data)}}
         path = self.folder / "config.json"
-        theirs = read_json(path) if path.exists() else mine
+        theirs = read_settings(self.folder) if path.exists() else mine
         if not isinstance(theirs, dict):
             raise UserError(f"{path}: not the settings of a run; restore it, or name another "
                             "--run-dir")
-        # `update` was called `select` until 2026-11-24.
-        if "select" in theirs:
-            theirs["update"] = theirs.pop("select")
         # A run that has computed nothing yet may become another.
         if self.edits.records or self.rollouts.records or self.metrics.records:
             differ = differences(mine, theirs)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from files import Lines, Parser, UserError, cli, printable, read_json, replace_file
+from files import Lines, Parser, UserError, cli, printable, replace_file
+from run import read_settings
 from stats import mean_ci
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
@@ -44,7 +45,7 @@ def read_runs(folders):
     """{what sets these runs apart: [metrics of each run, a dict per iteration]}."""
     configs, metrics = [], []
     for folder in map(Path, folders):
-        config = read_json(folder / "config.json")
+        config = read_settings(folder)
         if not isinstance(config, dict) or type(config.get("iterations")) is not int:
             raise UserError(f"{folder / 'config.json'}: not the settings of a run (no whole number "
                             "of iterations); restore it")

@@ -870,3 +870,17 @@ def test_a_missing_key_is_said_before_anything_is_computed(argv, monkeypatch):
 
     with pytest.raises(UserError, match="needs OPENAI_API_KEY"):
         Run(parse([*argv, "--judge", "openai"]))
+
+
+def test_a_run_of_before_update_had_its_name_is_resumed_as_what_it_was(whole, tmp_path):
+    older = tmp_path / "older"
+    shutil.copytree(whole.folder, older)
+    settings = json.loads((older / "config.json").read_text())
+    assert settings.pop("update") == "best"
+    (older / "config.json").write_text(json.dumps(settings | {"select": "best"}))
+    cfg = dataclasses.replace(whole.cfg, run_dir=str(older))
+    Run(cfg).settle("outer_loop")
+
+    (older / "config.json").write_text(json.dumps(settings | {"select": "random"}))
+    with pytest.raises(UserError, match="other settings \\(update: 'random'"):
+        Run(cfg).settle("outer_loop")
