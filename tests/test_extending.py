@@ -17,6 +17,8 @@ import pytest
 
 from tests.helpers import read_lines
 
+pytestmark = pytest.mark.slow      # each copies the project and runs it
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "EXTENDING.md"
 # What a copy is made of: no runs, no .git, nothing that an editor left.
