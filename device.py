@@ -25,9 +25,42 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
+# ------------------------------------------------------------------------------- graphs
+
 def has_graphs(device):
-    """Whether steps are recorded as CUDA graphs."""
-    return device.type == "cuda"
+    """Whether steps are recorded as CUDA graphs. NANOSEAL_NO_GRAPHS=1 says no, to find a fault."""
+    return device.type == "cuda" and not os.environ.get("NANOSEAL_NO_GRAPHS")
+
+
+class Recorded:
+    """A computation that is recorded as a CUDA graph, one for all inputs of the same shapes, and
+    then launched whole: a step of thousands of kernels costs the host one call.
+
+    compute(x) reads the tensors of x.tensors() and what never changes its address, and gives a
+    tensor. It may write to what never changes its address."""
+
+    def __init__(self, compute):
+        self.compute = compute
+        self.graphs = {}    # shapes -> None if seen once, else (graph, its input, its output)
+        self.pool = None    # memory that all graphs share, as they run one after the other
+
+    def __call__(self, x):
+        shapes = tuple(tensor.shape for tensor in x.tensors())
+        # The first time it just runs: a graph can only be recorded when every kernel was loaded.
+        if shapes not in self.graphs:
+            self.graphs[shapes] = None
+            return self.compute(x)
+        if self.graphs[shapes] is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):   # records, and runs nothing
+                result = self.compute(x)
+            self.pool = graph.pool()
+            self.graphs[shapes] = graph, x, result
+        graph, own, result = self.graphs[shapes]
+        for old, new in zip(own.tensors(), x.tensors()):
+            old.copy_(new)
+        graph.replay()
+        return result.clone()
 
 
 # ------------------------------------------------------------------------------- fused kernels

@@ -69,10 +69,9 @@ class Segments:
         longest = max(counts)
         self.even = min(counts) == longest
         self.ends = to_device(ends.int(), device)   # (n,) int32, as grouped_mm wants them
-        # A view in which each segment is padded to the longest: (n, L) cells. Its shape is that of
-        # an empty tensor, as torch.compile would take numbers for constants. cell (T,): where a
+        # A view in which each segment is padded to the longest: (n, L) cells. cell (T,): where a
         # token stands in it.
-        self.padded = torch.empty(len(counts), longest, 0)
+        self.longest = longest
         shift = longest * torch.arange(len(counts)) - (ends - count)
         self.cell = to_device(torch.arange(sum(counts)) + shift.repeat_interleave(count), device)
 
@@ -91,9 +90,8 @@ def low_rank(x, A, B, scale, segments, grouped):
         return F.grouped_mm(h * scale, B.mT, offs=segments.ends)        # (T, out)
     # Where there is no such kernel, segments are padded. index_copy, as its backward pass is a
     # gather; an indexed assignment's would sort.
-    n, longest, _ = segments.padded.shape
-    x = x.new_zeros(n * longest, x.shape[1]).index_copy(0, segments.cell, x)
-    h = x.view(n, longest, -1) @ A.mT                                   # (n, L, r)
+    x = x.new_zeros(len(A) * segments.longest, x.shape[1]).index_copy(0, segments.cell, x)
+    h = x.view(len(A), segments.longest, -1) @ A.mT                     # (n, L, r)
     return ((h * scale) @ B.mT).flatten(0, 1).index_select(0, segments.cell)
 
 
@@ -178,7 +176,8 @@ class Adapters:
         """`with adapters.route(counts):` the ribbon's first counts[0] tokens go through adapter 0,
         the next counts[1] through adapter 1, and so on. flat: in place of a copy of `self.flat` in
         the model's dtype."""
-        return Route(self, counts, flat)
+        assert len(counts) == self.n
+        return Route(self, Segments(counts, self.model.device), flat)
 
     @torch.no_grad()
     def merge(self, i: int):
@@ -217,10 +216,8 @@ class Route:
 
     So the model is never wrapped or copied: its modules, names and weights stay as they are."""
 
-    def __init__(self, adapters: Adapters, counts: list[int], flat):
-        # Where each adapter's tokens lie is worked out once, and serves all layers.
-        assert len(counts) == adapters.n
-        segments = Segments(counts, adapters.model.device)
+    def __init__(self, adapters: Adapters, segments: Segments, flat):
+        # Where each adapter's tokens lie was worked out once, and serves all layers.
         # `adapters.flat` is float32; the products run in the model's dtype. In bfloat16 this is a
         # copy, so a later change of it needs a new Route.
         if flat is None:

@@ -119,7 +119,8 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(T, -1, self.head_dim))
         k = self.k_norm(self.k_proj(x).view(T, -1, self.head_dim))
         v = self.v_proj(x).view(T, -1, self.head_dim)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        turn = fused(rotate, x)
+        return turn(q, cos, sin), turn(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -130,8 +131,12 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.hidden_dim, c.dim, bias=False)
 
     def forward(self, x):
-        # SwiGLU: one projection decides how much of the other passes.
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(fused(swiglu, x)(self.gate_proj(x), self.up_proj(x)))
+
+
+def swiglu(gate, up):
+    """One projection decides how much of the other passes."""
+    return F.silu(gate) * up
 
 
 class Block(nn.Module):
@@ -144,18 +149,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.dim, c.norm_eps)
 
     def forward(self, x, cos, sin, attend):
+        # Pre-norm: the residual stream x itself is never normalised, only what each part reads.
+        q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
         # `attend` is the only place where tokens meet. Before it and after it each is on its own.
-        before, after = fused(Block.before, x), fused(Block.after, x)
-        q, k, v = before(self, x, cos, sin)
-        return after(self, x, attend(self.layer, q, k, v))
-
-    # Pre-norm: the residual stream x itself is never normalised, only what each part reads.
-
-    def before(self, x, cos, sin):
-        return self.self_attn.project(self.input_layernorm(x), cos, sin)
-
-    def after(self, x, y):
-        x = x + self.self_attn.o_proj(y.flatten(1))         # y (T, H, E), from attention
+        y = attend(self.layer, q, k, v)                     # (T, H, E)
+        x = x + self.self_attn.o_proj(y.flatten(1))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -9,6 +9,7 @@ import torch
 
 import padding
 from device import to_device
+from lora import Segments
 from ribbon import Ribbon
 
 
@@ -35,18 +36,60 @@ class Example:
 
 
 @dataclass
+class Room:
+    """For CUDA graphs, which are of fixed shapes: with it, steps of about as many tokens are filled
+    up to the same shapes. What fills them is read and not learned, and none of the texts sees it.
+    """
+    texts: int              # no step has more
+    longest: int            # tokens; no text has more
+
+    @classmethod
+    def of(cls, jobs, slots):
+        texts, longest = 0, 16
+        for job in jobs:
+            texts = max(texts, min(job.recipe.batch, len(job.examples)))
+            longest = max(longest, *[len(ids) for ids, _ in job.examples])
+        return cls(slots * texts, longest)
+
+    def fill(self, lengths) -> list[int]:
+        """The lengths of the texts to add."""
+        total = sum(lengths)
+        size = round_up(total)
+        added = [self.longest] * ((size - total) // self.longest)
+        added.append((size - total) % self.longest)
+        # An eighth of the tokens is the most that is added; then texts without any.
+        most = self.texts + size // (8 * self.longest) + 1
+        return added + [0] * (most - len(lengths) - len(added))
+
+
+def round_up(n):
+    """The next of 256, 288, 320, .. 512, 576, ..: eighths of a power of two, and at least 16."""
+    step = max(16, 2 ** ((n - 1).bit_length() - 4))
+    return -(-n // step) * step
+
+
+@dataclass
 class Packed:
     """The next micro-batch of every running job, end to end, sorted by slot. On the device."""
     ribbon: Ribbon
     counts: list[int]       # tokens of each slot
+    segments: Segments      # the same
     ids: torch.Tensor       # (T,)
     source: torch.Tensor    # (N,) the tokens that predict a label
     labels: torch.Tensor    # (N,)
     weight: torch.Tensor    # (N,) of each label's loss: for each slot their sizes add up to 1
     slot: torch.Tensor      # (N,) whose label it is
+    # Of each slot, (n, 1): sft.py sets them.
+    lr: torch.Tensor | None = None
+    t: torch.Tensor | None = None
+
+    def tensors(self):
+        """All that a step reads of it."""
+        return [self.ribbon.position, self.ribbon.bounds, self.segments.ends, self.ids, self.source,
+                self.labels, self.weight, self.slot, self.lr, self.t]
 
 
-def pack(running, device, dtype) -> Packed:
+def pack(running, device, dtype, room: Room | None = None) -> Packed:
     """Lay out a step: `running` holds the sft.Running of each slot, or None. dtype: of the weights.
     """
     texts, counts, source, weight, slots = [], [], [], [], []
@@ -65,18 +108,35 @@ def pack(running, device, dtype) -> Packed:
         texts += batch
         counts.append(sum(len(x.ids) for x in batch))
 
-    # Attention needs to know where each text ends, and which tokens imitate padding, if any do.
     lengths = [len(x.ids) for x in texts]
+    ids = [x.ids for x in texts]
+    labels = [x.labels for x in texts]
+    if room:
+        # Further texts, which belong to the last slot, and further labels that weigh nothing.
+        added = room.fill(lengths)
+        lengths += added
+        counts[-1] += sum(added)
+        ids.append(torch.zeros(sum(added), dtype=torch.long))
+        n_labels = sum(map(len, source))
+        lacking = round_up(n_labels) - n_labels
+        for filled in (source, labels, slots):
+            filled.append(torch.zeros(lacking, dtype=torch.long))
+        weight.append(torch.zeros(lacking, dtype=dtype))
+
+    # Attention needs to know where each text ends, and which tokens imitate padding, if any do.
     pads = [x.pads for x in texts]
     if any(pads):
         position = torch.cat([x.position for x in texts])
         ribbon = padding.PaddedRibbon(lengths, pads, position, device)
     else:
-        ribbon = Ribbon(lengths, device)
+        ribbon = Ribbon(lengths, device, room.longest if room else 0)
+    segments = Segments(counts, device)
+    if room:
+        segments.even = False       # whatever the counts, the same products
     return Packed(
-        ribbon, counts,
-        ids=to_device(torch.cat([x.ids for x in texts]), device),
+        ribbon, counts, segments,
+        ids=to_device(torch.cat(ids), device),
         source=to_device(torch.cat(source), device),
-        labels=to_device(torch.cat([x.labels for x in texts]), device),
+        labels=to_device(torch.cat(labels), device),
         weight=to_device(torch.cat(weight), device),
         slot=to_device(torch.cat(slots), device))

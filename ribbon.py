@@ -29,9 +29,10 @@ class Ribbon:
     row, position, cell: (T,). last, each sequence's last token: (n,). bounds, 0 and one after each
     last token: (n + 1,) in int32, as flash attention wants them."""
 
-    def __init__(self, lengths, device):
-        """Sequences are unrolled in groups of like lengths."""
-        self.lengths = lengths
+    def __init__(self, lengths, device, longest=0):
+        """Sequences are unrolled in groups of like lengths. longest: no sequence is longer; worked
+        out from the lengths if 0."""
+        self.longest = longest or max(lengths)
         groups = like_lengths(lengths)
 
         # Each group is a block of n x L cells; the blocks lie one after the other.
@@ -77,7 +78,7 @@ class Ribbon:
 
         `layer` is not used here: generate.Cache's attend needs it."""
         if has_flash(q) and not any(mask is not None for mask in self.masks):
-            return flash_attention(q, k, v, self.bounds, max(self.lengths))
+            return flash_attention(q, k, v, self.bounds, self.longest)
         # Grouped-query attention: several query heads share a key head.
         shared_heads = q.shape[1] != k.shape[1]
         # One call per group of like lengths. Within it sequences are a batch, and heads are too.
@@ -99,5 +100,6 @@ def like_lengths(lengths):
     groups = {}
     for i, n in enumerate(lengths):
         size = (max(n, 16) - 1).bit_length() // 2
-        groups.setdefault(size, []).append(i)
+        if n:
+            groups.setdefault(size, []).append(i)
     return list(groups.values())

@@ -21,11 +21,11 @@ from typing import Iterator
 import torch
 import torch.nn.functional as F
 
-from device import to_device
+from device import Recorded, has_flash, has_graphs, to_device
 from generate import quiet
-from lora import Adapters, Lora
+from lora import Adapters, Lora, Route
 from memory import auto_slots, give_back_memory, is_out_of_memory, less_memory
-from packing import Example, pack
+from packing import Example, Packed, Room, pack
 from update import FrozenHeadLoss, adamw_all
 
 
@@ -197,6 +197,8 @@ def fill_slots(model, jobs, waiting, n, progress):
 
     `progress` hears how many optimiser steps are left."""
     engine = Engine(model, jobs[0].recipe, n)
+    if can_record(engine.adapters, jobs):
+        engine.room = Room.of(jobs, n)
     left = sum(jobs[i].steps for i in waiting)
     ended = []
     while True:
@@ -204,8 +206,7 @@ def fill_slots(model, jobs, waiting, n, progress):
         engine.take_jobs(jobs, waiting)
         active = [running for running in engine.running if running]
         if active:
-            engine.forward_backward()
-            engine.update()
+            engine.step()
         # Jobs that ended a step ago are read now: a GPU is busy with this step meanwhile.
         trained = [read_ended(*job) for job in ended]
 
@@ -227,6 +228,15 @@ def read_ended(running, weights, curve) -> tuple[int, Trained]:
     return running.number, Trained(weights, losses, running.seconds, diverged=not finite)
 
 
+def can_record(adapters: Adapters, jobs) -> bool:
+    """Whether the jobs' steps can be CUDA graphs: if no shape depends on how long a single text is,
+    and nothing that a step does depends on who is in which slot."""
+    model = adapters.model
+    heads = torch.empty(0, 1, model.config.head_dim, device=model.device, dtype=model.dtype)
+    plain = all(job.free is None and not job.recipe.pad_to for job in jobs)
+    return has_graphs(model.device) and adapters.grouped and has_flash(heads) and plain
+
+
 class Engine:
     """n slots, an adapter in each."""
 
@@ -246,6 +256,9 @@ class Engine:
         # job ends, as reading one would wait for the step.
         self.running: list[Running | None] = [None] * n
         self.losses: list[torch.Tensor] = []
+        # If there is a Room, steps are recorded as CUDA graphs.
+        self.room: Room | None = None
+        self.recorded = Recorded(self.compute)
 
     def take_jobs(self, jobs, waiting):
         """Continuous batching: an empty slot takes the next job, out of `waiting`."""
@@ -264,27 +277,13 @@ class Engine:
             self.running[slot] = Running(number, job, examples, job.micro_batches(),
                                          first=len(self.losses))
 
-    def forward_backward(self):
-        """The gradients of all adapters, by one pass over the ribbon.
+    def step(self):
+        """A step of AdamW for every running job, on its next micro-batch."""
+        step = self.next_step()
+        self.losses.append(self.recorded(step) if self.room else self.compute(step))
 
-        An adapter's loss is the mean over its micro-batch's labels. Their sum is back-propagated:
-        each adapter appears in its own term only."""
-        step = pack(self.running, self.model.device, self.flat.dtype)
-        self.read.grad = None
-        # Only tokens that predict a label go through the output layer. The backward pass is within
-        # the route as well: with `recompute` it runs the blocks again, adapters included.
-        with self.adapters.route(step.counts, self.read):
-            h = self.model.hidden(step.ids, step.ribbon.position, step.ribbon.attend)   # (T, D)
-            h = h.index_select(0, step.source)                                          # (N, D)
-            nll = FrozenHeadLoss.apply(h, self.model.lm_head.weight, step.labels)
-            nll = nll * step.weight
-            nll.sum().backward()
-        # For the record: each slot's loss is the sum of its labels' weighted losses.
-        losses = self.flat.new_zeros(self.n)
-        self.losses.append(losses.index_add(0, step.slot, nll.detach().to(losses.dtype)))
-
-    def update(self):
-        """An AdamW step of every adapter, each with its own learning rate and step number."""
+    def next_step(self) -> Packed:
+        step = pack(self.running, self.model.device, self.flat.dtype, self.room)
         # An empty slot holds zeros and has no gradient: its step changes nothing.
         lr = torch.zeros(self.n, 1, dtype=self.flat.dtype)
         t = torch.ones(self.n, 1, dtype=self.flat.dtype)
@@ -292,11 +291,39 @@ class Engine:
             if active:
                 lr[slot] = active.job.lr_at(active.step)
                 t[slot] = active.step + 1
-                if active.job.free is not None:
-                    self.read.grad[slot] *= active.job.free
-        lr, t = to_device(lr, self.model.device), to_device(t, self.model.device)
+        step.lr, step.t = to_device(lr, self.model.device), to_device(t, self.model.device)
+        return step
 
-        adamw_all(self.flat, self.read.grad, self.m, self.v, lr, t, self.read.detach(),
+    def compute(self, step: Packed):
+        """All that a GPU does in a step: the losses (n,)."""
+        losses = self.forward_backward(step)
+        self.update(step)
+        return losses
+
+    def forward_backward(self, step: Packed):
+        """The gradients of all adapters, by one pass over the ribbon: the losses (n,).
+
+        An adapter's loss is the mean over its micro-batch's labels. Their sum is back-propagated:
+        each adapter appears in its own term only."""
+        self.read.grad = None
+        # Only tokens that predict a label go through the output layer. The backward pass is within
+        # the route as well: with `recompute` it runs the blocks again, adapters included.
+        with Route(self.adapters, step.segments, self.read):
+            h = self.model.hidden(step.ids, step.ribbon.position, step.ribbon.attend)   # (T, D)
+            h = h.index_select(0, step.source)                                          # (N, D)
+            nll = FrozenHeadLoss.apply(h, self.model.lm_head.weight, step.labels)
+            nll = nll * step.weight
+            nll.sum().backward()
+        # For the record: each slot's loss is the sum of its labels' weighted losses.
+        losses = self.flat.new_zeros(self.n)
+        return losses.index_add(0, step.slot, nll.detach().to(losses.dtype))
+
+    def update(self, step: Packed):
+        """An AdamW step of every adapter, each with its own learning rate and step number."""
+        for slot, active in enumerate(self.running):
+            if active and active.job.free is not None:
+                self.read.grad[slot] *= active.job.free
+        adamw_all(self.flat, self.read.grad, self.m, self.v, step.lr, step.t, self.read.detach(),
                   clip=self.recipe.clip, weight_decay=self.recipe.weight_decay)
 
     def take_out(self):

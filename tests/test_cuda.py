@@ -102,6 +102,24 @@ def test_many_at_once_as_one_at_a_time(model):
     assert (packed - alone).abs().max() < 0.1
 
 
+def test_graphs_train_the_same(model, monkeypatch):
+    """All steps of jobs of like lengths have a few shapes."""
+    jobs = [Job([([5 + i + k] * 30, [True] * 30) for k in range(4)], i, RECIPE) for i in range(12)]
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: (replays.append(g), replay(g)))
+    with_graphs = train(model, jobs, slots=5)
+    monkeypatch.setenv("NANOSEAL_NO_GRAPHS", "1")
+
+    without = train(model, jobs, slots=5)
+
+    assert len(replays) > 5
+    assert (all_losses(with_graphs) - all_losses(without)).abs().max() < 0.1
+    for i in without:
+        moved = (with_graphs[i].weights - without[i].weights).norm()
+        assert moved < 0.1 * without[i].weights.norm()
+
+
 @pytest.mark.parametrize("n, P", [(3, 5000), (64, 4096), (1, 70000), (7, 4096)])
 def test_the_compiled_update_is_the_plain_one(n, P):
     state = [torch.randn(n, P, device="cuda") for _ in range(4)]

@@ -93,8 +93,7 @@ def test_the_memory_formula_counts_the_adapters_state(half):
     """Value and two moments in float32, copy and gradient in bfloat16."""
     trainer = Engine(half, RECIPE, n=2)
     trainer.take_jobs(mixed_jobs(n=2), [0, 1])
-    trainer.forward_backward()
-    trainer.update()
+    trainer.step()
 
     state = [trainer.flat, trainer.read, trainer.read.grad, trainer.m, trainer.v]
     assert [tensor.element_size() for tensor in state] == [4, 2, 2, 4, 4]

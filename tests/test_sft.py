@@ -17,6 +17,7 @@ import update
 from files import UserError
 from lora import Adapters, Lora, can_group
 from model import load_pretrained
+from packing import round_up
 from sft import Job, sft, sft_one
 from tests.helpers import ALL, CASES, RECIPE, mixed_jobs
 from update import FrozenHeadLoss, adamw_
@@ -385,17 +386,62 @@ def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
         torch.testing.assert_close(beside_logits, merged(ids), atol=1e-9, rtol=0)
 
 
+# ------------------------------------------------------------------------------- graphs
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_steps_that_are_filled_up_for_graphs_train_the_same(model64, monkeypatch, slots):
+    """What graphs do to shapes, without a GPU. tests/test_cuda.py records them."""
+    jobs = mixed_jobs(n=9, recipe=replace(RECIPE, epochs=4))
+    expected = train(model64, jobs, slots)
+    shapes = []
+
+    def run(self, step):
+        shapes.append(tuple(tensor.shape for tensor in step.tensors()))
+        return self.compute(step)
+    monkeypatch.setattr(engine, "can_record", lambda adapters, jobs: True)
+    monkeypatch.setattr(engine.Recorded, "__call__", run)
+
+    filled = train(model64, jobs, slots)
+
+    assert difference(weights(filled), weights(expected)) < 1e-12
+    for i in filled:
+        assert filled[i].losses == pytest.approx(expected[i].losses)
+    for ids, bounds, *_ in shapes:
+        assert ids[0] == round_up(ids[0])
+        assert bounds[0] >= slots * 3 + 1       # batches of three texts, and what is added
+
+
+@pytest.mark.parametrize("n, rounded", [(1, 16), (16, 16), (17, 32), (250, 256), (257, 288),
+                                        (288, 288), (4097, 4608), (8000, 8192)])
+def test_sizes_are_rounded_up_by_an_eighth_at_most(n, rounded):
+    assert round_up(n) == rounded
+
+
+def test_only_jobs_of_fixed_shapes_are_recorded(model32, monkeypatch):
+    adapters = Adapters(model32, RECIPE.lora, 2)
+    jobs = mixed_jobs(n=2)
+    assert not engine.can_record(adapters, jobs)    # a CPU has no graphs
+    for name in ("has_graphs", "has_flash"):
+        monkeypatch.setattr(engine, name, lambda x: True)
+
+    assert engine.can_record(adapters, jobs)
+    padded = replace(jobs[0], recipe=replace(RECIPE, pad_to=64))
+    assert not engine.can_record(adapters, [*jobs, padded])
+    partly_free = replace(jobs[0], free=torch.ones(adapters.flat.shape[1], dtype=torch.bool))
+    assert not engine.can_record(adapters, [*jobs, partly_free])
+
+
 # ------------------------------------------------------------------------------- memory
 
 def out_of_memory_beyond(most, at_step):
     """A `pack` for a device that is full when more than `most` adapters run, one at that step."""
     pack = engine.pack
 
-    def small_memory(running, device, dtype):
+    def small_memory(running, device, dtype, room):
         steps = [run.step for run in running if run]
         if len(steps) > most and at_step in steps:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return pack(running, device, dtype)
+        return pack(running, device, dtype, room)
     return small_memory
 
 
@@ -418,11 +464,11 @@ def test_with_one_slot_left_activations_are_recomputed(model64, monkeypatch, cap
     expected = weights(train(model64, jobs, slots=1))
     pack, seen = engine.pack, []
 
-    def pack_in_little(running, device, dtype):
+    def pack_in_little(running, device, dtype, room):
         seen.append(model64.recompute)
         if not model64.recompute:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return pack(running, device, dtype)
+        return pack(running, device, dtype, room)
     monkeypatch.setattr(engine, "pack", pack_in_little)
 
     trained = train(model64, jobs, slots=1)
@@ -443,7 +489,7 @@ def test_out_of_memory_with_recomputed_activations_says_what_to_do(model64, monk
 
 
 def test_an_error_of_another_kind_is_no_lack_of_memory(model64, monkeypatch):
-    def broken(running, device, dtype):
+    def broken(running, device, dtype, room):
         raise RuntimeError("shapes differ")
     monkeypatch.setattr(engine, "pack", broken)
 
