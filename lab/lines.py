@@ -16,14 +16,12 @@ import json
 import random
 import re
 from collections import defaultdict
-from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
 
 from data import knowledge
 from data.judges import normalise
-from data.text import sentences
 from files import Lines, Parser, UserError, at_least, cli, printable, read_json, replace_file
 from outer_loop import next_tasks
 from run import read_settings
@@ -31,8 +29,8 @@ from selfedit import Task, read_self_edit, seed_for
 from stats import bootstrap_ci
 
 KINDS = ("copied", "supported", "beyond", "vague", "wrong")
-SUPPORTED, BEYOND = 0.7, 0.4    # of a line's content words
-COPIED = 0.85                   # of a line's words
+SUPPORTED, BEYOND = 0.6, 0.4    # of a line's content words
+COPIED = 0.7                    # of its runs of three words
 STOP_WORDS = set("""
 a about after all also although an and another any are as at be became because been before being
 between both but by can could did do does during each either for from had has have he her him his
@@ -73,36 +71,42 @@ def names(text: str) -> set[str]:
 
 
 def plain(text: str) -> str:
-    """A line without its bullet or number, what is bold at its begin, and the dots of U.S."""
+    """A text without a bullet or number at its begin, without its label, and the dots of U.S."""
     text = re.sub(r"^\W*(\d+[.)])?\W*", "", text)
     # "Wider Effects: It ..." and "Question 3: Who ..."
     text = re.sub(r"^[^.:]{1,60}:\W*(?=\w)", "", text)
     return re.sub(r"(?<=\b[A-Z])\.", "", text)
 
 
-def is_copied(line: str, passage: str) -> bool:
-    """Whether pieces of three or more words of one sentence make up (nearly) all of a line."""
-    words = normalise(line)
-    for sentence in sentences(passage):
-        blocks = SequenceMatcher(None, words, normalise(sentence), False).get_matching_blocks()
-        if sum(b.size for b in blocks if b.size >= 3) >= COPIED * len(words):
-            return True
-    return False
+def threes(text: str) -> list[tuple]:
+    """All runs of three words."""
+    words = normalise(text)
+    return list(zip(words, words[1:], words[2:]))
+
+
+def is_heading(line: str) -> bool:
+    """Or a stump that the token cap left: no sentence's end, and hardly a word in lower case."""
+    content = [word for word in words_of(line) if word.lower() not in STOP_WORDS]
+    return not re.search(r"[.!?]\W*$", line) and sum(map(str.islower, content)) < 2
 
 
 def classify(line: str, passage: str) -> str:
     """One of KINDS."""
-    line, passage = plain(line), re.sub(r"(?<=\b[A-Z])\.", "", passage)
-    content, known = stems(line), stems(passage)
-    specific = numbers(line) | names(line)
-    share = len(content & known) / max(1, len(content))
-    if specific - known - numbers(passage):
-        return "wrong"
-    if share >= SUPPORTED:
-        return "copied" if is_copied(line, passage) else "supported"
-    if not specific:
+    line, passage = plain(line), plain(passage)
+    if is_heading(line):
         return "vague"
-    return "beyond" if share >= BEYOND else "wrong"
+    # UK is a name of the passage if United Kingdom is.
+    initials = "".join(word[0] for word in words_of(passage) if word[0].isupper()).lower()
+    known = stems(passage)
+    specific = names(line) | numbers(line)
+    if any(it not in initials for it in specific - known - numbers(passage)):
+        return "wrong"
+    content = stems(line)
+    share = len(content & known) / max(1, len(content))
+    if share >= SUPPORTED:
+        runs, there = threes(line), set(threes(passage))
+        return "copied" if sum(map(there.__contains__, runs)) >= COPIED * len(runs) else "supported"
+    return "beyond" if specific or share >= BEYOND else "vague"
 
 
 # ------------------------------------------------------------------------------- a run's self-edits
