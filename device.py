@@ -4,6 +4,7 @@ The tests run the plain paths, and these as far as a CPU can; tests/test_cuda.py
 """
 import os
 import sys
+from collections import Counter
 from functools import cache
 
 import torch
@@ -34,26 +35,26 @@ def has_graphs(device):
 
 class Recorded:
     """A computation that is recorded as a CUDA graph, one for all inputs of the same shapes, and
-    then launched whole: a step of thousands of kernels costs the host one call.
+    then launched whole: a step of thousands of kernels costs the host one call."""
+    PLAIN = 2       # so often it just runs, as few replays would not pay for recording
 
-    compute(x) reads the tensors of x.tensors() and what never changes its address, and gives a
-    tensor. It may write to what never changes its address."""
-
-    def __init__(self, compute):
-        self.compute = compute
-        self.graphs = {}    # shapes -> None if seen once, else (graph, its input, its output)
+    def __init__(self):
+        self.seen = Counter()
+        self.graphs = {}    # shapes -> (graph, its input, its output)
         self.pool = None    # memory that all graphs share, as they run one after the other
 
-    def __call__(self, x):
+    def __call__(self, compute, x):
+        """compute(x), a tensor. compute reads the tensors of x.tensors() and what never changes its
+        address, and may write to the latter."""
         shapes = tuple(tensor.shape for tensor in x.tensors())
-        # The first time it just runs: a graph can only be recorded when every kernel was loaded.
+        # A graph can only be recorded when every kernel was loaded.
+        self.seen[shapes] += 1
+        if self.seen[shapes] <= self.PLAIN:
+            return compute(x)
         if shapes not in self.graphs:
-            self.graphs[shapes] = None
-            return self.compute(x)
-        if self.graphs[shapes] is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):   # records, and runs nothing
-                result = self.compute(x)
+                result = compute(x)
             self.pool = graph.pool()
             self.graphs[shapes] = graph, x, result
         graph, own, result = self.graphs[shapes]

@@ -45,11 +45,15 @@ def peak_memory():
 
 def is_out_of_memory(error):
     """Whether this exception says so. torch has several: of its allocator on CUDA, of the one on a
-    CPU, and of cuBLAS."""
+    CPU, and of cuBLAS. While a graph is recorded, another error may follow from it."""
+    if error is None:
+        return False
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
+        return True
+    return is_out_of_memory(error.__context__)
 
 
 def less_memory(model, slots) -> int:

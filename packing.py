@@ -118,7 +118,9 @@ def pack(running, device, dtype, room: Room | None = None) -> Packed:
         counts[-1] += sum(added)
         ids.append(torch.zeros(sum(added), dtype=torch.long))
         n_labels = sum(map(len, source))
-        lacking = round_up(n_labels) - n_labels
+        # Where most tokens have a label, as many as there are tokens: fewer shapes.
+        size = sum(lengths)
+        lacking = (size if 2 * n_labels > size else round_up(n_labels)) - n_labels
         for filled in (source, labels, slots):
             filled.append(torch.zeros(lacking, dtype=torch.long))
         weight.append(torch.zeros(lacking, dtype=dtype))

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from device import Recorded, has_flash, has_graphs, to_device
 from generate import quiet
 from lora import Adapters, Lora, Route
-from memory import auto_slots, give_back_memory, is_out_of_memory, less_memory
+from memory import activation_memory, auto_slots, free_memory, give_back_memory
+from memory import is_out_of_memory, less_memory
 from packing import Example, Packed, Room, pack
 from update import FrozenHeadLoss, adamw_all
 
@@ -197,7 +198,7 @@ def fill_slots(model, jobs, waiting, n, progress):
 
     `progress` hears how many optimiser steps are left."""
     engine = Engine(model, jobs[0].recipe, n)
-    if can_record(engine.adapters, jobs):
+    if can_record(engine.adapters, jobs, n):
         engine.room = Room.of(jobs, n)
     left = sum(jobs[i].steps for i in waiting)
     ended = []
@@ -228,13 +229,19 @@ def read_ended(running, weights, curve) -> tuple[int, Trained]:
     return running.number, Trained(weights, losses, running.seconds, diverged=not finite)
 
 
-def can_record(adapters: Adapters, jobs) -> bool:
+def can_record(adapters: Adapters, jobs, slots: int) -> bool:
     """Whether the jobs' steps can be CUDA graphs: if no shape depends on how long a single text is,
-    and nothing that a step does depends on who is in which slot."""
+    nothing that a step does depends on who is in which slot, and there is room for it."""
     model = adapters.model
     heads = torch.empty(0, 1, model.config.head_dim, device=model.device, dtype=model.dtype)
     plain = all(job.free is None and not job.recipe.pad_to for job in jobs)
-    return has_graphs(model.device) and adapters.grouped and has_flash(heads) and plain
+    if not (has_graphs(model.device) and adapters.grouped and has_flash(heads) and plain):
+        return False
+    # Graphs keep memory of their own, beside what the steps take that just run: both hold what the
+    # backward pass needs. Twice the mean, as some steps are longer.
+    per_step = sum(job.tokens for job in jobs) / sum(job.steps for job in jobs)
+    tokens = 2 * slots * per_step
+    return 2 * activation_memory(model, adapters.lora, tokens) < free_memory(model.device)
 
 
 class Engine:
@@ -258,7 +265,7 @@ class Engine:
         self.losses: list[torch.Tensor] = []
         # If there is a Room, steps are recorded as CUDA graphs.
         self.room: Room | None = None
-        self.recorded = Recorded(self.compute)
+        self.recorded = Recorded()
 
     def take_jobs(self, jobs, waiting):
         """Continuous batching: an empty slot takes the next job, out of `waiting`."""
@@ -280,7 +287,11 @@ class Engine:
     def step(self):
         """A step of AdamW for every running job, on its next micro-batch."""
         step = self.next_step()
-        self.losses.append(self.recorded(step) if self.room else self.compute(step))
+        if self.room:
+            losses = self.recorded(self.compute, step)
+        else:
+            losses = self.compute(step)
+        self.losses.append(losses)
 
     def next_step(self) -> Packed:
         step = pack(self.running, self.model.device, self.flat.dtype, self.room)

@@ -1,4 +1,6 @@
 """The engine: many adapters at once are the same as one at a time, as sft_one's, and as PEFT's."""
+import gc
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -395,10 +397,10 @@ def test_steps_that_are_filled_up_for_graphs_train_the_same(model64, monkeypatch
     expected = train(model64, jobs, slots)
     shapes = []
 
-    def run(self, step):
+    def run(self, compute, step):
         shapes.append(tuple(tensor.shape for tensor in step.tensors()))
-        return self.compute(step)
-    monkeypatch.setattr(engine, "can_record", lambda adapters, jobs: True)
+        return compute(step)
+    monkeypatch.setattr(engine, "can_record", lambda *_: True)
     monkeypatch.setattr(engine.Recorded, "__call__", run)
 
     filled = train(model64, jobs, slots)
@@ -420,15 +422,31 @@ def test_sizes_are_rounded_up_by_an_eighth_at_most(n, rounded):
 def test_only_jobs_of_fixed_shapes_are_recorded(model32, monkeypatch):
     adapters = Adapters(model32, RECIPE.lora, 2)
     jobs = mixed_jobs(n=2)
-    assert not engine.can_record(adapters, jobs)    # a CPU has no graphs
+    assert not engine.can_record(adapters, jobs, 2)     # a CPU has no graphs
     for name in ("has_graphs", "has_flash"):
         monkeypatch.setattr(engine, name, lambda x: True)
+    monkeypatch.setattr(engine, "free_memory", lambda device: 2 ** 30)
 
-    assert engine.can_record(adapters, jobs)
+    assert engine.can_record(adapters, jobs, 2)
     padded = replace(jobs[0], recipe=replace(RECIPE, pad_to=64))
-    assert not engine.can_record(adapters, [*jobs, padded])
+    assert not engine.can_record(adapters, [*jobs, padded], 2)
     partly_free = replace(jobs[0], free=torch.ones(adapters.flat.shape[1], dtype=torch.bool))
-    assert not engine.can_record(adapters, [*jobs, partly_free])
+    assert not engine.can_record(adapters, [*jobs, partly_free], 2)
+    assert not engine.can_record(adapters, jobs, 2000)  # no room for that many
+
+
+def test_a_trainer_that_ends_leaves_no_memory_behind(model32, monkeypatch):
+    """Its graphs hold memory of the device, so it must not wait for the garbage collector."""
+    engines = []
+    take_jobs = engine.Engine.take_jobs
+    monkeypatch.setattr(engine.Engine, "take_jobs", lambda self, *args: (
+        engines.append(weakref.ref(self)), take_jobs(self, *args)))
+    gc.disable()
+    try:
+        train(model32, mixed_jobs(n=2))
+        assert engines[0]() is None
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------------------------- memory
