@@ -529,8 +529,29 @@ def test_what_is_saved_gives_the_same_table(single_run, tmp_path, capsys):
     assert "Ostermar" not in (tmp_path / "kept.json").read_text()       # no text of a passage
 
 
+def test_rounds_of_runs_are_kinds_of_their_own(tmp_path, capsys):
+    """A passage's value is the mean over its self-edits, and training passages are left out."""
+    for name, better in (("one", 0.5), ("two", 0.0)):
+        rows = []
+        for t in (0, 1):
+            for task, edit, reward in ((0, 0, 0.0), (0, 1, 1.0), (1, 0, 0.5), (1, 1, 0.5)):
+                row = evaluated(task, "", "On Ostermar.", min(1, reward + better * t))
+                rows.append(row | {"iteration": t, "edit": edit})
+        rows.append(rows[-1] | {"split": "train", "iteration": 3})
+        (tmp_path / name).mkdir()
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "rollouts.jsonl").write_text(lines)
+
+    call(paired, tmp_path / "one", tmp_path / "two", "--against", "two, round 1")
+
+    found = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [(name.strip("| "), reward[:5]) for name, reward in found] == [
+        ("one, round 0", "0.500"), ("one, round 1", "0.875"), ("two, round 0", "0.500"),
+        ("two, round 1", "0.500")]
+
+
 def test_there_is_something_to_compare_with(single_run, tmp_path):
     with pytest.raises(UserError, match="choose among passage only, own"):
         call(paired, single_run, "--against", "half")
-    with pytest.raises(UserError, match="no rollouts of `eval.py single`"):
+    with pytest.raises(UserError, match="no rollouts of held-out passages"):
         call(paired, tmp_path)
