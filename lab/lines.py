@@ -26,7 +26,7 @@ import numpy as np
 
 from data import knowledge
 from data.judges import RULES, normalise
-from files import Lines, Parser, UserError, at_least, cli, printable, replace_file
+from files import Lines, Parser, UserError, at_least, cli, printable, read_json, replace_file
 from outer_loop import next_tasks
 from run import read_settings
 from selfedit import Task, read_self_edit, seed_for
@@ -233,7 +233,7 @@ def show(groups: dict[str, list[dict]], n: int):
 
 def main():
     ap = Parser(description=" ".join(__doc__.split("\n\n")[0].split()))
-    ap.add_argument("runs", nargs="+", help="run folders, about passages")
+    ap.add_argument("runs", nargs="+", help="run folders, about passages; or a file that --save wrote")
     ap.add_argument("--iteration", type=at_least(0), help="this one only (default: all)")
     ap.add_argument("--split", default="eval", choices=("eval", "train"))
     ap.add_argument("--arm", nargs="+", default=[], metavar="NAME",
@@ -243,6 +243,8 @@ def main():
     ap.add_argument("--show", type=at_least(0), default=0, metavar="N",
                     help="print the self-edits of N passages, each line with its kind")
     args = ap.parse_args()
+    if Path(args.runs[0]).is_file():
+        return print(table(read_json(args.runs[0])))
     groups = {}
     for folder in args.runs:
         groups |= read_groups(folder, args.split, args.iteration, args.arm, args.data)
