@@ -42,14 +42,27 @@ def recall(question, gold, prediction):
     return bool(prediction) and (gold & prediction).total() >= 0.8 * max(1, gold.total())
 
 
+SMALL_WORDS = set("as at by for from in of on or to with and is are was were be been it its his her "
+                  "their that this which who".split())
+
+
+def gist(question, gold, prediction):
+    """Right if at least .6 of the gold answer's words, small ones left out, are there."""
+    gold, prediction = normalise(gold), Counter(normalise(prediction))
+    large = [word for word in gold if word not in SMALL_WORDS]
+    gold = Counter(large or gold)
+    return bool(prediction) and (gold & prediction).total() >= 0.6 * max(1, gold.total())
+
+
 def substring(question, gold, prediction):
     """Right if the gold answer's words stand in the prediction, whole and in this order."""
     gold = " ".join(normalise(gold))
     return bool(gold) and f" {gold} " in f" {' '.join(normalise(prediction))} "
 
 
-# NOTE(paper): GPT-4.1 judges there. The rule agrees with it in .89 of the answers and is stricter.
-RULES = {"rule": each(recall), "substring": each(substring)}
+# NOTE(paper): GPT-4.1 judges there. The rule agrees with it in .89 of the answers and is stricter;
+# gist, which was chosen on half of the passages, in .91 of the other half's, where the rule has .89.
+RULES = {"rule": each(recall), "gist": each(gist), "substring": each(substring)}
 
 
 class Remembered:

@@ -15,7 +15,7 @@ import torch
 
 from files import Lines, UserError
 from data import judges, knowledge
-from data.judges import (GRADING, RULES, Remembered, check_openai, each, model_judge, openai,
+from data.judges import (GRADING, RULES, Remembered, check_openai, each, gist, model_judge, openai,
                          openai_judge, openai_verdicts, post, recall, substring, yes_or_no)
 from inner_loop import grade_all
 from tests.helpers import read_lines
@@ -25,7 +25,7 @@ from tests.helpers import read_lines
 
 @dataclass
 class Case:
-    """An answer to judge, and the two rules' verdicts on it."""
+    """An answer to judge, and two rules' verdicts on it."""
     gold: str
     prediction: str
     recall: bool
@@ -60,12 +60,23 @@ def test_rules(case):
     assert substring("?", case.gold, case.prediction) is case.substring
 
 
+@pytest.mark.parametrize("gold, prediction, right", [
+    ("one two three four", "one two three", True),          # .75
+    ("one two", "one", False),                              # .5
+    ("the Duke of York", "the duke in York", True),         # "of" is small
+    ("the Duke of York", "of the", False),
+    ("it", "It is it.", True),                              # nothing else to go by
+    ("Paris", "", False)])
+def test_the_mild_rule(gold, prediction, right):
+    assert gist("?", gold, prediction) is right
+
+
 def test_the_judges_of_a_run_are_these_rules():
     triples = [("?", case.gold, case.prediction) for case in CASES]
 
     assert RULES["rule"](triples) == [case.recall for case in CASES]
     assert RULES["substring"](triples) == [case.substring for case in CASES]
-    assert RULES.keys() == {"rule", "substring"}
+    assert RULES.keys() == {"rule", "gist", "substring"}
 
 
 def test_a_rule_for_one_makes_a_judge_of_many():
