@@ -72,7 +72,7 @@ class Config:
     max_answer_tokens: int = 64     # longest answer [1..1e6]
     stop: str = "newline"           # an answer ends at a newline; or eos: at EOS only (official)
     views: int = 0                  # puzzles: ways to ask each one, that vote; 0: all [0..]
-    judge: str = "rule"             # rule (.8 of the gold answer's words), gist, substring, model, openai
+    judge: str = "rule"             # rule (.8 of the gold words), gist, substring, model, openai
 
     # The outer loop: selection and M-step.
     update: str = "best"            # best of K, solved (reward 1), random, reinforce or grpo
