@@ -30,7 +30,7 @@ from inner_loop import TINY, ask, grade_all, make_job
 from lora import Adapters
 from model import load_pretrained
 from progress import Meter
-from selfedit import NOTES, SelfEdit, sample_self_edits, seed_for, split_documents
+from selfedit import NOTES, sample_self_edits, seed_for, split_documents
 from sft import Job, dialogue, sft
 from stats import mean_ci
 from tokenizer import Tokenizer

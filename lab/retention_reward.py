@@ -2,7 +2,7 @@
 
     python -m lab.retention_reward --out retention.jsonl --svg retention.svg
 
-reward = accuracy on the edit's town - lambda * (what the model knew of earlier towns before - after)
+reward = accuracy on its town - lambda * (accuracy on earlier towns, before - after)
 
 The paper suggests it (section 5). The model first learns 8 towns at once, by their reference notes,
 so that there is something to lose. Then 3 rounds as in outer_loop.py (--preset tiny), in which each
@@ -101,8 +101,8 @@ def answering(cfg):
 
 
 def try_edits(cfg, policy, learner, tok, tasks, earlier, before, split, t, progress):
-    """The policy's self-edits of each task, and (learned, lost) of each, (tasks, edits, 2), when the
-    learner is trained on it. before: its accuracy on the earlier towns."""
+    """The policy's self-edits of each task, and (learned, lost) of each, (tasks, edits, 2), when
+    the learner is trained on it. before: its accuracy on the earlier towns."""
     k = cfg.edits if split == "train" else cfg.eval_edits
     sampling = Sampling(cfg.max_edit_tokens, k, cfg.temperature, cfg.top_p)
     seeds = [[seed_for(cfg.seed, t, split, i, j, "edit") for j in range(k)]

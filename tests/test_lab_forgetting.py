@@ -1,0 +1,211 @@
+"""lab/forgetting.py and lab/retention_reward.py, on the embedded model and a few towns."""
+import argparse
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import EMBEDDED
+from data import tinyworld
+from inner_loop import TINY, make_job
+from lab import forgetting, retention_reward
+from lora import Adapters
+from model import load_pretrained
+from selfedit import SelfEdit
+from tests.helpers import read_lines
+from tests.test_lab import call
+from tokenizer import Tokenizer
+
+
+@pytest.fixture()
+def embedded():
+    return load_pretrained(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def words():
+    return Tokenizer.from_pretrained(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def towns():
+    return tinyworld.load("tune")[:3]
+
+
+def passages_of(towns):
+    return SelfEdit(documents=[town.context[0] for town in towns])
+
+
+def job_of(model, words, towns, epochs=10):
+    recipe = replace(TINY, epochs=epochs)
+    return make_job(model, words, passages_of(towns), 0, recipe)
+
+
+# ------------------------------------------------------------------------------- forgetting
+
+def test_an_adapter_of_the_last_layers_changes_no_others(embedded, words, towns):
+    before = {name: p.clone() for name, p in embedded.named_parameters()}
+
+    weights, _ = forgetting.train(embedded, job_of(embedded, words, towns, epochs=1), layers=1)
+    Adapters.stack(embedded, TINY.lora, [weights]).merge(0)
+
+    changed = {name for name, p in embedded.named_parameters() if not p.equal(before[name])}
+    assert len(changed) == 7
+    assert all(name.startswith("model.layers.3.") for name in changed)
+
+
+def test_half_a_merge_changes_the_weights_by_half(embedded, words, towns):
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = embedded.get_parameter(name).clone()
+    weights, _ = forgetting.train(embedded, job_of(embedded, words, towns, epochs=1), layers=0)
+
+    changes = []
+    for scale in (1, .5):
+        Adapters.stack(embedded, TINY.lora, [forgetting.scaled(weights, scale)]).merge(0)
+        changes.append(embedded.get_parameter(name) - before)
+        embedded.get_parameter(name).data.copy_(before)
+
+    assert changes[0].abs().max() > 1e-3
+    torch.testing.assert_close(changes[1], changes[0] / 2, atol=1e-6, rtol=0)
+
+
+def test_old_texts_count_as_much_as_new_ones():
+    new = [([1, 2, 3], [True] * 3), ([4], [True])]
+    old = [([5, 6, 7], [False, True, True]), ([8] * 6, [True] * 6)]
+
+    weighed = forgetting.balanced(new, old)
+
+    assert [ids for ids, _ in weighed] == [[5, 6, 7], [8] * 6]
+    assert [learn for _, learn in weighed] == [[0, .5, .5], [.5] * 6]
+    assert forgetting.balanced(new, []) == []
+
+
+def test_what_is_recalled_was_learned_and_not_looked_up(embedded, words, towns):
+    """Before a town is learned its true passage must not come; afterwards it does."""
+    first = forgetting.recall(embedded, words, towns, seed=0)
+    weights, _ = forgetting.train(embedded, job_of(embedded, words, towns, epochs=25), layers=0)
+    Adapters.stack(embedded, TINY.lora, [weights]).merge(0)
+    then = forgetting.recall(embedded, words, towns, seed=0)
+
+    for town, texts in zip(towns, first):
+        assert texts[-1].startswith(f"The town of {town.name}")
+        assert town.context[0] not in texts
+    right = [texts[-1] == town.context[0] for town, texts in zip(towns, then)]
+    assert sum(right) >= 2
+    assert forgetting.recall(embedded, words, [], seed=0) == []
+
+
+def test_texts_about_other_towns_are_learned_without_their_passages(embedded, words):
+    examples = forgetting.own_texts(embedded, words, 2, seed=0)
+
+    train = {task.prompt for task in tinyworld.load("train")}
+    for ids, learn in examples:
+        # The prompt is read and the rest, which the model wrote, is learned.
+        prompt = words.decode([i for i, learned in zip(ids, learn) if not learned])
+        assert prompt in train
+        assert learn == sorted(learn)
+
+
+
+def test_a_stream_is_learned_and_forgotten(tmp_path, capsys):
+    """Two arms, on three towns: the figures of the lines, and the same command again."""
+    words = ["--out", tmp_path / "f.jsonl", "--seeds", "1", "--length", "3", "--towns", "tune",
+             "--arms", "plain merge", "kept replay"]
+    call(forgetting, *words)
+    first = capsys.readouterr().out
+    plain, kept = read_lines(tmp_path / "f.jsonl")
+
+    assert (plain["arm"], kept["arm"]) == ("plain merge", "kept replay")
+    for record in (plain, kept):
+        assert len(record["just after"]) == len(record["at the end"]) == 3
+        # Nothing comes after the last town.
+        assert record["just after"][-1] == record["at the end"][-1]
+        assert record["written"] == 0
+    # The first town has nothing to rehearse: both arms are the same until then.
+    assert plain["just after"][0] == kept["just after"][0] > .2
+    assert kept["trained"] > 1.5 * plain["trained"]
+    assert f"| plain merge | {np.mean(plain['just after']):.3f} ±nan" in first
+
+    def no_work(*_):
+        raise AssertionError("computed twice")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forgetting, "learn_stream", no_work)
+        call(forgetting, *words)
+    assert capsys.readouterr().out.splitlines()[-4:] == first.splitlines()[-4:]
+
+
+def test_a_table_and_a_figure_by_hand(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    with (tmp_path / "f.jsonl").open("w") as f:
+        for seed, end in ((0, .2), (1, .4)):
+            f.write(json.dumps({
+                "arm": "half merge", "seed": seed, "just after": [.5] * 4, "at the end": [end] * 4,
+                "scale": .5, "trained": 100, "written": 0, "seconds": 1}) + "\n")
+
+    call(forgetting, "--out", tmp_path / "f.jsonl", "--seeds", "0", "1", "--arms", "half merge",
+         "--svg", tmp_path / "f.svg")
+
+    # Student's t for two values is 12.71; the error of .2 and .4 is .1.
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("| half merge | 0.500 ±0.000 | 0.300 ±1.271 | 2 |")
+    assert ElementTree.parse(tmp_path / "f.svg").getroot().tag.endswith("svg")
+
+
+# ------------------------------------------------------------------------------- retention_reward
+
+def test_a_task_asks_about_earlier_towns_too(towns):
+    task, *earlier = towns
+
+    asked = retention_reward.with_questions(task, earlier)
+
+    assert asked.queries[:11] == task.queries and asked.answers[22:] == earlier[1].answers
+    assert asked.kinds == ["own"] * 11 + [retention_reward.EARLIER] * 22
+    right = [True] * 6 + [False] * 5 + [True] * 11 + [False] * 11
+    learned, lost = retention_reward.learned_and_lost(right, asked, before=.75)
+    assert (learned, lost) == (pytest.approx(6 / 11), pytest.approx(.25))
+
+
+def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(tmp_path, monkeypatch):
+    seen = []
+    select, try_edits = retention_reward.select, retention_reward.try_edits
+
+    def spy_on_select(cfg, scores, *rest):
+        seen.append(scores)
+        return select(cfg, scores, *rest)
+
+    def spy_on_edits(*args):
+        edits, found = try_edits(*args)
+        seen.append(found)
+        return edits, found
+
+    monkeypatch.setattr(retention_reward, "select", spy_on_select)
+    monkeypatch.setattr(retention_reward, "try_edits", spy_on_edits)
+    call(retention_reward, "--out", tmp_path / "r.jsonl", "--seeds", "0", "--lambdas", "2",
+         "--iterations", "1", "--earlier", "2", "--tasks", "1", "--eval-tasks", "1")
+
+    held_out, found, scores, _ = seen
+    assert found.shape == (1, 8, 2)
+    assert np.array(scores) == pytest.approx(found[..., 0] - 2 * found[..., 1])
+    (record,) = read_lines(tmp_path / "r.jsonl")
+    assert record["learned"][0] == pytest.approx(held_out[..., 0].mean())
+    assert record["lost"][0] == pytest.approx(held_out[..., 1].mean())
+    # The towns were learned before, and an edit destroys some of it.
+    assert record["known"][0] > .7
+    assert len(record["known"]) == 2 and found[..., 1].mean() > .1
+
+
+def test_the_table_of_lambdas_by_hand():
+    records = []
+    for seed, lost in ((0, .2), (1, .4)):
+        records.append({"lambda": .5, "seed": seed, "learned": [.6, .8], "lost": [.5, lost],
+                        "known": [.9, .9], "tokens": [70, 80],
+                        "made of": [{"copy": 1.0}, {"copy": .4, "rare": .01}]})
+
+    *_, first, last = retention_reward.table(records).splitlines()
+
+    assert first == "| 0.5 | 0 | 0.600 ±0.000 | 0.500 ±0.000 | 0.900 ±0.000 | 70 ±0 | copy 100% |"
+    assert last == "| 0.5 | 1 | 0.800 ±0.000 | 0.300 ±1.271 | 0.900 ±0.000 | 80 ±0 | copy 40% |"
