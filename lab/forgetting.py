@@ -1,18 +1,15 @@
 """Memory that survives: what keeps old towns known while new ones are learned on top of them?
 
-    python outer_loop.py                # a writer: runs/tiny/iter_3
+    python outer_loop.py        # a model that writes good self-edits: runs/tiny/iter_3
     python -m lab.forgetting --model runs/tiny/iter_3 --out forgetting.jsonl --svg forgetting.svg
 
-A stream of 32 towns. The model reads all passages and writes a self-edit of each before the first
-is learned, so that every arm learns the same texts. Then it is trained on one self-edit after the
-other, and each adapter is merged into the weights before the next one begins. All arms take the
-same 10 optimiser steps a town, a whole batch each; they differ in the tokens of a step.
-
-An arm is made of: a merge by less than 1; adapters on the last layers only (arXiv 2605.07076);
-replay, which the model writes itself from the names of earlier towns, or which was kept; text about
-other towns that the model writes and learns again, which is KL(previous || new) estimated from
-samples; a gate, which merges by as much as its own loss on new and old advises. {"plain merge"} is
-the paper's way. The settings were chosen on `tune` towns.
+A stream of 32 towns. The model reads all their passages and writes all self-edits before it learns
+the first one, so that every arm learns the same texts. Then it is trained on one after the other,
+and each adapter is merged into the weights before the next begins: 10 steps of one batch a town, in
+every arm. Arms differ in how much they merge, where the adapters are, and in what stands in the
+batch beside the new self-edit: see Arm and remember.py. "plain merge" is the paper's way. Settings
+were chosen on `tune` towns. About 8 minutes a seed on one core. Several processes may share the
+work: each with its own --seeds and --out, which `cat` joins.
 """
 import io
 import random
@@ -20,17 +17,17 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from files import Lines, Parser, UserError, cli, positive, replace_file
 from checkpoint import EMBEDDED
 from data import tinyworld
-from generate import Sampling, write
+from generate import Sampling
 from inner_loop import TINY, ask, grade_all, make_job
+from remember import last_layers, recall, scaled, with_old
 from lora import Adapters
 from model import load_pretrained
 from progress import Meter
-from selfedit import NOTES, sample_self_edits, seed_for, split_documents
+from selfedit import sample_self_edits, seed_for
 from sft import Job, dialogue, sft
 from stats import mean_ci
 from tokenizer import Tokenizer
@@ -38,27 +35,31 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Arm:
-    """How one town is learned on top of the others."""
-    scale: float = 1.0      # W <- W + scale * (alpha / r) B A
-    layers: int = 0         # adapters on the last layers only; 0: on all
+    """How a town is learned on top of the others."""
+    scale: float = 1.0      # W <- W + scale (alpha / r) B A
+    layers: int = 4         # adapters on the last ones only
     replay: int = 0         # earlier towns to rehearse beside the new one
     kept: bool = False      # rehearse their self-edits as they were; else what the model remembers
     generic: int = 0        # self-edits of other towns, by the model as it is: KL to that model
-    gate: bool = False      # choose the scale by the loss; what is rehearsed is then only measured
+    gate: bool = False      # choose the scale by the loss; what is recalled is then not learned
+    lr: float = TINY.lr
 
 
 ARMS = {
     "plain merge": Arm(),
-    "half merge": Arm(scale=.5),
-    "last 2 layers": Arm(layers=2),
-    "gate": Arm(replay=4, gate=True),
-    "KL on other towns": Arm(generic=4),
+    "lower rate": Arm(lr=1e-2),
+    "half": Arm(scale=.5),
+    "layers": Arm(layers=2),
+    "gate": Arm(replay=8, gate=True),
+    "KL": Arm(generic=8),
     "own replay": Arm(replay=8),
     "kept replay": Arm(replay=8, kept=True),
-    "half merge, last 2 layers": Arm(scale=.5, layers=2),
-    "half merge, last 2 layers, KL": Arm(scale=.5, layers=2, generic=4),
-    "half merge, last 2 layers, own replay": Arm(scale=.5, layers=2, replay=8),
-    "half merge, last 2 layers, kept replay": Arm(scale=.5, layers=2, replay=8, kept=True),
+    "half, layers": Arm(.5, layers=2),
+    "half, own replay": Arm(.5, replay=8),
+    "layers, own replay": Arm(layers=2, replay=8),
+    "half, layers, KL": Arm(.5, layers=2, generic=8),
+    "half, layers, own replay": Arm(.5, layers=2, replay=8),
+    "half, layers, kept replay": Arm(.5, layers=2, replay=8, kept=True),
 }
 GRID = [1, .7, .5, .35, .25, 0]     # scales that a gate chooses among
 WRITING = Sampling(max_new=160, temperature=.8, top_p=.95)
@@ -70,61 +71,69 @@ ANSWERING = Sampling(max_new=12, newline_stops=True)
 def learn_stream(args, name: str, seed: int) -> dict:
     """A line of the file: a stream learned from its first town to its last."""
     begin = time.time()
-    arm, recipe = ARMS[name], replace(TINY, batch=10 ** 6)
+    arm = ARMS[name]
+    recipe = replace(TINY, lr=arm.lr)
     model = load_pretrained(str(args.model).replace("{seed}", str(seed)))
     tok = Tokenizer.from_pretrained(model.folder)
     towns = random.Random(seed_for(seed, "stream")).sample(tinyworld.load(args.towns), args.length)
     seeds = [[seed_for(seed, i, "edit")] for i in range(args.length)]
-    edits = [edit for edit, in sample_self_edits(model, tok, towns, WRITING, seeds)]
+    edits = []
+    for town, (edit,) in zip(towns, sample_self_edits(model, tok, towns, WRITING, seeds)):
+        edits.append(edit if edit.documents else town.references["passage only"])
 
     meter = Meter(f"towns, {name}, seed {seed}")
-    just_after, scales, read, written = [], [], 0, 0
+    just_after, scales, read = [], [], 0
     for k, (town, edit) in enumerate(zip(towns, edits)):
         # The new self-edit, and beside it what is to keep the old ones.
         job = make_job(model, tok, edit, seed_for(seed, k, "adapter"), recipe)
-        chosen = random.Random(seed_for(seed, k, "replay")).sample(range(k), min(k, arm.replay))
-        if arm.kept:
-            old = [edits[i].documents for i in chosen]
-        else:
-            old = recall(model, tok, [towns[i] for i in chosen], seed_for(seed, k, "recall"))
-        old = [as_example(tok, text) for texts in old for text in texts]
-        generic = own_texts(model, tok, arm.generic, seed_for(seed, k, "generic"))
-        beside = balanced(job.examples, generic if arm.gate else old + generic)
-        written += sum(len(ids) for ids, _ in generic + ([] if arm.kept else old))
-
-        # theta <- theta + scale * what SFT(theta, self-edit and replay) adds.
-        weights, job = train(model, replace(job, examples=job.examples + beside), arm.layers)
+        chosen = random.Random(seed_for(seed, k, "earlier")).sample(range(k), min(k, arm.replay))
+        old = [edits[i] for i in chosen]
+        if chosen and not arm.kept:
+            seeds = [seed_for(seed, k, i, "recall") for i in chosen]
+            (old,) = recall(model, tok, [[towns[i] for i in chosen]], WRITING, seeds)
+        old = [example for one in old for example in make_job(model, tok, one, 0, recipe).examples]
+        beside = own_texts(model, tok, arm.generic, seed_for(seed, k, "generic"))
+        job = with_old(job, beside if arm.gate else old + beside)
         read += job.tokens
-        scales.append(best_scale(model, job, weights, old) if arm.gate else arm.scale)
-        Adapters.stack(model, recipe.lora, [scaled(weights, scales[-1])]).merge(0)
+
+        # Adapters on the last layers: the others' gradients are zero, and so their B stays zero.
+        adapter = Adapters(model, recipe.lora, 1)
+        adapter.init(0, job.seed)
+        job = replace(job, start=adapter.flat[0], free=last_layers(adapter, arm.layers))
+        ((_, trained),) = sft(model, [job])
+        scales.append(best_scale(model, job, trained.weights, old) if arm.gate else arm.scale)
+        if not trained.diverged:
+            adapter.flat[0] = scaled(trained.weights, scales[-1])
+            adapter.merge(0)
         just_after += accuracy(model, tok, [town])
         meter(k + 1, args.length)
-    return {"arm": name, "seed": seed, "towns": args.towns, "just after": just_after,
+    return {"arm": name, "seed": seed, "just after": just_after,
             "at the end": accuracy(model, tok, towns), "scale": float(np.mean(scales)),
-            "trained": read / args.length, "written": written / args.length,
-            "seconds": round(time.time() - begin, 1)}
+            "trained": read / args.length, "seconds": round(time.time() - begin, 1)}
 
 
-def train(model, job: Job, layers: int):
-    """(weights, job): an adapter of the last `layers` layers, of all if this is 0."""
-    if layers:
-        # The others' gradients are zero, and so their B stays zero: they add nothing.
-        adapter = Adapters(model, job.recipe.lora, 1)
-        adapter.init(0, job.seed)
-        free = torch.zeros_like(adapter.flat, dtype=torch.bool)
-        for layer, (A, B) in zip(adapter.layers, adapter.pairs(free)):
-            number = int(layer.split(".")[2])       # model.layers.3.self_attn.q_proj
-            A[:] = B[:] = number >= model.config.n_layer - layers
-        job = replace(job, start=adapter.flat[0], free=free[0])
-    ((_, trained),) = sft(model, [job])
-    if trained.diverged:
-        raise UserError("an adapter diverged; choose another seed")
-    return trained.weights, job
+def own_texts(model, tok, n: int, seed: int) -> list:
+    """Examples: self-edits of n training towns, as the model writes them now, after the passage.
+
+    The loss on a sample of the old model is, in the mean, KL(old || new) and a constant."""
+    towns = random.Random(seed).sample(tinyworld.load("train"), n)
+    seeds = [[seed_for(seed, i)] for i in range(n)]
+    edits = sample_self_edits(model, tok, towns, replace(WRITING, temperature=1, top_p=1), seeds)
+    return [dialogue(tok.prompt(town.prompt), edit.token_ids)
+            for town, (edit,) in zip(towns, edits)]
 
 
-def scaled(weights, scale):
-    """An adapter of which B A is `scale` times as large."""
-    return weights * scale ** .5
+def best_scale(model, job: Job, weights, old: list) -> float:
+    """The scale with the least loss on the new documents and on what was recalled, each a mean."""
+    # A step with learning rate 0 changes nothing, and says the loss before it.
+    still = replace(job.recipe, lr=0, epochs=1, batch=10 ** 6)
+    totals = np.zeros(len(GRID))
+    for examples in filter(None, (job.examples, old)):
+        jobs = [replace(job, examples=examples, recipe=still, start=scaled(weights, scale))
+                for scale in GRID]
+        for i, trained in sft(model, jobs):
+            totals[i] += trained.losses[0]
+    return GRID[int(np.argmin(totals))]
 
 
 def accuracy(model, tok, towns) -> list[float]:
@@ -133,71 +142,17 @@ def accuracy(model, tok, towns) -> list[float]:
     return [float(np.mean(row)) for row in grade_all(towns, [one.texts for one in answers])]
 
 
-# ------------------------------------------------------------------------------- what keeps the old
-
-def balanced(new: list, old: list) -> list:
-    """The old examples, weighed so that they count as much in the loss as the new ones do."""
-    weight = sum(sum(learn) for _, learn in new) / max(1, sum(sum(learn) for _, learn in old))
-    return [(ids, [weight * learned for learned in learn]) for ids, learn in old]
-
-
-def as_example(tok, text: str):
-    ids = tok.document(text)
-    return ids, [True] * len(ids)
-
-
-def recall(model, tok, towns, seed: int) -> list[list[str]]:
-    """What the model itself knows of towns, given their names alone: a passage, and notes on it.
-
-    So nothing of an earlier town is kept but its name."""
-    cues = ["The town of " + town.name for town in towns]
-    (replies,) = write(model, tok, [cues], Sampling(max_new=120)) if cues else ([],)
-    passages = [f"{cue} {reply.text}" for cue, reply in zip(cues, replies)]
-    asked = [replace(town, prompt=NOTES.format(context=passage))
-             for town, passage in zip(towns, passages)]
-    edits = sample_self_edits(model, tok, asked, WRITING, [[seed_for(seed, i)]
-                                                           for i in range(len(asked))])
-    # Not edit.documents: these hold the true passage.
-    return [[*split_documents(edit.text), passage] for passage, (edit,) in zip(passages, edits)]
-
-
-def own_texts(model, tok, n: int, seed: int) -> list:
-    """Examples: self-edits of n training towns, as the model writes them now, after the passage.
-
-    The loss on a sample of the old model is, in the mean, KL(old || new) and a constant."""
-    towns = random.Random(seed).sample(tinyworld.load("train"), n)
-    sampling = replace(WRITING, temperature=1, top_p=1)
-    seeds = [[seed_for(seed, i)] for i in range(n)]
-    edits = sample_self_edits(model, tok, towns, sampling, seeds)
-    return [dialogue(tok.prompt(town.prompt), edit.token_ids)
-            for town, (edit,) in zip(towns, edits)]
-
-
-def best_scale(model, job: Job, weights, old: list) -> float:
-    """The scale with the least loss on the new documents and on the old ones, each a mean."""
-    totals = np.zeros(len(GRID))
-    for examples in (job.examples, old):
-        # A step with learning rate 0 changes nothing, and says the loss before it.
-        still = replace(job.recipe, lr=0, epochs=1)
-        jobs = [replace(job, examples=examples, recipe=still, start=scaled(weights, scale))
-                for scale in GRID]
-        for i, trained in sft(model, jobs if examples else []):
-            totals[i] += trained.losses[0]
-    return GRID[int(np.argmin(totals))]
-
-
 # ------------------------------------------------------------------------------- what came out
 
 def table(records: list[dict]) -> str:
     """Markdown: a row per arm, with 95 % intervals over seeds."""
     lines = ["| arm | just after its own edit | of all towns, at the end | seeds | scale "
-             "| tokens trained on per town | written | s |", "|---|---|---|---|---|---|---|---|"]
+             "| tokens trained on per town | s |", "|---|---|---|---|---|---|---|"]
     for name, own in by_arm(records).items():
         rows = [[np.mean(r["just after"]), np.mean(r["at the end"])] for r in own]
         cells = [f"{m:.3f} ±{h:.3f}" for m, h in zip(*mean_ci(rows))]
         cells += [str(len(own)), f"{np.mean([r['scale'] for r in own]):.2f}"]
-        cells += [f"{np.mean([r[key] for r in own]):.0f}"
-                  for key in ("trained", "written", "seconds")]
+        cells += [f"{np.mean([r[key] for r in own]):.0f}" for key in ("trained", "seconds")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

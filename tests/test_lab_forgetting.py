@@ -1,5 +1,4 @@
 """lab/forgetting.py and lab/retention_reward.py, on the embedded model and a few towns."""
-import argparse
 import json
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -7,14 +6,16 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from checkpoint import EMBEDDED
 from data import tinyworld
 from inner_loop import TINY, make_job
+from remember import scaled
 from lab import forgetting, retention_reward
 from lora import Adapters
 from model import load_pretrained
-from selfedit import SelfEdit
+from sft import sft
 from tests.helpers import read_lines
 from tests.test_lab import call
 from tokenizer import Tokenizer
@@ -35,68 +36,7 @@ def towns():
     return tinyworld.load("tune")[:3]
 
 
-def passages_of(towns):
-    return SelfEdit(documents=[town.context[0] for town in towns])
-
-
-def job_of(model, words, towns, epochs=10):
-    recipe = replace(TINY, epochs=epochs)
-    return make_job(model, words, passages_of(towns), 0, recipe)
-
-
 # ------------------------------------------------------------------------------- forgetting
-
-def test_an_adapter_of_the_last_layers_changes_no_others(embedded, words, towns):
-    before = {name: p.clone() for name, p in embedded.named_parameters()}
-
-    weights, _ = forgetting.train(embedded, job_of(embedded, words, towns, epochs=1), layers=1)
-    Adapters.stack(embedded, TINY.lora, [weights]).merge(0)
-
-    changed = {name for name, p in embedded.named_parameters() if not p.equal(before[name])}
-    assert len(changed) == 7
-    assert all(name.startswith("model.layers.3.") for name in changed)
-
-
-def test_half_a_merge_changes_the_weights_by_half(embedded, words, towns):
-    name = "model.layers.0.mlp.up_proj.weight"
-    before = embedded.get_parameter(name).clone()
-    weights, _ = forgetting.train(embedded, job_of(embedded, words, towns, epochs=1), layers=0)
-
-    changes = []
-    for scale in (1, .5):
-        Adapters.stack(embedded, TINY.lora, [forgetting.scaled(weights, scale)]).merge(0)
-        changes.append(embedded.get_parameter(name) - before)
-        embedded.get_parameter(name).data.copy_(before)
-
-    assert changes[0].abs().max() > 1e-3
-    torch.testing.assert_close(changes[1], changes[0] / 2, atol=1e-6, rtol=0)
-
-
-def test_old_texts_count_as_much_as_new_ones():
-    new = [([1, 2, 3], [True] * 3), ([4], [True])]
-    old = [([5, 6, 7], [False, True, True]), ([8] * 6, [True] * 6)]
-
-    weighed = forgetting.balanced(new, old)
-
-    assert [ids for ids, _ in weighed] == [[5, 6, 7], [8] * 6]
-    assert [learn for _, learn in weighed] == [[0, .5, .5], [.5] * 6]
-    assert forgetting.balanced(new, []) == []
-
-
-def test_what_is_recalled_was_learned_and_not_looked_up(embedded, words, towns):
-    """Before a town is learned its true passage must not come; afterwards it does."""
-    first = forgetting.recall(embedded, words, towns, seed=0)
-    weights, _ = forgetting.train(embedded, job_of(embedded, words, towns, epochs=25), layers=0)
-    Adapters.stack(embedded, TINY.lora, [weights]).merge(0)
-    then = forgetting.recall(embedded, words, towns, seed=0)
-
-    for town, texts in zip(towns, first):
-        assert texts[-1].startswith(f"The town of {town.name}")
-        assert town.context[0] not in texts
-    right = [texts[-1] == town.context[0] for town, texts in zip(towns, then)]
-    assert sum(right) >= 2
-    assert forgetting.recall(embedded, words, [], seed=0) == []
-
 
 def test_texts_about_other_towns_are_learned_without_their_passages(embedded, words):
     examples = forgetting.own_texts(embedded, words, 2, seed=0)
@@ -108,6 +48,29 @@ def test_texts_about_other_towns_are_learned_without_their_passages(embedded, wo
         assert prompt in train
         assert learn == sorted(learn)
 
+
+
+def test_a_gate_takes_the_scale_with_the_least_loss(embedded, words, towns):
+    """An adapter of one town, by the losses on it and on another that it knows nothing of."""
+    recipe = replace(TINY, epochs=10)
+    job = make_job(embedded, words, towns[0].references["passage only"], 0, recipe)
+    other = make_job(embedded, words, towns[1].references["passage only"], 0, recipe)
+    ((_, trained),) = sft(embedded, [job])
+
+    def loss_of(scale):
+        adapter = Adapters.stack(embedded, TINY.lora, [scaled(trained.weights, scale)])
+        total = 0
+        for examples in (job.examples, other.examples):
+            ids = torch.tensor(examples[0][0])
+            with adapter.route([len(ids)]):
+                logits = embedded(ids[None])[0]
+            total += F.cross_entropy(logits[:-1], ids[1:]).item()
+        return total
+
+    expected = min(forgetting.GRID, key=loss_of)
+    assert forgetting.best_scale(embedded, job, trained.weights, other.examples) == expected
+    assert forgetting.best_scale(embedded, job, trained.weights, []) == 1
+    assert expected < 1
 
 
 def test_a_stream_is_learned_and_forgotten(tmp_path, capsys):
@@ -123,7 +86,6 @@ def test_a_stream_is_learned_and_forgotten(tmp_path, capsys):
         assert len(record["just after"]) == len(record["at the end"]) == 3
         # Nothing comes after the last town.
         assert record["just after"][-1] == record["at the end"][-1]
-        assert record["written"] == 0
     # The first town has nothing to rehearse: both arms are the same until then.
     assert plain["just after"][0] == kept["just after"][0] > .2
     assert kept["trained"] > 1.5 * plain["trained"]
@@ -143,15 +105,15 @@ def test_a_table_and_a_figure_by_hand(tmp_path, capsys):
     with (tmp_path / "f.jsonl").open("w") as f:
         for seed, end in ((0, .2), (1, .4)):
             f.write(json.dumps({
-                "arm": "half merge", "seed": seed, "just after": [.5] * 4, "at the end": [end] * 4,
-                "scale": .5, "trained": 100, "written": 0, "seconds": 1}) + "\n")
+                "arm": "half", "seed": seed, "just after": [.5] * 4, "at the end": [end] * 4,
+                "scale": .5, "trained": 100, "seconds": 1}) + "\n")
 
-    call(forgetting, "--out", tmp_path / "f.jsonl", "--seeds", "0", "1", "--arms", "half merge",
+    call(forgetting, "--out", tmp_path / "f.jsonl", "--seeds", "0", "1", "--arms", "half",
          "--svg", tmp_path / "f.svg")
 
     # Student's t for two values is 12.71; the error of .2 and .4 is .1.
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("| half merge | 0.500 ±0.000 | 0.300 ±1.271 | 2 |")
+    assert last.startswith("| half | 0.500 ±0.000 | 0.300 ±1.271 | 2 |")
     assert ElementTree.parse(tmp_path / "f.svg").getroot().tag.endswith("svg")
 
 
