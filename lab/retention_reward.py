@@ -4,17 +4,19 @@
 
 reward = accuracy on its town - lambda * (accuracy on earlier towns, before - after)
 
-The paper suggests it (section 5). The model first learns 8 towns at once, by their reference notes,
-so that there is something to lose. Then 3 rounds as in outer_loop.py (--preset tiny), in which each
-self-edit is asked about its own town and the earlier ones, under the same adapter. lambda 0 is
-SEAL. Before each round the 8 towns are learned anew by a copy of the policy, which is what the
-self-edits are tried on: else a policy would lose them in its M-steps, and have nothing to lose.
+The paper suggests it (section 5). A round is one of outer_loop.py (--preset tiny), but for this:
+the model on which self-edits are tried is a copy of the policy that has first learned 8 other
+towns, from all true notes about them at once. So there is something to lose in every round, which
+M-steps do not touch. Each self-edit is asked about its own town and these eight, under the same
+adapter. lambda 0 is SEAL. About 4 minutes for a lambda and a seed on one core. Several processes
+may share the work: each with its own --seeds and --out, which `cat` joins.
 """
 import copy
 import io
 import random
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +27,7 @@ from data import tinyworld
 from generate import Sampling
 from inner_loop import ask, grade_all, make_job, update_and_score
 from lora import Adapters
-from model import load_pretrained
+from model import Transformer, load_pretrained
 from outer_loop import m_step, next_tasks, select
 from progress import Meter
 from selfedit import SelfEdit, Task, sample_self_edits, seed_for
@@ -39,46 +41,79 @@ EARLIER = "earlier"     # the kind of a question about a town that was learned b
 
 # ------------------------------------------------------------------------------- ReST-EM
 
+@dataclass
+class Round:
+    """Round t: the policy, which writes, and a copy of it that has learned the earlier towns."""
+    cfg: Config
+    tok: Tokenizer
+    policy: Transformer
+    learner: Transformer
+    earlier: list[Task]
+    known: float            # the learner's accuracy on the earlier towns
+    t: int
+
+    def try_edits(self, tasks: list[Task], split: str, k: int, progress):
+        """(k self-edits of each task, what the learner learned and lost by each (tasks, k, 2))."""
+        cfg, key = self.cfg, (self.cfg.seed, self.t, split)
+        sampling = Sampling(cfg.max_edit_tokens, k, cfg.temperature, cfg.top_p)
+        seeds = [[seed_for(*key, i, j, "edit") for j in range(k)] for i in range(len(tasks))]
+        edits = sample_self_edits(self.policy, self.tok, tasks, sampling, seeds)
+
+        # Every self-edit is asked about its own town and the earlier ones, under one adapter.
+        places = [(i, j) for i in range(len(tasks)) for j in range(k)]
+        asked = [with_questions(tasks[i], self.earlier) for i, _ in places]
+        seeds = [[seed_for(*key, i, j, 0, "adapter")] for i, j in places]
+        outcomes = update_and_score(self.learner, self.tok, asked, [edits[i][j] for i, j in places],
+                                    seeds, inner_recipe(cfg), answering(cfg), progress)
+        # What can't be read teaches nothing and destroys nothing.
+        found = np.zeros((len(tasks), k, 2))
+        for n, outcome in outcomes:
+            if outcome.right:
+                found[places[n]] = learned_and_lost(outcome.right[0], asked[n], self.known)
+        return edits, found
+
+
 def run_arm(args, weight: float, seed: int) -> dict:
     """ReST-EM with this lambda: a line of the file, with a list over iterations for each figure."""
     begin = time.time()
-    cfg = Config(**PRESETS["tiny"] | dict(seed=seed, directives=args.directives, tasks=args.tasks,
-                                          eval_tasks=args.eval_tasks, iterations=args.iterations))
+    cfg = Config(**PRESETS["tiny"] | dict(seed=seed, directives=args.directives))
     policy = load_pretrained(cfg.model)
     tok = Tokenizer.from_pretrained(policy.folder)
     # The earlier towns are none of those that the rounds learn from.
     train = tinyworld.load(cfg.train_data, cfg.directives)
     random.Random(seed_for(seed, "order of the passages")).shuffle(train)
     earlier, train = train[-args.earlier:], train[:-args.earlier]
-    held_out = tinyworld.load(cfg.eval_data, cfg.directives)[:cfg.eval_tasks]
+    held_out = tinyworld.load(cfg.eval_data, cfg.directives)[:args.eval_tasks]
 
-    run = SimpleNamespace(tok=tok, log=lambda line: None)       # what m_step asks of a Run
-    record = {"lambda": weight, "seed": seed, "directives": cfg.directives}
-    for t in range(cfg.iterations + 1):
-        learner, before = with_towns(cfg, policy, tok, earlier)
-        where = f"lambda {weight}, seed {seed}, round {t + 1}"
-        edits, found = try_edits(cfg, policy, learner, tok, held_out, earlier, before, "eval", t,
-                                 Meter(f"steps, held-out, {where}"))
-        learned, lost = np.moveaxis(found, -1, 0)
+    record = {"lambda": weight, "seed": seed, "learned": [], "lost": [], "known": [], "tokens": [],
+              "made of": []}
+    for t in range(args.iterations + 1):
+        learner, known = with_towns(cfg, policy, tok, earlier)
+        this = Round(cfg, tok, policy, learner, earlier, known, t)
+        where = f"lambda {weight:g}, seed {seed}, round {t}"
+        edits, found = this.try_edits(held_out, "eval", cfg.eval_edits,
+                                      Meter(f"steps, held-out, {where}"))
         tokens = [len(edit.token_ids) for row in edits for edit in row]
-        for name, value in (("learned", learned.mean()), ("lost", lost.mean()),
-                            ("known", before), ("tokens", np.mean(tokens))):
-            record.setdefault(name, []).append(float(value))
-        record.setdefault("made of", []).append(tinyworld.describe(held_out, edits))
-        if t == cfg.iterations:
+        record["learned"].append(float(found[..., 0].mean()))
+        record["lost"].append(float(found[..., 1].mean()))
+        record["known"].append(known)
+        record["tokens"].append(float(np.mean(tokens)))
+        record["made of"].append(tinyworld.describe(held_out, edits))
+        if t == args.iterations:
             break
+
         # E-step and M-step, as in outer_loop.rest_em, but for the reward.
-        tasks = next_tasks(train, t, cfg.tasks)
-        edits, found = try_edits(cfg, policy, learner, tok, tasks, earlier, before, "train", t,
-                                 Meter(f"steps, {where}"))
+        tasks = next_tasks(train, t, args.tasks)
+        edits, found = this.try_edits(tasks, "train", cfg.edits, Meter(f"steps, {where}"))
         rewards = found[..., 0] - weight * found[..., 1]
         kept = select(cfg, rewards.tolist(), edits, [0.0] * len(tasks), t)
-        m_step(cfg, run, policy, [(tasks[i], edits[i][j], 1.0) for i, j in kept], t)
+        quiet_run = SimpleNamespace(tok=tok, log=lambda line: None)
+        m_step(cfg, quiet_run, policy, [(tasks[i], edits[i][j], 1.0) for i, j in kept], t)
     return record | {"seconds": round(time.time() - begin)}
 
 
-def with_towns(cfg, policy, tok, towns: list[Task]):
-    """(the policy after it has learned these towns, its accuracy on them)."""
+def with_towns(cfg, policy, tok, towns: list[Task]) -> tuple[Transformer, float]:
+    """(a copy of the policy that has learned these towns, its accuracy on them)."""
     documents = []
     for task in towns:
         # Every note that can be made of the town, and its passage: the town as `load` makes it.
@@ -93,35 +128,11 @@ def with_towns(cfg, policy, tok, towns: list[Task]):
     Adapters.stack(learner, recipe.lora, [trained.weights]).merge(0)
     (answers,) = ask(learner, tok, [towns], answering(cfg))
     right = grade_all(towns, [one.texts for one in answers])
-    return learner, float(np.mean([verdict for row in right for verdict in row]))
+    return learner, float(np.mean(list(chain.from_iterable(right))))
 
 
-def answering(cfg):
+def answering(cfg) -> Sampling:
     return Sampling(cfg.max_answer_tokens, newline_stops=True)
-
-
-def try_edits(cfg, policy, learner, tok, tasks, earlier, before, split, t, progress):
-    """The policy's self-edits of each task, and (learned, lost) of each, (tasks, edits, 2), when
-    the learner is trained on it. before: its accuracy on the earlier towns."""
-    k = cfg.edits if split == "train" else cfg.eval_edits
-    sampling = Sampling(cfg.max_edit_tokens, k, cfg.temperature, cfg.top_p)
-    seeds = [[seed_for(cfg.seed, t, split, i, j, "edit") for j in range(k)]
-             for i in range(len(tasks))]
-    edits = sample_self_edits(policy, tok, tasks, sampling, seeds)
-
-    asked = [with_questions(task, earlier) for task in tasks]
-    owners = [(i, j) for i in range(len(tasks)) for j in range(k)]
-    seeds = [[seed_for(cfg.seed, t, split, i, j, 0, "adapter")] for i, j in owners]
-    outcomes = update_and_score(learner, tok, [asked[i] for i, _ in owners],
-                                [edits[i][j] for i, j in owners], seeds, inner_recipe(cfg),
-                                answering(cfg), progress)
-    # What can't be read teaches nothing and destroys nothing.
-    found = np.zeros((len(tasks), k, 2))
-    for number, outcome in outcomes:
-        if outcome.right:
-            found[owners[number]] = learned_and_lost(outcome.right[0], asked[owners[number][0]],
-                                                     before)
-    return edits, found
 
 
 def with_questions(task: Task, earlier: list[Task]) -> Task:
@@ -154,7 +165,7 @@ def table(records: list[dict]) -> str:
             mean, half = mean_ci(rows)
             cells = [f"{m:.3f} ±{h:.3f}" for m, h in zip(mean[:3], half)]
             cells.append(f"{mean[3]:.0f} ±{half[3]:.0f}")
-            forms = {form for r in own for form in r["made of"][t]}
+            forms = sorted({form for r in own for form in r["made of"][t]})
             shares = {form: np.mean([r["made of"][t].get(form, 0) for r in own]) for form in forms}
             most = sorted(shares, key=lambda form: -shares[form])
             cells.append(", ".join(f"{form} {shares[form]:.0%}" for form in most

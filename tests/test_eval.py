@@ -349,14 +349,15 @@ def test_continual_edits_are_trained_by_the_inner_loops_flags(flags, monkeypatch
     assert (jobs[0][0].free & jobs[1][0].free).sum() == 0
 
 
-def test_continual_edits_resume_to_the_same_result(flags, tmp_path, varied_rewards):
+@pytest.mark.parametrize("words", [[], ["--remember"]])
+def test_continual_edits_resume_to_the_same_result(words, flags, tmp_path, varied_rewards):
     """As if killed after the first edit: what came later is done again, and ends the same."""
-    whole = evaluate("continual", *flags, *STREAMS)
+    whole = evaluate("continual", *flags, *STREAMS, *words)
     path = tmp_path / "run" / "continual.jsonl"
     records = path.read_text().splitlines()
     path.write_text("\n".join(records[:2]) + "\n")
 
-    again = evaluate("continual", *flags, *STREAMS)
+    again = evaluate("continual", *flags, *STREAMS, *words)
 
     assert path.read_text().splitlines() == records
     assert again.splitlines()[-8:] == whole.splitlines()[-8:]

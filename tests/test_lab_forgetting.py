@@ -133,7 +133,7 @@ def test_a_task_asks_about_earlier_towns_too(towns):
 
 def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(tmp_path, monkeypatch):
     seen = []
-    select, try_edits = retention_reward.select, retention_reward.try_edits
+    select, try_edits = retention_reward.select, retention_reward.Round.try_edits
 
     def spy_on_select(cfg, scores, *rest):
         seen.append(scores)
@@ -145,7 +145,7 @@ def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(tmp_path
         return edits, found
 
     monkeypatch.setattr(retention_reward, "select", spy_on_select)
-    monkeypatch.setattr(retention_reward, "try_edits", spy_on_edits)
+    monkeypatch.setattr(retention_reward.Round, "try_edits", spy_on_edits)
     call(retention_reward, "--out", tmp_path / "r.jsonl", "--seeds", "0", "--lambdas", "2",
          "--iterations", "1", "--earlier", "2", "--tasks", "1", "--eval-tasks", "1")
 
