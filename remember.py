@@ -53,8 +53,9 @@ def recall(model, tok, groups: list[list[Task]], writing: Sampling, seeds: list[
     Nothing is read of a task but the first words of its passage, and how it asks for a self-edit.
     So what the model has forgotten, or mixes up, is rehearsed as it is."""
     cues = [[first_words(task) for task in tasks] for tasks in groups]
-    most = Sampling(max_new=model.config.max_len // 4)      # the likeliest words: temperature 0
-    replies = write(model, tok, cues, most, adapters=adapters)
+    # The likeliest words, as temperature 0 takes them. There must be room to write about them.
+    likeliest = Sampling(max_new=min(writing.max_new, model.config.max_len // 4))
+    replies = write(model, tok, cues, likeliest, adapters=adapters)
 
     # The same tasks, with the passage in the prompt as the model remembers it.
     asked = []

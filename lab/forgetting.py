@@ -61,6 +61,8 @@ ARMS = {
     "half, layers, own replay": Arm(.5, layers=2, replay=8),
     "half, layers, kept replay": Arm(.5, layers=2, replay=8, kept=True),
 }
+SHOWN = ("plain merge", "half", "layers", "KL", "own replay", "half, layers",
+         "half, layers, own replay", "half, layers, kept replay")      # in the figure
 GRID = [1, .7, .5, .35, .25, 0]     # scales that a gate chooses among
 WRITING = Sampling(max_new=160, temperature=.8, top_p=.95)
 ANSWERING = Sampling(max_new=12, newline_stops=True)
@@ -82,7 +84,7 @@ def learn_stream(args, name: str, seed: int) -> dict:
         edits.append(edit if edit.documents else town.references["passage only"])
 
     meter = Meter(f"towns, {name}, seed {seed}")
-    just_after, scales, read = [], [], 0
+    just_after, scales, read, written = [], [], 0, 0
     for k, (town, edit) in enumerate(zip(towns, edits)):
         # The new self-edit, and beside it what is to keep the old ones.
         job = make_job(model, tok, edit, seed_for(seed, k, "adapter"), recipe)
@@ -95,6 +97,7 @@ def learn_stream(args, name: str, seed: int) -> dict:
         beside = own_texts(model, tok, arm.generic, seed_for(seed, k, "generic"))
         job = with_old(job, beside if arm.gate else old + beside)
         read += job.tokens
+        written += sum(sum(learn) for _, learn in beside + ([] if arm.kept else old))
 
         # Adapters on the last layers: the others' gradients are zero, and so their B stays zero.
         adapter = Adapters(model, recipe.lora, 1)
@@ -109,7 +112,8 @@ def learn_stream(args, name: str, seed: int) -> dict:
         meter(k + 1, args.length)
     return {"arm": name, "seed": seed, "just after": just_after,
             "at the end": accuracy(model, tok, towns), "scale": float(np.mean(scales)),
-            "trained": read / args.length, "seconds": round(time.time() - begin, 1)}
+            "trained": read / args.length, "written": written / args.length,
+            "seconds": round(time.time() - begin, 1)}
 
 
 def own_texts(model, tok, n: int, seed: int) -> list:
@@ -147,12 +151,14 @@ def accuracy(model, tok, towns) -> list[float]:
 def table(records: list[dict]) -> str:
     """Markdown: a row per arm, with 95 % intervals over seeds."""
     lines = ["| arm | just after its own edit | of all towns, at the end | seeds | scale "
-             "| tokens trained on per town | s |", "|---|---|---|---|---|---|---|"]
+             "| tokens trained on per town | tokens written for it | s |",
+             "|---|---|---|---|---|---|---|---|"]
     for name, own in by_arm(records).items():
         rows = [[np.mean(r["just after"]), np.mean(r["at the end"])] for r in own]
         cells = [f"{m:.3f} ±{h:.3f}" for m, h in zip(*mean_ci(rows))]
         cells += [str(len(own)), f"{np.mean([r['scale'] for r in own]):.2f}"]
-        cells += [f"{np.mean([r[key] for r in own]):.0f}" for key in ("trained", "seconds")]
+        for key in ("trained", "written", "seconds"):
+            cells.append(f"{np.mean([r[key] for r in own]):.0f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -173,6 +179,8 @@ def draw(records, file):
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
     for name, own in by_arm(records).items():
+        if name not in SHOWN:
+            continue
         ages = np.array([r["at the end"][::-1] for r in own])
         bins = ages[:, :ages.shape[1] // 4 * 4].reshape(len(own), -1, 4).mean(2)
         mean, half = mean_ci(bins)

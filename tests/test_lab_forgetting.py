@@ -74,18 +74,21 @@ def test_a_gate_takes_the_scale_with_the_least_loss(embedded, words, towns):
 
 
 def test_a_stream_is_learned_and_forgotten(tmp_path, capsys):
-    """Two arms, on three towns: the figures of the lines, and the same command again."""
+    """Three arms, on three towns: the figures of the lines, and the same command again."""
     words = ["--out", tmp_path / "f.jsonl", "--seeds", "1", "--length", "3", "--towns", "tune",
-             "--arms", "plain merge", "kept replay"]
+             "--arms", "plain merge", "kept replay", "own replay"]
     call(forgetting, *words)
     first = capsys.readouterr().out
-    plain, kept = read_lines(tmp_path / "f.jsonl")
+    plain, kept, own = read_lines(tmp_path / "f.jsonl")
+    # Of three towns, none, one and two are rehearsed in ten epochs.
+    assert own["written"] * 10 == pytest.approx(own["trained"] - plain["trained"])
 
     assert (plain["arm"], kept["arm"]) == ("plain merge", "kept replay")
     for record in (plain, kept):
         assert len(record["just after"]) == len(record["at the end"]) == 3
         # Nothing comes after the last town.
         assert record["just after"][-1] == record["at the end"][-1]
+        assert record["written"] == 0
     # The first town has nothing to rehearse: both arms are the same until then.
     assert plain["just after"][0] == kept["just after"][0] > .2
     assert kept["trained"] > 1.5 * plain["trained"]
@@ -97,7 +100,7 @@ def test_a_stream_is_learned_and_forgotten(tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forgetting, "learn_stream", no_work)
         call(forgetting, *words)
-    assert capsys.readouterr().out.splitlines()[-4:] == first.splitlines()[-4:]
+    assert capsys.readouterr().out.splitlines()[-5:] == first.splitlines()[-5:]
 
 
 def test_a_table_and_a_figure_by_hand(tmp_path, capsys):
@@ -106,7 +109,8 @@ def test_a_table_and_a_figure_by_hand(tmp_path, capsys):
         for seed, end in ((0, .2), (1, .4)):
             f.write(json.dumps({
                 "arm": "half", "seed": seed, "just after": [.5] * 4, "at the end": [end] * 4,
-                "scale": .5, "trained": 100, "seconds": 1}) + "\n")
+                "scale": .5, "trained": 100, "written": 0,
+                "seconds": 1}) + "\n")
 
     call(forgetting, "--out", tmp_path / "f.jsonl", "--seeds", "0", "1", "--arms", "half",
          "--svg", tmp_path / "f.svg")
