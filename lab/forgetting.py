@@ -23,10 +23,11 @@ from checkpoint import EMBEDDED
 from data import tinyworld
 from generate import Sampling
 from inner_loop import TINY, ask, grade_all, make_job
-from remember import last_layers, recall, scaled, with_old
+from lab.curve import with_interval
 from lora import Adapters
 from model import load_pretrained
 from progress import Meter
+from remember import last_layers, recall, scaled, with_old
 from selfedit import sample_self_edits, seed_for
 from sft import Job, dialogue, sft
 from stats import mean_ci
@@ -155,7 +156,7 @@ def table(records: list[dict]) -> str:
              "|---|---|---|---|---|---|---|---|"]
     for name, own in by_arm(records).items():
         rows = [[np.mean(r["just after"]), np.mean(r["at the end"])] for r in own]
-        cells = [f"{m:.3f} ±{h:.3f}" for m, h in zip(*mean_ci(rows))]
+        cells = [with_interval(m, h, ".3f") for m, h in zip(*mean_ci(rows))]
         cells += [str(len(own)), f"{np.mean([r['scale'] for r in own]):.2f}"]
         for key in ("trained", "written", "seconds"):
             cells.append(f"{np.mean([r[key] for r in own]):.0f}")

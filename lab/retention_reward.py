@@ -26,6 +26,7 @@ from config import PRESETS, Config, inner_recipe
 from data import tinyworld
 from generate import Sampling
 from inner_loop import ask, grade_all, make_job, update_and_score
+from lab.curve import with_interval
 from lora import Adapters
 from model import Transformer, load_pretrained
 from outer_loop import m_step, next_tasks, select
@@ -163,8 +164,8 @@ def table(records: list[dict]) -> str:
         for t in (0, len(own[0]["learned"]) - 1):
             rows = [[r[key][t] for key in ("learned", "lost", "known", "tokens")] for r in own]
             mean, half = mean_ci(rows)
-            cells = [f"{m:.3f} ±{h:.3f}" for m, h in zip(mean[:3], half)]
-            cells.append(f"{mean[3]:.0f} ±{half[3]:.0f}")
+            cells = [with_interval(m, h, ".3f") for m, h in zip(mean[:3], half)]
+            cells.append(f"{mean[3]:.0f}")
             forms = sorted({form for r in own for form in r["made of"][t]})
             shares = {form: np.mean([r["made of"][t].get(form, 0) for r in own]) for form in forms}
             most = sorted(shares, key=lambda form: -shares[form])

@@ -92,7 +92,7 @@ def test_a_stream_is_learned_and_forgotten(tmp_path, capsys):
     # The first town has nothing to rehearse: both arms are the same until then.
     assert plain["just after"][0] == kept["just after"][0] > .2
     assert kept["trained"] > 1.5 * plain["trained"]
-    assert f"| plain merge | {np.mean(plain['just after']):.3f} ±nan" in first
+    assert f"| plain merge | {np.mean(plain['just after']):.3f} |" in first
 
     def no_work(*_):
         raise AssertionError("computed twice")
@@ -173,5 +173,5 @@ def test_the_table_of_lambdas_by_hand():
 
     *_, first, last = retention_reward.table(records).splitlines()
 
-    assert first == "| 0.5 | 0 | 0.600 ±0.000 | 0.500 ±0.000 | 0.900 ±0.000 | 70 ±0 | copy 100% |"
-    assert last == "| 0.5 | 1 | 0.800 ±0.000 | 0.300 ±1.271 | 0.900 ±0.000 | 80 ±0 | copy 40% |"
+    assert first == "| 0.5 | 0 | 0.600 ±0.000 | 0.500 ±0.000 | 0.900 ±0.000 | 70 | copy 100% |"
+    assert last == "| 0.5 | 1 | 0.800 ±0.000 | 0.300 ±1.271 | 0.900 ±0.000 | 80 | copy 40% |"
