@@ -158,14 +158,16 @@ def learned_and_lost(right: list[bool], task: Task, before: float) -> tuple[floa
 
 def table(records: list[dict]) -> str:
     """Markdown: rows per lambda, before and after training, with 95 % intervals over seeds."""
-    lines = ["| lambda | round | learned | lost | known before | tokens | made of |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| lambda | round | learned | lost | learned - lost | known before | tokens "
+             "| made of |", "|---|---|---|---|---|---|---|---|"]
     for weight, own in by_lambda(records).items():
         for t in (0, len(own[0]["learned"]) - 1):
-            rows = [[r[key][t] for key in ("learned", "lost", "known", "tokens")] for r in own]
-            mean, half = mean_ci(rows)
-            cells = [with_interval(m, h, ".3f") for m, h in zip(mean[:3], half)]
-            cells.append(f"{mean[3]:.0f}")
+            rows = []
+            for r in own:
+                learned, lost = r["learned"][t], r["lost"][t]
+                rows.append([learned, lost, learned - lost, r["known"][t]])
+            cells = [with_interval(m, h, ".3f") for m, h in zip(*mean_ci(rows))]
+            cells.append(f"{np.mean([r['tokens'][t] for r in own]):.0f}")
             forms = sorted({form for r in own for form in r["made of"][t]})
             shares = {form: np.mean([r["made of"][t].get(form, 0) for r in own]) for form in forms}
             most = sorted(shares, key=lambda form: -shares[form])

@@ -173,5 +173,7 @@ def test_the_table_of_lambdas_by_hand():
 
     *_, first, last = retention_reward.table(records).splitlines()
 
-    assert first == "| 0.5 | 0 | 0.600 ±0.000 | 0.500 ±0.000 | 0.900 ±0.000 | 70 | copy 100% |"
-    assert last == "| 0.5 | 1 | 0.800 ±0.000 | 0.300 ±1.271 | 0.900 ±0.000 | 80 | copy 40% |"
+    assert first.startswith("| 0.5 | 0 | 0.600 ±0.000 | 0.500 ±0.000 | 0.100 ±0.000 | 0.900")
+    assert first.endswith("| 70 | copy 100% |")
+    assert last == ("| 0.5 | 1 | 0.800 ±0.000 | 0.300 ±1.271 | 0.500 ±1.271 | 0.900 ±0.000 "
+                    "| 80 | copy 40% |")
