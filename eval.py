@@ -17,6 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 # Before what takes long to import, so that Ctrl-C is a line from here on.
@@ -33,6 +34,7 @@ from inner_loop import ask, grade_all, in_prompt, make_job
 from lora import Adapters
 from config import add_flags, read_flags
 from progress import Meter
+from remember import EARLIER, SCALE, last_layers, recall, scaled, with_old
 from run import Run, print_of_data, print_of_model
 from run import sample_edits, score_edits, unadapted, verdicts
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
@@ -289,7 +291,7 @@ def continual(args, run: Run):
         raise UserError("--weight-decay: it would shrink what the earlier edits have taught")
     if length > len(tasks):
         raise UserError(f"--length {length}: there are {len(tasks)} passages")
-    run.settle("eval continual", streams=args.streams, length=length)
+    run.settle("eval continual", streams=args.streams, length=length, remember=args.remember)
     streams = []
     for s in range(args.streams):
         rng = random.Random(seed_for(cfg.seed, s, "stream"))
@@ -310,7 +312,7 @@ def continual(args, run: Run):
     if k > 0:
         learned.flat.copy_(load_file(run.folder / f"after_{k}.safetensors")["flat"])
     for k in range(k, length):
-        texts = learn_next(run, model, learned, [row[k] for row in streams], k, length)
+        texts = learn_next(run, model, learned, streams, k, args.remember)
         accuracy = ask_groups(run, model, [row[:k + 1] for row in streams], learned)
         save_file({"flat": learned.flat}, run.folder / f"after_{k + 1}.safetensors")
         done.add({"edit": k + 1, "accuracy": accuracy, "texts": texts})
@@ -330,10 +332,12 @@ def continual(args, run: Run):
     page.refresh(run)
 
 
-def learn_next(run, model, learned: Adapters, tasks: list[Task], k: int, length: int) -> list[str]:
-    """Each stream's k-th edit: stream s writes a self-edit of tasks[s] and is trained on it, all
-    that it learned before being fixed. Returns the texts."""
+def learn_next(run, model, learned: Adapters, streams: list[list[Task]], k: int,
+               remember: bool) -> list[str]:
+    """Each stream's k-th edit: it writes a self-edit of its k-th passage and is trained on it, all
+    that it learned before being fixed. remember: see remember.py. Returns the texts."""
     cfg = run.cfg
+    length, tasks = len(streams[0]), [row[k] for row in streams]
     rank = run.recipe.lora.rank
     sampling = Sampling(cfg.max_edit_tokens, 1, cfg.temperature, cfg.top_p)
     seeds = [[seed_for(cfg.seed, s, k, "edit")] for s in range(len(tasks))]
@@ -343,6 +347,10 @@ def learn_next(run, model, learned: Adapters, tasks: list[Task], k: int, length:
     free = learned.part(k * rank, (k + 1) * rank)
     fresh = Adapters(model, learned.lora, 1)
     recipe = replace(run.recipe, lora=learned.lora)
+    remembered = [[] for _ in streams]
+    if remember:
+        free &= last_layers(learned, model.config.n_layer // 2)
+        remembered = rehearsed(run, model, learned, streams, k, sampling)
     jobs, owner = [], []
     for s, (edit,) in enumerate(edits):
         seed = seed_for(cfg.seed, s, k, "adapter")
@@ -350,13 +358,34 @@ def learn_next(run, model, learned: Adapters, tasks: list[Task], k: int, length:
             job = make_job(model, run.tok, edit, seed, recipe)
         except ValueError:
             continue        # nothing to learn: the stream stays as it is
+        if remembered[s]:
+            # The bounds are for what a single self-edit asks for.
+            unbounded = replace(recipe, max_steps=0, max_tokens=0)
+            together = SelfEdit(documents=remembered[s])
+            job = with_old(job, make_job(model, run.tok, together, seed, unbounded).examples)
         fresh.init(0, seed)
         jobs.append(replace(job, start=learned.flat[s] + fresh.flat[0] * free, free=free))
         owner.append(s)
     for j, trained in sft(model, jobs, Meter(f"steps of edit {k + 1} of {length}")):
         if not trained.diverged:
             learned.flat[owner[j]] = trained.weights
+            if remember:
+                learned.flat[owner[j], free] = scaled(trained.weights[free], SCALE)
     return [edit.text for edit, in edits]
+
+
+def rehearsed(run, model, learned: Adapters, streams: list[list[Task]], k: int,
+              sampling: Sampling) -> list[list[str]]:
+    """Documents that each stream writes about some of its first k passages, from memory."""
+    seed, n = run.cfg.seed, min(k, EARLIER)
+    if n == 0:
+        return [[] for _ in streams]
+    groups, seeds = [], []
+    for s, row in enumerate(streams):
+        groups.append(random.Random(seed_for(seed, s, k, "earlier")).sample(row[:k], n))
+        seeds += [seed_for(seed, s, k, i, "recall") for i in range(n)]
+    edits = recall(model, run.tok, groups, sampling, seeds, learned)
+    return [list(chain.from_iterable(edit.documents for edit in row)) for row in edits]
 
 
 def ask_groups(run, model, groups: list[list[Task]], adapters: Adapters) -> list[list[float]]:
@@ -449,6 +478,8 @@ def main():
         if command is continual:
             own.add_argument("--streams", type=positive, default=8, help="sequences (default: 8)")
             own.add_argument("--length", type=positive, default=8, help="passages each (default 8)")
+            own.add_argument("--remember", action="store_true",
+                             help="learn so that earlier passages stay known (remember.py)")
         add_flags(parser)
         preset = "tiny-arc" if command is arc else "tiny"
         parser.set_defaults(command=command, preset=preset, folder=command.__name__)

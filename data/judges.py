@@ -42,8 +42,10 @@ def recall(question, gold, prediction):
     return bool(prediction) and (gold & prediction).total() >= 0.8 * max(1, gold.total())
 
 
-SMALL_WORDS = set("as at by for from in of on or to with and is are was were be been it its his her "
-                  "their that this which who".split())
+SMALL_WORDS = set("""
+as at by for from in of on or to with and is are was were be been it its his her their that this
+which who
+""".split())
 
 
 def gist(question, gold, prediction):
@@ -61,7 +63,7 @@ def substring(question, gold, prediction):
 
 
 # NOTE(paper): GPT-4.1 judges there. The rule agrees with it in .89 of the answers and is stricter;
-# gist, which was chosen on half of the passages, in .91 of the other half's, where the rule has .89.
+# gist, chosen on half of the passages, in .91 of the other half's, where the rule has .89.
 RULES = {"rule": each(recall), "gist": each(gist), "substring": each(substring)}
 
 

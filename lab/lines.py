@@ -86,7 +86,8 @@ def undotted(text: str) -> str:
 
 
 def plain(line: str) -> str:
-    """Without its bullet or number and its label: "Wider effects: It ...", "Question 3: Who ..."."""
+    """Without its bullet or number and its label: "Wider effects: It ...", "Question 3: Who ...".
+    """
     line = re.sub(r"^\W*(\d+[.)])?\W*", "", line)
     return undotted(re.sub(r"^[^.:]{1,60}:\W+(?=\w)", "", line))
 
@@ -233,7 +234,8 @@ def show(groups: dict[str, list[dict]], n: int):
 
 def main():
     ap = Parser(description=" ".join(__doc__.split("\n\n")[0].split()))
-    ap.add_argument("runs", nargs="+", help="run folders, about passages; or a file that --save wrote")
+    ap.add_argument("runs", nargs="+", metavar="RUN",
+                    help="run folders, about passages; or a file that --save wrote")
     ap.add_argument("--iteration", type=at_least(0), help="this one only (default: all)")
     ap.add_argument("--split", default="eval", choices=("eval", "train"))
     ap.add_argument("--arm", nargs="+", default=[], metavar="NAME",

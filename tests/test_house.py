@@ -8,10 +8,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A file may import from those before it, in its functions as well.
 FLOORS = ["files", "checkpoint", "push", "team", "progress", "device", "memory", "stats",
           "tokenizer", "ribbon", "model", "generate", "lora", "padding", "packing", "update",
-          "sft", "selfedit", "reward", "data.judges", "data.knowledge", "data.text", "data.arc",
-          "data.tinyworld", "data.tinyarc", "data.pretrain_tiny", "inner_loop", "config", "run",
-          "plan", "report", "page", "outer_loop", "speed", "suite", "eval", "bench", "lab.curve",
-          "lab.reliability", "lab.judges", "lab.recipe", "lab.paired", "lab.imitate", "lab.lines"]
+          "sft", "selfedit", "remember", "reward", "data.judges", "data.knowledge", "data.text",
+          "data.arc", "data.tinyworld", "data.tinyarc", "data.pretrain_tiny", "inner_loop",
+          "config", "run", "plan", "report", "page", "outer_loop", "speed", "suite", "eval",
+          "bench", "lab.curve", "lab.reliability", "lab.judges", "lab.recipe", "lab.paired",
+          "lab.imitate", "lab.lines", "lab.forgetting", "lab.retention_reward"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]
 
 
