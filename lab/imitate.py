@@ -1,5 +1,5 @@
 """From teacher to student: does a small model write better self-edits once it has imitated those of
-a larger one? The paper suggests a teacher; nobody has tried it.
+a larger one? The paper suggests a teacher, and does not try one.
 
     python -m lab.imitate --model DIR_OR_HUB_ID --data TRAIN.json --out FOLDER
 
