@@ -86,8 +86,7 @@ def undotted(text: str) -> str:
 
 
 def plain(line: str) -> str:
-    """Without its bullet or number and its label: "Wider effects: It ...", "Question 3: Who ...".
-    """
+    """Without its number and its label: "1. Wider effects: It ...", "Question 3: Who ..."."""
     line = re.sub(r"^\W*(\d+[.)])?\W*", "", line)
     return undotted(re.sub(r"^[^.:]{1,60}:\W+(?=\w)", "", line))
 
@@ -130,6 +129,17 @@ def classify(line: str, passage: str) -> str:
 
 # ------------------------------------------------------------------------------- a run's self-edits
 
+class Edits(Lines):
+    """edits.jsonl or rollouts.jsonl: where a self-edit belongs, and its text."""
+
+    def check(self, r):
+        texts = [r["split"], r["text"], r.get("arm", ""), r.get("title", "")]
+        if not (all(type(number) is int for number in (r["iteration"], r["task"]))
+                and all(isinstance(text, str) for text in texts)
+                and isinstance(r["token_ids"], list)):
+            raise ValueError("a value of another kind than a run writes")
+
+
 def tasks_of(config: dict, split: str, t: int, data=None) -> list[Task]:
     """The passages of a run, in the order in which its files number them."""
     tasks = knowledge.load(data or config[f"{split}_data"], log=lambda line: None,
@@ -146,11 +156,11 @@ def read_groups(folder, split, iteration=None, arms=(), data=None) -> dict[str, 
     config = read_settings(folder)
     if not isinstance(config, dict) or config.get("domain") != "knowledge":
         raise UserError(f"{folder}: not a run about passages")
-    rollouts = Lines(Path(folder) / "rollouts.jsonl", repair=False).records
-    sampled = Lines(Path(folder) / "edits.jsonl", repair=False).records
+    rollouts = Edits(Path(folder) / "rollouts.jsonl", repair=False).records
+    sampled = Edits(Path(folder) / "edits.jsonl", repair=False).records
     chosen = [(f"iteration {r['iteration']}", r) for r in sampled]
-    chosen += [(r["arm"], r) for r in rollouts if r["arm"] in arms]
-    titles = {(r["iteration"], r["task"]): r["title"] for r in rollouts if r["split"] == split}
+    chosen += [(r["arm"], r) for r in rollouts if r.get("arm") in arms]
+    titles = {(r["iteration"], r["task"]): r.get("title") for r in rollouts if r["split"] == split}
 
     groups, tasks = defaultdict(list), {}
     for name, r in chosen:
@@ -162,9 +172,10 @@ def read_groups(folder, split, iteration=None, arms=(), data=None) -> dict[str, 
         if i >= len(tasks[t]) or titles.get((t, i), tasks[t][i].name) != tasks[t][i].name:
             raise UserError(f"{folder}: its task {i} is not the passage of that number in its data "
                             "file; name the right file by --data")
-        groups[f"{folder}, {name}"].append(
-            {"number": i, "task": tasks[t][i], "lines": lines_of(tasks[t][i], r["text"]),
-             "cut": len(r["token_ids"]) >= config["max_edit_tokens"]})
+        edit = {"number": i, "task": tasks[t][i], "lines": lines_of(tasks[t][i], r["text"])}
+        if not r.get("arm"):    # the run wrote it itself, up to the cap
+            edit["cut"] = len(r["token_ids"]) >= config["max_edit_tokens"]
+        groups[f"{folder}, {name}"].append(edit)
     if not groups:
         raise UserError(f"{folder}: no such self-edits there")
     return groups
@@ -181,7 +192,9 @@ def measure(edit: dict) -> dict:
     task, lines = edit["task"], edit["lines"]
     # How many answers stand in a line: what can be learned from it of what will be asked.
     said = [any(RULES["rule"]([("", answer, line) for line in lines])) for answer in task.answers]
-    found = {"lines": len(lines), "cut": float(edit["cut"]), "answers": float(np.mean(said))}
+    found = {"lines": len(lines), "answers": float(np.mean(said))}
+    if "cut" in edit:
+        found["cut"] = float(edit["cut"])
     if lines:
         kinds = [classify(line, task.context[0]) for line in lines]
         found |= {kind: kinds.count(kind) / len(lines) for kind in KINDS}
@@ -211,8 +224,8 @@ def table(groups: dict[str, dict]) -> str:
         for what in columns:
             form = "{:.1f} [{:.1f}, {:.1f}]" if what in ("lines", "words") else \
                 "{:.2f} [{:.2f}, {:.2f}]"
-            values = of.get(what, [np.nan])
-            cells.append(form.format(np.mean(values), *bootstrap_ci(values)))
+            values = of.get(what)
+            cells.append(form.format(np.mean(values), *bootstrap_ci(values)) if values else "")
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
