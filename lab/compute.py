@@ -224,7 +224,8 @@ def show(records, arms):
             if len(both[0]) and len(both[0]) == len(both[1]):
                 row += [crossings(*both), crossings(both[0], both[1][:, :1])]
         rows.append(row)
-    table("From which k on an arm is not below SEAL's self-edits, and in how many seeds", head, rows)
+    title = "From which k on an arm is not below SEAL, and in how many seeds"
+    table(title, head, rows)
 
     kept = ("forward", "reversed", "compression", "distinct lines", "facts covered, forward",
             "facts covered, reversed", "tokens")

@@ -164,9 +164,9 @@ def test_what_a_note_teaches_is_known():
         # Every question is answered by a note, and each note answers the question it turns to.
         found = set()
         for relation, form in town.notes():
-            direction = "reversed" if form.endswith("reversed") else "forward"
-            assert world.taught(town.say(relation, form, rng), town.passage) == (relation, direction)
-            found.add((relation, direction))
+            fact = relation, "reversed" if form.endswith("reversed") else "forward"
+            assert world.taught(town.say(relation, form, rng), town.passage) == fact
+            found.add(fact)
         assert found == set(asked.values())
 
 
