@@ -2,48 +2,43 @@
 
     python -m lab.credit RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--seeds 3] [--svg FILE --town 5]
 
-RUN_DIR: finished runs of `python outer_loop.py --seed S`. A self-edit is learned again from subsets
-of its documents, all side by side, and how well each question is answered is regressed on which
-documents were there. Three designs of subsets are compared by the truth, which the tiny world
-knows: which fact a line states, and in which direction. AUC: how often a line that states an answer
-has more credit for it than one that does not. --svg draws the credit of one town's self-edit by the
-writer after round 3. A line per writer and seed; the same command resumes. 6 minutes per seed.
+RUN_DIR: finished runs of `python outer_loop.py --seed S`, one for each seed. A self-edit is learned
+by theta_0 from many subsets of its documents, all side by side, and the answers are regressed on
+which documents were there: with one left out, with only one, or random halves. The answers are
+their verdicts or the probability of the gold answer. What is best is judged by the truth, as the
+tiny world knows which fact a line states, and in which direction. AUC: how often a line that states
+an answer has more credit for it than a line that does not (a mean over self-edits). --svg: the
+credit in one town's self-edit by the writer after round 3. A line per writer and seed; the same
+command resumes. 4 minutes per seed on one thread.
 """
-import io
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from config import PRESETS, Config, inner_recipe
+from config import inner_recipe
 from data import tinyworld as world
-from files import Lines, Parser, UserError, at_least, cli, positive, replace_file
-from generate import Sampling
+from files import Parser, at_least, cli
 from inner_loop import ask, grade_all, make_job
-from lab.curve import with_interval
+from lab.compute import ANSWERING, TINY, add_flags, load, work, write
+from lab.curve import pyplot, save, with_interval
 from lora import Adapters
-from model import load_pretrained
 from progress import Meter
 from ribbon import Ribbon
-from run import read_settings
-from selfedit import sample_self_edits, seed_for
-from sft import sft
+from selfedit import SelfEdit, Task, seed_for
+from sft import Recipe, sft
 from stats import mean_ci
-from tokenizer import Tokenizer
 
-TINY = Config(**PRESETS["tiny"])
 RECIPE = inner_recipe(TINY)
-WRITING = Sampling(TINY.max_edit_tokens, 1, TINY.temperature, TINY.top_p)
-ANSWERING = Sampling(TINY.max_answer_tokens, newline_stops=True)
-WRITERS = {"untrained": 0, "round 3": 3}
-PAIRS = 20      # of random halves
+WRITERS = {"untrained": 0, "round 3": 3}    # t of the theta_t that writes; theta_0 learns
+DESIGNS = ("leave one out", "only one", "random halves")
+PAIRS = 20      # of random halves: on 8 `tune` towns 10 of them order lines as well
 
 
 # ------------------------------------------------------------------------------- credit
 
-def subsets(design, n, seed):
+def subsets(design: str, n: int, seed: int):
     """(subsets, n) of 0 and 1: which of n documents are learned."""
     if design == "leave one out":
         return np.vstack([np.ones(n), 1 - np.eye(n)])
@@ -54,23 +49,23 @@ def subsets(design, n, seed):
     return np.vstack([halves, 1 - halves])
 
 
-def learn(model, tok, edit, design, recipe, seed):
-    """The weights (P,) that each subset of a self-edit's documents teaches, from one beginning."""
-    jobs = {}
+def learn(model, tok, edit: SelfEdit, design, recipe: Recipe, seed: int) -> Adapters:
+    """An adapter for each subset of a self-edit's documents. All begin from the same values."""
+    jobs, places = [], []
     for i, row in enumerate(design):
         documents = [document for document, there in zip(edit.documents, row) if there]
         if documents:
-            jobs[i] = make_job(model, tok, replace(edit, documents=documents), seed, recipe)
-    trained = dict(sft(model, list(jobs.values()), Meter("steps")))
+            jobs.append(make_job(model, tok, replace(edit, documents=documents), seed, recipe))
+            places.append(i)
     # Without a document nothing is learned: an adapter of zeros changes nothing.
-    weights = torch.zeros(len(design), Adapters(model, recipe.lora, 1).flat.shape[1])
-    for number, i in enumerate(jobs):
-        weights[i] = trained[number].weights
-    return weights
+    adapters = Adapters(model, recipe.lora, len(design))
+    for number, trained in sft(model, jobs, Meter("steps")):
+        adapters.flat[places[number]] = trained.weights
+    return adapters
 
 
 @torch.no_grad()
-def gold_probability(model, tok, task, adapters):
+def gold_probability(model, tok, task: Task, adapters: Adapters):
     """(adapters, questions): the probability of each gold answer, given its question."""
     texts, starts = [], []
     for query, answer in zip(task.queries, task.answers):
@@ -99,17 +94,17 @@ def regress(design, scores):
     return np.linalg.lstsq(x, scores, rcond=None)[0][1:]
 
 
-def credit(model, tok, task, edit, recipe=RECIPE, seed=0):
-    """(documents, questions): how much likelier a gold answer is for a document of a self-edit."""
-    design = subsets("random halves", len(edit.documents), seed)
-    weights = learn(model, tok, edit, design, recipe, seed)
-    adapters = Adapters.stack(model, recipe.lora, list(weights))
+def credit(model, tok, task: Task, edit: SelfEdit, recipe=RECIPE, seed=0, by="random halves"):
+    """(documents, questions): by how much a document of a self-edit raises the probability of a
+    gold answer. by: one of DESIGNS. "only one" is the fastest, but shows no harm."""
+    design = subsets(by, len(edit.documents), seed)
+    adapters = learn(model, tok, edit, design, recipe, seed)
     return regress(design, gold_probability(model, tok, task, adapters))
 
 
 # ------------------------------------------------------------------------------- the truth
 
-def truth(task, edit):
+def truth(task: Task, edit: SelfEdit):
     """(lines, questions) bool: which line states the answer to which question. The last document is
     the passage, and no line."""
     passage = task.context[0]
@@ -127,54 +122,38 @@ def auc(credits, stated):
     return float(np.mean((above > 0) + 0.5 * (above == 0)))
 
 
-DESIGNS = ("leave one out", "only one", "random halves")
-
-
-def judge_credit(model, tok, task, edit, seed):
-    """{design, score: AUC} of a self-edit; empty if none of its lines states an answer."""
+def judge_credit(model, tok, task: Task, edit: SelfEdit, seed: int) -> dict[str, float]:
+    """{design, score: AUC} of a self-edit."""
     stated = truth(task, edit)
-    found = {}
-    if not stated.any():
-        return found
     # The subsets of all designs are trained and asked together.
     designs = [subsets(name, len(edit.documents), seed) for name in DESIGNS]
-    weights = learn(model, tok, edit, np.vstack(designs), RECIPE, seed)
-    adapters = Adapters.stack(model, RECIPE.lora, list(weights))
+    adapters = learn(model, tok, edit, np.vstack(designs), RECIPE, seed)
     likely = gold_probability(model, tok, task, adapters)
     answers = ask(model, tok, [[task]] * adapters.n, ANSWERING, adapters)
     right = grade_all([task] * adapters.n, [answer.texts for (answer,) in answers])
-    for what, scores in (("probability", likely), ("verdict", np.array(right, float))):
-        begin = 0
-        for name, design in zip(DESIGNS, designs):
-            own = scores[begin:begin + len(design)]
-            begin += len(design)
-            lines = regress(design, own)[:len(stated)]
+    found, end = {}, 0
+    for name, design in zip(DESIGNS, designs):
+        own = slice(end, end + len(design))
+        end += len(design)
+        for what, scores in (("probability", likely), ("verdict", np.array(right, float))):
+            lines = regress(design, scores[own])[:len(stated)]
             found[f"{name}, {what}"] = auc(lines, stated)
     return found
 
 
-def write(t, folder, tasks, seed):
-    """A self-edit of each task by theta_t of a run."""
-    model = load_pretrained(Path(folder) / f"iter_{t}" if t else TINY.model, "cpu")
-    tok = Tokenizer.from_pretrained(model.folder)
-    seeds = [[seed_for(seed, "credit", i)] for i in range(len(tasks))]
-    return [edit for (edit,) in sample_self_edits(model, tok, tasks, WRITING, seeds)]
-
-
-def measure(writer, seed, folder, n):
-    """A line: how well the credit in self-edits of the first n held-out towns agrees with the
-    truth. All are learned by theta_0."""
+def measure(writer: str, seed: int, folder, n: int) -> dict:
+    """A line: how well credit agrees with the truth, in self-edits of the first n held-out towns.
+    One of which no line states an answer can't be judged."""
     begin = time.time()
     tasks = world.load("eval")[:n]
-    edits = write(WRITERS[writer], folder, tasks, seed)
-    model = load_pretrained(TINY.model, "cpu")
-    tok = Tokenizer.from_pretrained(model.folder)
+    edits = write(WRITERS[writer], folder, tasks, seed, 1)
+    model, tok = load(0, folder)
     found = []
-    for i, (task, edit) in enumerate(zip(tasks, edits)):
-        found.append(judge_credit(model, tok, task, edit, seed_for(seed, "credit", i, "adapter")))
-    found = [aucs for aucs in found if aucs]
+    for i, (task, (edit,)) in enumerate(zip(tasks, edits)):
+        if truth(task, edit).any():
+            found.append(judge_credit(model, tok, task, edit, seed_for(seed, "credit", i)))
     means = {name: float(np.mean([aucs[name] for aucs in found])) for name in found[0]}
-    return {"writer": writer, "seed": seed, "towns": n, "with answers": len(found), "auc": means,
+    return {"writer": writer, "seed": seed, "towns": n, "judged": len(found), "auc": means,
             "seconds": round(time.time() - begin)}
 
 
@@ -182,66 +161,45 @@ def measure(writer, seed, folder, n):
 
 def show(records):
     """AUCs with intervals over seeds, as a Markdown table."""
-    names = list(records[0]["auc"])
-    print("| writer | " + " | ".join(names) + " |")
-    print("|---" * (1 + len(names)) + "|")
-    for writer in WRITERS:
-        rows = [[r["auc"][name] for name in names] for r in records if r["writer"] == writer]
-        if rows:
-            cells = [with_interval(mean, half, ".3f") for mean, half in zip(*mean_ci(rows))]
-            print(f"| {writer} | " + " | ".join(cells) + " |")
+    print("\n| subsets of documents, score | " + " | ".join(WRITERS) + " |\n|---|---|---|")
+    for name in records[0]["auc"]:
+        cells = []
+        for writer in WRITERS:
+            rows = [[r["auc"][name]] for r in records if r["writer"] == writer]
+            cells.append("")
+            if rows:
+                (mean,), (half,) = mean_ci(rows)
+                cells[-1] = with_interval(mean, half, ".3f")
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
-def draw(folder, town, file):
-    """One town's self-edit by the last writer, document by question; true pairs have a frame."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "nanoSEAL"    # the same file each time
-    from matplotlib import pyplot as plt
+def draw(folder, town: int, file):
+    """A self-edit by the writer after round 3: its documents by the questions. A frame: a line
+    that states the answer."""
     task = world.load("eval")[town]
-    (edit,) = write(WRITERS["round 3"], folder, [task], 0)
-    model = load_pretrained(TINY.model, "cpu")
-    matrix = credit(model, Tokenizer.from_pretrained(model.folder), task, edit)
-    figure, axes = plt.subplots(figsize=(8, 1.8 + 0.3 * len(matrix)), layout="constrained")
+    ((edit,),) = write(WRITERS["round 3"], folder, [task], 0, 1)
+    matrix = credit(*load(0, folder), task, edit)
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(9, 3 + 0.3 * len(matrix)), layout="constrained")
     image = axes.imshow(matrix, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
-    figure.colorbar(image, label="credit: probability of the gold answer")
+    figure.colorbar(image, label="credit")
     for line, question in np.argwhere(truth(task, edit)):
-        axes.add_patch(plt.Rectangle((question - .5, line - .5), 1, 1, fill=False, linewidth=2))
-    labels = [*edit.documents[:-1], "(the passage)"]
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.set_xticks(range(len(task.questions)), task.questions, fontsize=8, rotation=30, ha="right")
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None})
-    replace_file(file, drawing.getvalue())
+        corner = question - 0.5, line - 0.5
+        axes.add_patch(plt.Rectangle(corner, 1, 1, fill=False, linewidth=2))
+    axes.set_yticks(range(len(matrix)), [*edit.documents[:-1], "(the passage)"], fontsize=8)
+    names = [f"{question} {answer}" for question, answer in zip(task.questions, task.answers)]
+    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=35, ha="right")
+    save(figure, file)
 
 
 def main():
     ap = Parser(description=" ".join(__doc__.split("\n\n")[0].split()))
-    ap.add_argument("runs", nargs="+", help="folders of finished runs, one for each seed")
-    ap.add_argument("--out", required=True, type=Path, help="JSON lines, one per writer and seed")
-    ap.add_argument("--seeds", type=int, nargs="+", help="work on these alone (default: all runs')")
-    ap.add_argument("--towns", type=positive, default=24, help="held-out ones (default: 24)")
-    ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
+    add_flags(ap)
     ap.add_argument("--town", type=at_least(0), default=0, help="which is drawn (default: 0)")
     args = ap.parse_args()
-    folders = {read_settings(folder)["seed"]: folder for folder in args.runs}
-    missing = set(args.seeds or ()) - folders.keys()
-    if missing:
-        raise UserError(f"--seeds {min(missing)}: no run of this seed is named")
-    done = Lines(args.out)
-    if any(r["towns"] != args.towns for r in done.records):
-        raise UserError(f"{args.out} has lines of another --towns; name another --out")
-    known = {(r["writer"], r["seed"]) for r in done.records}
-    for seed in args.seeds or sorted(folders):
-        for writer in WRITERS:
-            if (writer, seed) not in known:
-                done.add(measure(writer, seed, folders[seed], args.towns))
-    show(done.records)
+    show(work(args, "writer", WRITERS, measure))
     if args.svg:
-        draw(folders[min(folders)], args.town, args.svg)
+        draw(args.runs[0], args.town, args.svg)
 
 
 if __name__ == "__main__":
