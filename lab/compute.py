@@ -79,14 +79,17 @@ def load(t: int, folder):
 
 def write(writer, folder, tasks: list[Task], seed: int, k: int) -> list[list[SelfEdit]]:
     """k self-edits of each task. The first ones of these are those of a smaller k."""
-    draws = [(task, seed_for(seed, "compute", i, j))
-             for i, task in enumerate(tasks) for j in range(k)]
+    # A draw has a seed of its own, the same for every writer.
+    draws = []
+    for i, task in enumerate(tasks):
+        draws += [(task, seed_for(seed, "compute", i, j)) for j in range(k)]
     if callable(writer):
         texts = []
         for task, draw_seed in draws:
             town = world.Town(*world.read_passage(task.context[0]), [])
             texts.append("\n".join(writer(town, random.Random(draw_seed))))
     else:
+        # What a note is made to begin with is part of its prompt, and of its text.
         beginnings = [""] * len(draws)
         if writer == "begun":
             beginnings = [random.Random(draw_seed).choice(BEGINNINGS) for _, draw_seed in draws]
@@ -99,6 +102,12 @@ def write(writer, folder, tasks: list[Task], seed: int, k: int) -> list[list[Sel
                  for beginning, (edit,) in zip(beginnings, written)]
     edits = [read_self_edit(task, text) for (task, _), text in zip(draws, texts)]
     return split_into(edits, [k] * len(tasks))
+
+
+def mean_of(rows: list[dict]) -> dict[str, float]:
+    """The mean of each value over dicts with the same keys."""
+    means = np.mean([list(row.values()) for row in rows], axis=0)
+    return {name: round(float(mean), 4) for name, mean in zip(rows[0], means)}
 
 
 def diversity(edits: list[SelfEdit], passage: str) -> dict[str, float]:
@@ -128,23 +137,24 @@ def one_job(model, tok, documents: list[str], seed: int) -> Job:
 
 def learn(model, tok, tasks: list[Task], edits: list[list[SelfEdit]], seed: int) -> dict:
     """What all self-edits of a town, as one adapter, teach: means over the towns."""
-    jobs = []
+    jobs, found = [], []
     for i, (task, row) in enumerate(zip(tasks, edits)):
-        documents = [document for edit in row for document in edit.documents]
-        # Of empty self-edits nothing can be learned but the passage.
-        jobs.append(one_job(model, tok, documents or task.context, seed_for(seed, "adapter", i)))
+        # The passage is there once for each self-edit, so that its weight does not fall with k. Of
+        # empty self-edits nothing can be learned but the passage.
+        documents = [document for edit in row for document in edit.documents] or task.context
+        jobs.append(one_job(model, tok, documents, seed_for(seed, "adapter", i)))
+        tokens = sum(len(tok.document(document)) for document in documents)
+        found.append({"tokens": tokens} | diversity(row, task.context[0]))
     trained = dict(sft(model, jobs, Meter("steps")))
     pairs = [(task, trained[i]) for i, task in enumerate(tasks)]
     answers = answer_each(model, tok, pairs, RECIPE.lora, ANSWERING)
     right = np.array(grade_all(tasks, [answer.texts for answer in answers]))
+    # All towns have the same numbers of questions of each kind.
     back = np.array([task.kinds for task in tasks]) == "reversed"
-    # Tokens of a step, those that are read once for several included.
-    tokens = [sum(sum(weights) for _, weights in job.examples) for job in jobs]
-    means = {"accuracy": right.mean(), "forward": right[~back].mean(),
-             "reversed": right[back].mean(), "tokens": np.mean(tokens)}
-    rows = [diversity(row, task.context[0]) for task, row in zip(tasks, edits)]
-    means |= {name: np.mean([row[name] for row in rows]) for name in rows[0]}
-    return {name: round(float(mean), 4) for name, mean in means.items()}
+    for i, row in enumerate(found):
+        row |= {"accuracy": right[i].mean(), "forward": right[i][~back[i]].mean(),
+                "reversed": right[i][back[i]].mean()}
+    return mean_of(found)
 
 
 def measure(arm: str, seed: int, folder, n: int) -> dict:
@@ -158,7 +168,9 @@ def measure(arm: str, seed: int, folder, n: int) -> dict:
     for k in KS:
         # A few self-edits are learned by up to four groups of them, as chance is larger there.
         groups = max(1, min(4, KS[-1] // (2 * k)))
-        rows = [row[g * k:(g + 1) * k] for g in range(groups) for row in edits]
+        rows = []
+        for g in range(groups):
+            rows += [row[g * k:(g + 1) * k] for row in edits]
         means.append(learn(model, tok, tasks * groups, rows, seed))
     curves = {name: [row[name] for row in means] for name in means[0]}
     return {"arm": arm, "seed": seed, "towns": n, **curves, "seconds": round(time.time() - begin)}
@@ -175,6 +187,7 @@ def of(records, arm, name, seeds=None):
 def crossing(curve, other):
     """The k from which a curve stays at or above another, between two measured ones by their
     logarithms. None: it is below at the last k."""
+    # The last k at which it is below decides, as an early lead may be chance.
     above = np.subtract(curve, other)
     below = np.flatnonzero(above < 0)
     if not len(below):
@@ -207,14 +220,17 @@ def table(title, head, rows):
 
 def show(records, arms):
     """Accuracy, where the curves cross, and what the texts are like, as Markdown."""
-    rows, sizes = [], []
+    rows, texts = [], []
     kept = ("forward", "reversed", "tokens", "compression", "distinct lines",
             "facts covered, forward", "facts covered, reversed")
     for arm in arms:
-        mean, half = mean_ci(of(records, arm, "accuracy"))
-        rows.append([arm, *(with_interval(*pair, ".3f") for pair in zip(mean, half))])
-        ends = [of(records, arm, name).mean(axis=0)[[0, -1]] for name in kept]
-        sizes.append([arm, *(f"{one:.3g} -> {many:.4g}" for one, many in ends)])
+        rows.append([arm])
+        for mean, half in zip(*mean_ci(of(records, arm, "accuracy"))):
+            rows[-1].append(with_interval(mean, half, ".3f"))
+        texts.append([arm])
+        for name in kept:
+            mean = of(records, arm, name).mean(axis=0)
+            texts[-1].append(f"{mean[0]:.3g} -> {mean[-1]:.4g}")
     table("Accuracy, by the number k of self-edits", ["", *KS], rows)
 
     # Where arms without reinforcement learning catch up with SEAL: with its accuracy at the same k,
@@ -231,7 +247,7 @@ def show(records, arms):
                 rows.append([arm, seal, crossings(own, other), crossings(own, other[:, :1])])
     head = ["", "catches up with", "the same k", "k against one"]
     table("From which k on, and in how many seeds", head, rows)
-    table(f"One self-edit -> {KS[-1]} of them", ["", *kept], sizes)
+    table(f"One self-edit -> {KS[-1]} of them", ["", *kept], texts)
 
 
 def draw(records, arms, file):
