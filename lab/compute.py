@@ -6,7 +6,7 @@ RUN_DIR: finished runs of `python outer_loop.py --seed S`, one for each seed. Th
 compared with writers that no reinforcement trained, as these may catch up (SPA, arXiv 2603.22213).
 k self-edits of a held-out town, the passage with each, are learned by ONE adapter. Whatever k is,
 it takes the preset's 10 steps, with all documents in each: the tokens of a step grow with k, and
-their mean is in the table. A line per arm and seed; the same command resumes. 14 minutes per seed
+their mean is in the table. A line per arm and seed; the same command resumes. 16 minutes per seed
 on one thread.
 """
 import random
