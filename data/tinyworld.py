@@ -315,21 +315,51 @@ def classify(line, passage):
 
     It is 'copy' (a sentence as in a passage), 'vague', 'plain', 'reversed', 'question' or 'question
     reversed'; 'wrong' if its form is one of these but it isn't so; 'directive'; else 'garbled'."""
+    form, _ = read_note(line, passage)
+    return form
+
+
+def read_note(line, passage):
+    """(form, relation) of a note; the relation of a line that states no fact is None."""
     town, facts = read_passage(passage)
     if line in [remark.format(t=town) for remark in VAGUE]:
-        return "vague"
+        return "vague", None
     if re.fullmatch(r"Study at rate 0\.\d+ for \d+ rounds\.", line):
-        return "directive"
+        return "directive", None
     for relation, form, regex in PATTERNS:
         match = regex.fullmatch(line)
         if match:
             true = match["t"] == town and match["v"] == facts.get(relation)
-            return form if true else "wrong"
+            return (form, relation) if true else ("wrong", relation)
     found = read_sentence(line, town)
     if found:
         relation, value = found
-        return "copy" if facts.get(relation) == value else "wrong"
-    return "garbled"
+        return ("copy" if facts.get(relation) == value else "wrong"), relation
+    return "garbled", None
+
+
+def taught(line, passage):
+    """(relation, 'forward' or 'reversed'): the question that a note answers, or None.
+
+    A sentence of the passage says "it" for the town, but for the first one: it answers none."""
+    form, relation = read_note(line, passage)
+    if form in ("plain", "question") or form == "copy" and line.startswith("The town of "):
+        return relation, "forward"
+    if form in ("reversed", "question reversed"):
+        return relation, "reversed"
+    return None
+
+
+def asked(passage):
+    """{question: (relation, 'forward' or 'reversed')} of the questions about a town."""
+    town, facts = read_passage(passage)
+    found = {}
+    for name, value in facts.items():
+        relation = RELATIONS[name]
+        found[relation.question.format(t=town)] = name, "forward"
+        if name in NAMED:
+            found[relation.question_back.format(v=value)] = name, "reversed"
+    return found
 
 
 def read_sentence(sentence, town):

@@ -12,7 +12,8 @@ FLOORS = ["files", "checkpoint", "push", "team", "progress", "device", "memory",
           "data.arc", "data.tinyworld", "data.tinyarc", "data.pretrain_tiny", "inner_loop",
           "config", "run", "plan", "report", "page", "outer_loop", "speed", "suite", "eval",
           "bench", "lab.curve", "lab.reliability", "lab.judges", "lab.recipe", "lab.paired",
-          "lab.imitate", "lab.lines", "lab.forgetting", "lab.retention_reward"]
+          "lab.imitate", "lab.lines", "lab.forgetting", "lab.retention_reward",
+          "lab.compute", "lab.credit"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]
 
 

@@ -152,6 +152,35 @@ def test_facts_about_another_town_are_wrong():
         assert world.classify(note, first.passage) == "wrong"
 
 
+def test_what_a_note_teaches_is_known():
+    rng = random.Random(1)
+    for town in some_towns():
+        asked = world.asked(town.passage)
+        assert asked.keys() == {question for question, _, _ in town.questions()}
+        for question, answer, back in town.questions():
+            relation, kind = asked[question]
+            assert kind == ("reversed" if back else "forward")
+            assert answer == (town.name if back else town.facts[relation])
+        # Every question is answered by a note, and each note answers the question it turns to.
+        found = set()
+        for relation, form in town.notes():
+            fact = relation, "reversed" if form.endswith("reversed") else "forward"
+            assert world.taught(town.say(relation, form, rng), town.passage) == fact
+            found.add(fact)
+        assert found == set(asked.values())
+
+
+def test_a_line_without_the_town_or_the_truth_teaches_nothing():
+    for town in some_towns():
+        first, *others = town.sentences
+        relation = list(world.read_passage(town.passage)[1])[0]
+        lie = town.say(relation, "plain", random.Random(1), value="Nonsuch")
+
+        assert world.taught(first, town.passage) == (relation, "forward")
+        for line in [*others, lie, world.VAGUE[0].format(t=town.name)]:
+            assert world.taught(line, town.passage) is None
+
+
 def test_questions_are_phrased_as_no_note_is():
     in_notes, in_tests = set(), set()
     for relation in world.RELATIONS.values():

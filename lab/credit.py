@@ -1,0 +1,207 @@
+"""Which line of a self-edit taught which answer? Its lines are left out, and the answers change.
+
+    python -m lab.credit RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--seeds 3] [--svg FILE --town 5]
+
+RUN_DIR: finished runs of `python outer_loop.py --seed S`, one for each seed. A self-edit is learned
+by theta_0 from many subsets of its documents, all side by side, and the answers are regressed on
+which documents were there: with one left out, with only one, or random halves. The answers are
+their verdicts or the probability of the gold answer. What is best is judged by the truth, as the
+tiny world knows which fact a line states, and in which direction. AUC: how often a line that states
+an answer has more credit for it than a line that does not (a mean over self-edits). --svg: the
+credit in one town's self-edit by the writer after round 3. A line per writer and seed; the same
+command resumes. 3 minutes per seed on one thread.
+"""
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from config import inner_recipe
+from data import tinyworld as world
+from files import Parser, at_least, cli
+from inner_loop import ask, grade_all, make_job
+from lab.compute import ANSWERING, TINY, add_flags, load, mean_of, work, write
+from lab.curve import pyplot, save, with_interval
+from lora import Adapters
+from progress import Meter
+from ribbon import Ribbon
+from selfedit import SelfEdit, Task, seed_for
+from sft import Recipe, sft
+from stats import mean_ci
+
+RECIPE = inner_recipe(TINY)
+WRITERS = {"untrained": 0, "round 3": 3}    # t of the theta_t that writes; theta_0 learns
+DESIGNS = ("leave one out", "only one", "random halves")
+PAIRS = 20      # of random halves: on 8 `tune` towns 10 of them order lines as well
+
+
+# ------------------------------------------------------------------------------- credit
+
+def subsets(design: str, n: int, seed: int):
+    """(subsets, n) of 0 and 1: which of n documents are learned."""
+    if design == "leave one out":
+        return np.vstack([np.ones(n), 1 - np.eye(n)])
+    if design == "only one":
+        return np.vstack([np.zeros(n), np.eye(n)])
+    # Random halves, each with the other half, so that every document is there as often as not.
+    halves = np.random.default_rng(seed).integers(0, 2, (PAIRS, n))
+    return np.vstack([halves, 1 - halves])
+
+
+def learn(model, tok, edit: SelfEdit, design, recipe: Recipe, seed: int) -> Adapters:
+    """An adapter for each subset of a self-edit's documents. All begin from the same values."""
+    jobs, places = [], []
+    for i, row in enumerate(design):
+        documents = [document for document, there in zip(edit.documents, row) if there]
+        if documents:
+            jobs.append(make_job(model, tok, replace(edit, documents=documents), seed, recipe))
+            places.append(i)
+    # Without a document nothing is learned: an adapter of zeros changes nothing.
+    adapters = Adapters(model, recipe.lora, len(design))
+    for number, trained in sft(model, jobs, Meter("steps")):
+        adapters.flat[places[number]] = trained.weights
+    return adapters
+
+
+@torch.no_grad()
+def gold_probability(model, tok, task: Task, adapters: Adapters):
+    """(adapters, questions): the probability of each gold answer, given its question."""
+    texts, starts = [], []
+    for query, answer in zip(task.queries, task.answers):
+        prompt = tok.prompt(query)
+        texts.append(prompt + tok.encode(" " + answer))
+        starts.append(len(prompt))
+    # The same texts for every adapter, end to end on one ribbon.
+    lengths = [len(ids) for ids in texts]
+    ribbon = Ribbon(lengths * adapters.n, model.device)
+    ids = torch.tensor(sum(texts, []) * adapters.n, device=model.device)
+    with adapters.route([sum(lengths)] * adapters.n):
+        h = model.hidden(ids, ribbon.position, ribbon.attend)
+    log_p = model.lm_head(h[:-1]).float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    # What a token predicts is the next one: log_p[j] is of ids[j + 1].
+    found, end = [], 0
+    for start, length in zip(starts * adapters.n, lengths * adapters.n):
+        found.append(log_p[end + start - 1:end + length - 1].sum().exp().item())
+        end += length
+    return np.reshape(found, (adapters.n, len(texts)))
+
+
+def regress(design, scores):
+    """(documents, questions): what a document adds to a score, by least squares. Of `leave one out`
+    and `only one` it is the plain difference."""
+    # The column of ones is what is scored without any document.
+    x = np.hstack([np.ones((len(design), 1)), design])
+    return np.linalg.lstsq(x, scores, rcond=None)[0][1:]
+
+
+def credit(model, tok, task: Task, edit: SelfEdit, recipe=RECIPE, seed=0, by="random halves"):
+    """(documents, questions): by how much a document of a self-edit raises the probability of a
+    gold answer. by: one of DESIGNS. "only one" is the fastest, but shows no harm."""
+    design = subsets(by, len(edit.documents), seed)
+    adapters = learn(model, tok, edit, design, recipe, seed)
+    return regress(design, gold_probability(model, tok, task, adapters))
+
+
+# ------------------------------------------------------------------------------- the truth
+
+def truth(task: Task, edit: SelfEdit):
+    """(lines, questions) bool: which line states the answer to which question. The last document is
+    the passage, and no line."""
+    passage = task.context[0]
+    asked = [world.asked(passage)[question] for question in task.questions]
+    stated = []
+    for line in edit.documents[:-1]:
+        fact = world.taught(line, passage)
+        stated.append([fact == other for other in asked])
+    return np.array(stated, bool).reshape(-1, len(asked))
+
+
+def auc(credits, stated):
+    """How often a stated pair has more credit than another; equal credits count as half."""
+    above = credits[stated][:, None] - credits[~stated][None]
+    return float(np.mean((above > 0) + 0.5 * (above == 0)))
+
+
+def judge_credit(model, tok, task: Task, edit: SelfEdit, seed: int) -> dict[str, float]:
+    """{design, score: AUC} of a self-edit."""
+    stated = truth(task, edit)
+    # The subsets of all designs are trained and asked together.
+    designs = [subsets(name, len(edit.documents), seed) for name in DESIGNS]
+    adapters = learn(model, tok, edit, np.vstack(designs), RECIPE, seed)
+    likely = gold_probability(model, tok, task, adapters)
+    answers = ask(model, tok, [[task]] * adapters.n, ANSWERING, adapters)
+    right = grade_all([task] * adapters.n, [answer.texts for (answer,) in answers])
+    # Each design has the scores of its own subsets. The passage is no line: its credit is left out.
+    found, end = {}, 0
+    for name, design in zip(DESIGNS, designs):
+        own = slice(end, end + len(design))
+        end += len(design)
+        for what, scores in (("probability", likely), ("verdict", np.array(right, float))):
+            lines = regress(design, scores[own])[:len(stated)]
+            found[f"{name}, {what}"] = auc(lines, stated)
+    return found
+
+
+def measure(writer: str, seed: int, folder, n: int) -> dict:
+    """A line: how well credit agrees with the truth, in self-edits of the first n held-out towns.
+    One of which no line states an answer can't be judged."""
+    begin = time.time()
+    tasks = world.load("eval")[:n]
+    edits = write(WRITERS[writer], folder, tasks, seed, 1)
+    model, tok = load(0, folder)
+    found = []
+    for i, (task, (edit,)) in enumerate(zip(tasks, edits)):
+        if truth(task, edit).any():
+            found.append(judge_credit(model, tok, task, edit, seed_for(seed, "credit", i)))
+    return {"writer": writer, "seed": seed, "towns": n, "judged": len(found),
+            "auc": mean_of(found), "seconds": round(time.time() - begin)}
+
+
+# ------------------------------------------------------------------------------- results
+
+def show(records):
+    """AUCs with intervals over seeds, as a Markdown table."""
+    print("\n| subsets of documents, score | " + " | ".join(WRITERS) + " |\n|---|---|---|")
+    for name in records[0]["auc"]:
+        cells = []
+        for writer in WRITERS:
+            rows = [[r["auc"][name]] for r in records if r["writer"] == writer]
+            cells.append("")
+            if rows:
+                (mean,), (half,) = mean_ci(rows)
+                cells[-1] = with_interval(mean, half, ".3f")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def draw(folder, town: int, file):
+    """A self-edit by the writer after round 3: its documents by the questions. A frame: a line
+    that states the answer."""
+    task = world.load("eval")[town]
+    ((edit,),) = write(WRITERS["round 3"], folder, [task], 0, 1)
+    matrix = credit(*load(0, folder), task, edit)
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(9, 3 + 0.3 * len(matrix)), layout="constrained")
+    image = axes.imshow(matrix, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+    figure.colorbar(image, label="credit")
+    for line, question in np.argwhere(truth(task, edit)):
+        corner = question - 0.5, line - 0.5
+        axes.add_patch(plt.Rectangle(corner, 1, 1, fill=False, linewidth=2))
+    axes.set_yticks(range(len(matrix)), [*edit.documents[:-1], "(the passage)"], fontsize=8)
+    names = [f"{question} {answer}" for question, answer in zip(task.questions, task.answers)]
+    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=35, ha="right")
+    save(figure, file)
+
+
+def main():
+    ap = Parser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    add_flags(ap)
+    ap.add_argument("--town", type=at_least(0), default=0, help="which is drawn (default: 0)")
+    args = ap.parse_args()
+    show(work(args, "writer", WRITERS, measure))
+    if args.svg:
+        draw(args.runs[0], args.town, args.svg)
+
+
+if __name__ == "__main__":
+    cli(main)
