@@ -128,16 +128,28 @@ def passage_only(groups):
     return np.mean(found) if found else None
 
 
-def draw(groups, floor, file):
-    """A figure of mean rewards with intervals; `floor` is a dashed line."""
+def pyplot():
+    """matplotlib's pyplot, which writes the same file each time."""
     try:
         import matplotlib
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "nanoSEAL"    # the same file each time
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def save(figure, file):
+    """Write a figure as SVG, whole or not at all."""
+    drawing = io.StringIO()
+    figure.savefig(drawing, format="svg", metadata={"Date": None})
+    replace_file(file, drawing.getvalue())
+
+
+def draw(groups, floor, file):
+    """A figure of mean rewards with intervals; `floor` is a dashed line."""
+    figure, axes = pyplot().subplots(figsize=(6, 4.2), layout="constrained")
     for i, (name, runs) in enumerate(groups.items()):
         mean, half = over_seeds(runs, lambda m: m["eval_reward"])
         t = np.arange(len(mean)) + 0.03 * i                # beside each other, not on top
@@ -155,9 +167,7 @@ def draw(groups, floor, file):
     axes.grid(axis="y", color="#ddd")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", fontsize=8, frameon=False)
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None})
-    replace_file(file, drawing.getvalue())
+    save(figure, file)
 
 
 def main():

@@ -14,7 +14,6 @@ learning  ReST-EM in the tiny world, with its rewards from a race: held-out rewa
 --released: the authors' verdicts, shared with SEAL's code: a list of passages with
 "released_edits", each with "adapter_mean" and "adapter_std" of three seeds.
 """
-import io
 import itertools
 import math
 import random
@@ -25,8 +24,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from config import PRESETS, Config
-from files import Lines, Parser, UserError, cli, read_json, replace_file
+from files import Lines, Parser, UserError, cli, read_json
 from inner_loop import update_and_score
+from lab.curve import pyplot, save
 from outer_loop import evaluate, m_step, next_tasks, select
 from progress import Meter
 from run import Run, sample_edits
@@ -52,9 +52,10 @@ RULES = {
     "one, one more for 1/2, one more for 3/8": [Rung(1, 1), Rung(1 / 2, 1), Rung(3 / 8, 1)],
     "half the steps, two seeds for 1/2": [Rung(1, 1, 1 / 2), Rung(1 / 2, 2)],
     "half the steps, one seed for 1/2": [Rung(1, 1, 1 / 2), Rung(1 / 2, 1)],
+    "half the steps": [Rung(1, 1, 1 / 2)],
 }
 LEARNING = ("three seeds", "one seed", "one, two more for 3/8",
-            "half the steps, two seeds for 1/2")
+            "half the steps, two seeds for 1/2", "half the steps")
 
 
 def race(rungs: list[Rung], n_tasks: int, k: int, run_rung) -> tuple[np.ndarray, float]:
@@ -220,14 +221,7 @@ def learning_table(records):
 
 def draw(records, file):
     """A figure: the gain of each rule over its cost."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "nanoSEAL"    # the same file each time
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(6, 4.2), layout="constrained")
     for rule in LEARNING:
         rows = [r for r in records if r["rule"] == rule]
         gains = np.array([[r["reward"][-1] - r["reward"][0]] for r in rows])
@@ -242,9 +236,7 @@ def draw(records, file):
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", fontsize=8, frameon=False)
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None})
-    replace_file(file, drawing.getvalue())
+    save(figure, file)
 
 
 def main():

@@ -10,7 +10,6 @@ run of outer_loop.py, in a folder below --runs. About 25 minutes per seed on one
 In the tiny world every self-edit beats the un-adapted model, which knows nothing. So Eq. 2 to the
 letter keeps all of them, and `--keep 2 --strict` is the same as `--keep 2`.
 """
-import io
 import math
 import re
 import time
@@ -21,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from config import PRESETS, Config
-from files import Lines, Parser, UserError, cli, replace_file
+from files import Lines, Parser, UserError, cli
+from lab.curve import pyplot, save
 from lab.grpo import clipped_m_step
 from outer_loop import m_step, rest_em
 from run import Run
@@ -164,15 +164,8 @@ def table(records):
 
 def draw(records, file):
     """A figure of gains: a point per seed, the mean and its interval."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "nanoSEAL"    # the same file each time
-    from matplotlib import pyplot as plt
     groups = groups_of(records, "eval")
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7, 5), layout="constrained")
     for y, rows in enumerate(groups.values()):
         gains = np.array([[r["reward"][-1] - r["reward"][0]] for r in rows])
         mean, half = mean_ci(gains)
@@ -183,9 +176,7 @@ def draw(records, file):
     axes.invert_yaxis()
     axes.set_xlabel("gain of held-out reward after 3 rounds (95 % interval over seeds)")
     axes.spines[["top", "right"]].set_visible(False)
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None})
-    replace_file(file, drawing.getvalue())
+    save(figure, file)
 
 
 def main():

@@ -11,8 +11,8 @@ FLOORS = ["files", "checkpoint", "push", "team", "progress", "device", "memory",
           "sft", "selfedit", "reward", "data.judges", "data.knowledge", "data.text", "data.arc",
           "data.tinyworld", "data.tinyarc", "data.pretrain_tiny", "inner_loop", "config", "run",
           "plan", "report", "page", "outer_loop", "speed", "suite", "eval", "bench", "lab.curve",
-          "lab.reliability", "lab.judges", "lab.recipe", "lab.paired", "lab.grpo", "lab.update_rule",
-          "lab.race"]
+          "lab.reliability", "lab.judges", "lab.recipe", "lab.paired", "lab.grpo",
+          "lab.update_rule", "lab.race"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]
 
 
