@@ -213,7 +213,7 @@ def test_a_first_step_is_that_of_the_plain_m_step(advantage, few, tmp_path):
 def test_the_clip_holds_the_policy_back(few, tmp_path):
     moved = []
     for name, eps in (("held", 0.01), ("free", 1e9)):
-        run = tiny_run(tmp_path / name, outer_epochs=6)
+        run = tiny_run(tmp_path / name, outer_epochs=20, outer_lr=2e-4)
         task, model = run.tasks("tune")[0], run.load(0)
         ids = run.tok.encode("A heron is on its flag.")
         example = dialogue(run.tok.prompt(task.prompt), ids)
@@ -224,7 +224,7 @@ def test_the_clip_holds_the_policy_back(few, tmp_path):
         moved.append(grpo.log_probs(model, adapter, example).mean().item() - before)
     held, free = moved
 
-    assert 0 < held < 0.5 * free
+    assert 0 < held < 0.5 * free, moved
 
 
 # ------------------------------------------------------------------------------- races
