@@ -129,9 +129,10 @@ def test_the_table_by_hand(tmp_path, capsys):
     # Gains of .2 and .4: their deviation is .2 / sqrt 2, and Student's t for two values 12.71.
     half = 12.71 * 0.2 / math.sqrt(2) / math.sqrt(2)
     assert best == ("| best 2 of 8 | 0.002 | 0.500 -> 0.600 -> 0.800 | "
-                    f"+0.300 ±{half:.3f} | 0.141 | +0.200 | 100 | 10 | 4 | "
+                    f"+0.300 ±{half:.3f} |  | 0.141 | +0.200 | 100 | 10 | 4 | "
                     "2.00 -> 4.00 | 1.00 -> 0.50 |")
-    assert by_advantage.startswith("| grpo, K = 8 | 0.002 | 0.500 -> 0.600 -> 0.400 | -0.100 ±nan")
+    assert by_advantage.startswith("| grpo, K = 8 | 0.002 | 0.500 -> 0.600 -> 0.400 | -0.100 ±nan "
+                                  "| -0.300 ±nan |")
     drawing = (tmp_path / "figure.svg").read_text()
     assert ElementTree.fromstring(drawing).tag.endswith("svg")
     assert "<!-- best 2 of 8 -->" in drawing
@@ -282,7 +283,7 @@ def test_the_worth_of_a_choice_is_judged_by_other_seeds():
     (all_equal,), _ = race.worth([Rung(1, 1)], np.full((1, 4, 6), 0.5), None, 2, 3, draws=2)
 
     # A lucky one has a mean of 1/3 by three seeds, so it is never chosen; nor by them judged.
-    assert (value, loops) == (pytest.approx(0.5), 3)
+    assert (value, loops) == (pytest.approx(0.5), 4 * 3)
     assert all_equal == 0.5
     (by_one,), _ = race.worth([Rung(1, 1)], whole, None, keep=2, judges=3, draws=400)
     assert 0.3 < by_one < 0.5       # luck is chosen, and is not there when it is judged
@@ -339,18 +340,19 @@ def test_half_of_the_steps_are_half_of_the_epochs(few, tmp_path):
 
 
 def test_both_parts_of_a_race(few, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(race, "LEARNING", ("three seeds", "one, two more for 1/2"))
+    monkeypatch.setattr(race, "LEARNING", ("three seeds", "one, one more for 1/2",
+                                           "twice the self-edits, half the steps"))
     words = ["--out", tmp_path / "out", "--seeds", "0"]
 
     call(race, *words, "--svg", tmp_path / "figure.svg")
     first = capsys.readouterr().out
     call(race, *words)
 
-    tables = first[first.index("\n2 towns, the two best of 4"):]
+    tables = first[first.index("\n2 towns, the two best"):]
     assert capsys.readouterr().out == tables
-    choosing, full, raced = read_lines(tmp_path / "out")
-    assert np.shape(choosing["whole"]) == (2, 4, 6)
-    assert np.shape(choosing["half"]) == (2, 4, 1)
-    assert (full["inner loops"], raced["inner loops"]) == (24, 8 + 2 * 2 * 2)
-    assert full["reward"][0] == raced["reward"][0]
+    choosing, full, raced, twice = read_lines(tmp_path / "out")
+    assert np.shape(choosing["whole"]) == (2, 8, 6)
+    assert np.shape(choosing["half"]) == (2, 8, 1)
+    assert [r["inner loops"] for r in (full, raced, twice)] == [24, 8 + 2 * 2, 16 / 2]
+    assert full["reward"][0] == raced["reward"][0] == twice["reward"][0]
     ElementTree.parse(tmp_path / "figure.svg")
