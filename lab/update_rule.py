@@ -120,17 +120,16 @@ def cost(cfg, run, kept) -> dict:
 
 
 def diversity(run) -> dict:
-    """Of the self-edits of held-out towns, after each round: how far zlib compresses them, and the
-    share of the lines about a town that are not there a second time."""
+    """Of the self-edits of held-out towns, after each round: how far zlib compresses them, and how
+    many different lines there are when names and years are all the same."""
     compression, distinct = [], []
     for m in run.metrics.records:
         records = run.edits.of(m["iteration"], "eval")
-        text = "\n".join(r["text"] for r in records).encode()
-        compression.append(round(len(text) / len(zlib.compress(text)), 3))
-        lines = []
-        for r in records:
-            lines += [(r["task"], line) for line in r["text"].splitlines()]
-        distinct.append(round(len(set(lines)) / max(1, len(lines)), 3))
+        text = "\n".join(r["text"] for r in records)
+        compression.append(round(len(text) / len(zlib.compress(text.encode())), 3))
+        # A line's first word is the template's, and capital in any case.
+        lines = {re.sub(r"(?<!^)\b([A-Z]\w+|\d+)", "_", line) for line in text.splitlines()}
+        distinct.append(len(lines))
     return {"compression": compression, "distinct": distinct}
 
 
@@ -168,9 +167,9 @@ def table(records):
             cells[4] = f"{more:+.3f} ±{half:.3f}"
         for what in ("inner steps", "outer steps", "seconds"):
             cells.append(f"{np.mean([r[what] for r in rows]):.0f}")
-        for what in ("compression", "distinct"):
+        for what, form in (("compression", ".2f"), ("distinct", ".0f")):
             first, last = (np.mean([r[what][i] for r in rows]) for i in (0, -1))
-            cells.append(f"{first:.2f} -> {last:.2f}")
+            cells.append(f"{first:{form}} -> {last:{form}}")
         print(f"| {' | '.join(cells)} |")
 
 

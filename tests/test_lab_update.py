@@ -112,7 +112,7 @@ def test_rates_are_tried_on_other_towns(few, tmp_path, monkeypatch, capsys):
 def line(arm, seed, last, split="eval"):
     return {"split": split, "arm": arm, "lr": 2e-3, "seed": seed, "reward": [0.5, 0.6, last],
             "inner steps": 100, "outer steps": 10, "seconds": 3 + seed, "compression": [2.0, 4.0],
-            "distinct": [1.0, 0.5]}
+            "distinct": [80, 20]}
 
 
 def test_the_table_by_hand(tmp_path, capsys):
@@ -130,7 +130,7 @@ def test_the_table_by_hand(tmp_path, capsys):
     half = 12.71 * 0.2 / math.sqrt(2) / math.sqrt(2)
     assert best == ("| best 2 of 8 | 0.002 | 0.500 -> 0.600 -> 0.800 | "
                     f"+0.300 ±{half:.3f} |  | 0.141 | +0.200 | 100 | 10 | 4 | "
-                    "2.00 -> 4.00 | 1.00 -> 0.50 |")
+                    "2.00 -> 4.00 | 80 -> 20 |")
     assert by_advantage.startswith("| grpo, K = 8 | 0.002 | 0.500 -> 0.600 -> 0.400 | -0.100 ±nan "
                                   "| -0.300 ±nan |")
     drawing = (tmp_path / "figure.svg").read_text()
@@ -139,15 +139,16 @@ def test_the_table_by_hand(tmp_path, capsys):
 
 
 def test_diversity_by_hand():
-    texts = {0: ["a b c.\nd e f.", "g h i."], 1: ["a b c.\na b c.", "a b c." * 50]}
+    texts = {0: ["The fox of Ralvik.\nWho built it? Larolf.", "It dates from 1200."],
+             1: ["The fox of Ralvik.\nThe fox of Calzun.", "The fox of Ralvik.\n" * 50]}
     edits = {t: [{"task": 0, "text": text} for text in texts[t]] for t in texts}
     run = SimpleNamespace(metrics=SimpleNamespace(records=[{"iteration": 0}, {"iteration": 1}]),
                           edits=SimpleNamespace(of=lambda t, split: edits[t]))
 
     found = update_rule.diversity(run)
 
-    assert found["distinct"] == [1.0, pytest.approx(2 / 3, abs=1e-3)]
-    assert found["compression"][0] < 1 < 5 < found["compression"][1]
+    assert found["distinct"] == [3, 1]
+    assert found["compression"][0] < 1.1 < 5 < found["compression"][1]
 
 
 # ------------------------------------------------------------------------------- GRPO's M-step
