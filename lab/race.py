@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from config import PRESETS, Config
-from files import Lines, Parser, UserError, cli, read_json
+from files import Lines, Parser, cli, read_json
 from inner_loop import update_and_score
 from lab.curve import pyplot, save
 from outer_loop import evaluate, m_step, next_tasks, select

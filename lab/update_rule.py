@@ -52,9 +52,9 @@ ARMS = {
     CLIPPED: ({"update": "grpo"}, 2e-3),
 }
 # What --choose tries. Rules that learn from nearly all self-edits for four epochs take four times
-# as many steps, so lower rates are tried for them.
+# as many steps, so lower rates are tried for them, by this factor.
 GRID = (2e-3, 4e-3, 8e-3)
-LONG = ("all that help (Eq. 2)", "grpo, K = 8, 4 epochs", CLIPPED)
+LONG = {"all that help (Eq. 2)": 1 / 2, "grpo, K = 8, 4 epochs": 1 / 4, CLIPPED: 1 / 2}
 TO_CHOOSE = [name for name, (own, _) in ARMS.items() if "edits" not in own and name != CONTROL]
 # Choosing is shorter: fewer passages, and one self-edit of each held-out one.
 SHORT = {"tasks": 15, "eval_edits": 1, "eval_tasks": 24, "iterations": 2}
@@ -205,7 +205,7 @@ def main():
         for arm in args.arms or (TO_CHOOSE if args.choose else ARMS):
             rates = [ARMS[arm][1]]
             if args.choose:
-                rates = [lr / 2 for lr in GRID] if arm in LONG else GRID
+                rates = [lr * LONG.get(arm, 1) for lr in GRID]
             units += [(split, arm, lr, seed) for lr in rates]
 
     done = Lines(args.out)
