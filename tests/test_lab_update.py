@@ -110,7 +110,8 @@ def test_rates_are_tried_on_other_towns(few, tmp_path, monkeypatch, capsys):
 
 
 def line(arm, seed, last, split="eval"):
-    return {"split": split, "arm": arm, "lr": 2e-3, "seed": seed, "reward": [0.5, 0.6, last],
+    return {"split": split, "arm": arm, "lr": update_rule.ARMS[arm][1], "seed": seed,
+            "reward": [0.5, 0.6, last],
             "inner steps": 100, "outer steps": 10, "seconds": 3 + seed, "compression": [2.0, 4.0],
             "distinct": [80, 20]}
 
@@ -128,7 +129,7 @@ def test_the_table_by_hand(tmp_path, capsys):
     *_, best, by_advantage = capsys.readouterr().out.strip().splitlines()
     # Gains of .2 and .4: their deviation is .2 / sqrt 2, and Student's t for two values 12.71.
     half = 12.71 * 0.2 / math.sqrt(2) / math.sqrt(2)
-    assert best == ("| best 2 of 8 | 0.002 | 0.500 -> 0.600 -> 0.800 | "
+    assert best == ("| best 2 of 8 | 0.004 | 0.500 -> 0.600 -> 0.800 | "
                     f"+0.300 ±{half:.3f} |  | 0.141 | +0.200 | 100 | 10 | 4 | "
                     "2.00 -> 4.00 | 80 -> 20 |")
     assert by_advantage.startswith("| grpo, K = 8 | 0.002 | 0.500 -> 0.600 -> 0.400 | -0.100 ±nan "
