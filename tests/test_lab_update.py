@@ -132,7 +132,7 @@ def test_the_table_by_hand(tmp_path, capsys):
     assert best == ("| best 2 of 8 | 0.004 | 0.500 -> 0.600 -> 0.800 | "
                     f"+0.300 ±{half:.3f} |  | 0.141 | +0.200 | 100 | 10 | 4 | "
                     "2.00 -> 4.00 | 80 -> 20 |")
-    assert by_advantage.startswith("| grpo, K = 8 | 0.002 | 0.500 -> 0.600 -> 0.400 | -0.100 ±nan "
+    assert by_advantage.startswith("| grpo, K = 8 | 0.004 | 0.500 -> 0.600 -> 0.400 | -0.100 ±nan "
                                   "| -0.300 ±nan |")
     drawing = (tmp_path / "figure.svg").read_text()
     assert ElementTree.fromstring(drawing).tag.endswith("svg")
