@@ -76,6 +76,7 @@ class Config:
 
     # The outer loop: selection and M-step.
     update: str = "best"            # best of K, solved (reward 1), random, reinforce or grpo
+    solved_at: float = 1.0          # the reward from which --update solved keeps one (0..1]
     keep: int = 1                   # how many of K, best or random [1..]
     strict: bool = False            # keep a self-edit only if it beats the un-adapted model (Eq. 2)
     restart: bool = False           # every M-step starts from the base model, as in Singh et al.

@@ -35,12 +35,14 @@ from sft import Job, dialogue, sft
 from stats import bootstrap_ci
 
 
-def rest_em(cfg: Config, run: Run) -> list[Task]:
+def rest_em(cfg: Config, run: Run, learn=None) -> list[Task]:
     """Algorithm 1: theta is trained to maximise
 
         J(theta) = E_{(C, tau) ~ D} E_{SE ~ LM_theta(. | C)} [ r(SE, tau, theta) ]              (1)
 
-    What was measured is in run.metrics. Returns the held-out tasks."""
+    What was measured is in run.metrics. Returns the held-out tasks. learn: another M-step than
+    `m_step`, called as that is."""
+    learn = learn or m_step
     # Tasks come in an order drawn from the seed, and each round takes the next ones.
     train = run.tasks(cfg.train_data)
     random.Random(seed_for(cfg.seed, "order of the passages")).shuffle(train)
@@ -74,7 +76,7 @@ def rest_em(cfg: Config, run: Run) -> list[Task]:
             if cfg.restart and learned:
                 del model       # never two copies of the weights
                 model = run.load(0)
-            m_step(cfg, run, model, [(tasks[i], edits[i][j], w) for i, j, w in learned], t)
+            learn(cfg, run, model, [(tasks[i], edits[i][j], w) for i, j, w in learned], t)
             run.save(t + 1, model)                                      # theta_t+1
         del model
         team.wait()
@@ -112,8 +114,8 @@ def select(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
            without: list[float], t: int) -> list[tuple[int, int]]:
     """(task, edit) indices of the self-edits to learn from.
 
-    best: each task's `keep` best, the first of equals. solved: all those with reward 1. random: any
-    `keep` of each task, a control that cannot learn.
+    best: each task's `keep` best, the first of equals. solved: all with reward 1, or --solved-at
+    and above. random: any `keep` of each task, a control that cannot learn.
     NOTE(paper): Eq. 2 gives a reward of 1 only if the update improves the model. The official code
     keeps the best of K regardless, and so do we, unless --strict is given."""
     rng = random.Random(seed_for(cfg.seed, t, "select"))
@@ -122,7 +124,7 @@ def select(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
         # A self-edit without documents teaches nothing, and is never kept.
         usable = [j for j in range(len(row)) if edits[i][j].documents]
         if cfg.update == "solved":
-            chosen = [j for j in usable if row[j] == 1]
+            chosen = [j for j in usable if row[j] >= cfg.solved_at]
         elif cfg.update == "random":
             chosen = sorted(usable, key=lambda j: rng.random())[:cfg.keep]
         else:

@@ -141,7 +141,8 @@ def loops(run) -> str:
     if cfg.get("program") != "outer_loop" and not run.metrics.records:
         return ""
     n, k, puzzles = cfg["tasks"], cfg["edits"], "arc" in cfg["domain"]
-    kept = {"best": f"keep the {cfg['keep']} best of each {k}", "solved": "keep those of reward 1",
+    kept = {"best": f"keep the {cfg['keep']} best of each {k}",
+            "solved": f"keep those of reward {cfg.get('solved_at', 1):g} or more",
             "random": f"keep {cfg['keep']} of each {k}, at random"}.get(
                 cfg["update"], f"{cfg['update']}: weigh all by their advantage")
     weighed = cfg["update"] in ("reinforce", "grpo")

@@ -13,7 +13,8 @@ def opening(cfg: Config) -> str:
     if "arc" in cfg.domain:
         what, asked = "puzzles", "for the solution"
     weighed = "all of them, by advantage,"
-    kept = {"best": f"the {cfg.keep} best of {cfg.edits}", "solved": "those with reward 1",
+    kept = {"best": f"the {cfg.keep} best of {cfg.edits}",
+            "solved": f"those with reward {cfg.solved_at:g} or more",
             "random": f"any {cfg.keep} of {cfg.edits}"}.get(cfg.update, weighed)
     return (f"In each of {cfg.iterations} rounds the model reads {cfg.tasks} {what} and writes "
             f"{cfg.edits} self-edits of each.\nEvery self-edit trains an adapter, which is asked "

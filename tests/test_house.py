@@ -13,7 +13,8 @@ FLOORS = ["files", "checkpoint", "push", "team", "progress", "device", "memory",
           "config", "run", "plan", "report", "page", "outer_loop", "speed", "suite", "eval",
           "bench", "lab.curve", "lab.reliability", "lab.judges", "lab.recipe", "lab.paired",
           "lab.imitate", "lab.lines", "lab.forgetting", "lab.retention_reward",
-          "lab.compute", "lab.credit"]
+          "lab.compute", "lab.credit",
+          "lab.grpo", "lab.update_rule", "lab.race"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]
 
 

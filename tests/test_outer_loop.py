@@ -22,7 +22,7 @@ from generate import Sampling, quiet
 from inner_loop import ANSWERS, ask, grade_all, make_job
 from lora import PROJECTIONS, Adapters, Lora
 from model import load_pretrained
-from outer_loop import by_kind, m_step, next_tasks, select, weigh
+from outer_loop import by_kind, m_step, next_tasks, rest_em, select, weigh
 from report import curve, in_brackets, opening, summary, typical_task
 from run import Records, Run
 from selfedit import SelfEdit, read_self_edit, sample_self_edits
@@ -159,6 +159,20 @@ def test_the_m_step_makes_a_kept_self_edit_likelier(argv):
 
     assert edit_after < edit_before - 0.5
     assert prompt_after > prompt_before - 0.2
+
+
+def test_another_m_step_is_given_what_was_kept(argv, varied_rewards):
+    cfg = parse(argv)
+    seen = []
+
+    def learn(cfg, run, model, learned, t):
+        seen.append((t, [weight for _, _, weight in learned]))
+
+    run = Run(cfg)
+    rest_em(cfg, run, learn)
+
+    assert seen == [(0, [1.0, 1.0]), (1, [1.0, 1.0])]       # one of each of two passages
+    assert torch.equal(weight_of(cfg.model), weight_of(run.folder / "iter_2"))
 
 
 def test_without_a_kept_self_edit_the_model_stays_as_it_is(argv, capsys):
@@ -328,6 +342,8 @@ def test_solved_keeps_all_with_reward_1_that_hold_something():
     edits = [THREE, THREE, [EDIT, EMPTY, EDIT]]
 
     assert selected(scores, edits, "--update", "solved") == [(0, 0), (0, 2), (2, 0)]
+    half = selected(scores, edits, "--update", "solved", "--solved-at", "0.5")
+    assert half == [(0, 0), (0, 1), (0, 2), (2, 0)]
 
 
 def test_a_self_edit_with_nothing_to_learn_from_is_never_kept():
