@@ -259,6 +259,8 @@ def main():
     ap.add_argument("--out", required=True, help="JSON lines, one per seed and rule")
     ap.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     ap.add_argument("--part", choices=("choosing", "learning"), help="default: both")
+    ap.add_argument("--rules", nargs="+", choices=LEARNING, default=LEARNING, metavar="RULE",
+                    help="to learn with (default: all)")
     ap.add_argument("--released", metavar="FILE", help="passages with the authors' verdicts")
     ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
     args = ap.parse_args()
@@ -267,7 +269,7 @@ def main():
     for seed in args.seeds:
         if args.part != "learning" and (seed, None) not in known:
             done.add(try_often(seed))
-        for rule in LEARNING:
+        for rule in args.rules:
             if args.part != "choosing" and (seed, rule) not in known:
                 done.add(learn(rule, seed))
 
