@@ -54,7 +54,8 @@ def write(folder) -> Path:
                           rollouts=Rollouts(path / "rollouts.jsonl", repair=False))
     sections = {"The run": headline, "The two loops": loops, "Held-out reward": curve,
                 "What self-edits are made of": made_of, "Rivals: one task's self-edits": rivals,
-                "Held-out tasks": held_out, "Passages in a row": continual, "Puzzles": pictures}
+                "Held-out tasks": held_out, "Which line taught which answer": credit,
+                "Passages in a row": continual, "Puzzles": pictures}
     try:
         found = [tag("h2", title) + body for title, section in sections.items()
                  if (body := section(run))]
@@ -98,8 +99,10 @@ def table(head, rows) -> str:
 
 
 def heat(share) -> str:
-    strength = 0.6 * min(1, max(0, share))
-    return tag("div", f"{share:.3f}", style=f"background: rgba(0, 158, 115, {strength:.2f})")
+    """A share, or a difference of shares, on green; on red if it is negative."""
+    colour = "0, 158, 115" if share >= 0 else "213, 94, 0"
+    strength = 0.6 * min(1, abs(share))
+    return tag("div", f"{share:.3f}", style=f"background: rgba({colour}, {strength:.2f})")
 
 
 # ------------------------------------------------------------------------------- the run as a whole
@@ -304,6 +307,21 @@ def verdict(r, q) -> str:
     n, right = len(r["right"]), sum(row[q] for row in r["right"])
     word = ("✓ right" if right else "✗ wrong") + (f" in {right or n} of {n}" if n > 1 else "")
     return clean(r["answers"][0][q], 300) + "\n" + tag("span", word, class_=word[2:7])
+
+
+def credit(run) -> str:
+    """What credit.py found, if it was asked: documents by questions."""
+    path = run.path / "credit.json"
+    if not path.exists():
+        return ""
+    found = read_json(path)
+    questions = [clean(f"{question} {gold}", 300)
+                 for question, gold in zip(found["questions"], found["gold"])]
+    rows = [[clean(document, 300), *map(heat, row)]
+            for document, row in zip(found["documents"], found["credit"])]
+    what = (f"{found['title']}, after {found['iteration']} rounds: by how much each document "
+            "raises the probability of each gold answer")
+    return tag("p", clean(what, 300)) + table(("document", *questions), rows)
 
 
 def continual(run) -> str:

@@ -12,95 +12,21 @@ credit in one town's self-edit by the writer after round 3. A line per writer an
 command resumes. 3 minutes per seed on one thread.
 """
 import time
-from dataclasses import replace
 
 import numpy as np
-import torch
 
 from config import inner_recipe
+from credit import DESIGNS, credit, gold_probability, learn, regress, subsets
 from data import tinyworld as world
 from files import Parser, at_least, cli
-from inner_loop import ask, grade_all, make_job
+from inner_loop import ask, grade_all
 from lab.compute import ANSWERING, TINY, add_flags, load, mean_of, work, write
 from lab.curve import pyplot, save, with_interval
-from lora import Adapters
-from progress import Meter
-from ribbon import Ribbon
 from selfedit import SelfEdit, Task, seed_for
-from sft import Recipe, sft
 from stats import mean_ci
 
 RECIPE = inner_recipe(TINY)
 WRITERS = {"untrained": 0, "round 3": 3}    # t of the theta_t that writes; theta_0 learns
-DESIGNS = ("leave one out", "only one", "random halves")
-PAIRS = 20      # of random halves: on 8 `tune` towns 10 of them order lines as well
-
-
-# ------------------------------------------------------------------------------- credit
-
-def subsets(design: str, n: int, seed: int):
-    """(subsets, n) of 0 and 1: which of n documents are learned."""
-    if design == "leave one out":
-        return np.vstack([np.ones(n), 1 - np.eye(n)])
-    if design == "only one":
-        return np.vstack([np.zeros(n), np.eye(n)])
-    # Random halves, each with the other half, so that every document is there as often as not.
-    halves = np.random.default_rng(seed).integers(0, 2, (PAIRS, n))
-    return np.vstack([halves, 1 - halves])
-
-
-def learn(model, tok, edit: SelfEdit, design, recipe: Recipe, seed: int) -> Adapters:
-    """An adapter for each subset of a self-edit's documents. All begin from the same values."""
-    jobs, places = [], []
-    for i, row in enumerate(design):
-        documents = [document for document, there in zip(edit.documents, row) if there]
-        if documents:
-            jobs.append(make_job(model, tok, replace(edit, documents=documents), seed, recipe))
-            places.append(i)
-    # Without a document nothing is learned: an adapter of zeros changes nothing.
-    adapters = Adapters(model, recipe.lora, len(design))
-    for number, trained in sft(model, jobs, Meter("steps")):
-        adapters.flat[places[number]] = trained.weights
-    return adapters
-
-
-@torch.no_grad()
-def gold_probability(model, tok, task: Task, adapters: Adapters):
-    """(adapters, questions): the probability of each gold answer, given its question."""
-    texts, starts = [], []
-    for query, answer in zip(task.queries, task.answers):
-        prompt = tok.prompt(query)
-        texts.append(prompt + tok.encode(" " + answer))
-        starts.append(len(prompt))
-    # The same texts for every adapter, end to end on one ribbon.
-    lengths = [len(ids) for ids in texts]
-    ribbon = Ribbon(lengths * adapters.n, model.device)
-    ids = torch.tensor(sum(texts, []) * adapters.n, device=model.device)
-    with adapters.route([sum(lengths)] * adapters.n):
-        h = model.hidden(ids, ribbon.position, ribbon.attend)
-    log_p = model.lm_head(h[:-1]).float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    # What a token predicts is the next one: log_p[j] is of ids[j + 1].
-    found, end = [], 0
-    for start, length in zip(starts * adapters.n, lengths * adapters.n):
-        found.append(log_p[end + start - 1:end + length - 1].sum().exp().item())
-        end += length
-    return np.reshape(found, (adapters.n, len(texts)))
-
-
-def regress(design, scores):
-    """(documents, questions): what a document adds to a score, by least squares. Of `leave one out`
-    and `only one` it is the plain difference."""
-    # The column of ones is what is scored without any document.
-    x = np.hstack([np.ones((len(design), 1)), design])
-    return np.linalg.lstsq(x, scores, rcond=None)[0][1:]
-
-
-def credit(model, tok, task: Task, edit: SelfEdit, recipe=RECIPE, seed=0, by="random halves"):
-    """(documents, questions): by how much a document of a self-edit raises the probability of a
-    gold answer. by: one of DESIGNS. "only one" is the fastest, but shows no harm."""
-    design = subsets(by, len(edit.documents), seed)
-    adapters = learn(model, tok, edit, design, recipe, seed)
-    return regress(design, gold_probability(model, tok, task, adapters))
 
 
 # ------------------------------------------------------------------------------- the truth
@@ -179,7 +105,7 @@ def draw(folder, town: int, file):
     that states the answer."""
     task = world.load("eval")[town]
     ((edit,),) = write(WRITERS["round 3"], folder, [task], 0, 1)
-    matrix = credit(*load(0, folder), task, edit)
+    matrix = credit(*load(0, folder), task, edit, RECIPE)
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 3 + 0.3 * len(matrix)), layout="constrained")
     image = axes.imshow(matrix, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")

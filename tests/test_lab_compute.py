@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+import credit as credit_of_a_run
 from checkpoint import EMBEDDED
+from config import PRESETS, Config
 from files import UserError
 from data import tinyworld as world
 from lab import compute, credit
 from lora import Adapters
 from model import load_pretrained
+from outer_loop import rest_em
+from run import Run
 from selfedit import read_self_edit
 from sft import sft
 from tests.helpers import read_lines
@@ -217,7 +221,7 @@ def test_credit_finds_the_line_that_states_the_answer(embedded):
     remark = world.VAGUE[0].format(t=town.name)
     edit = read_self_edit(task, "\n".join([*lines, remark]))
 
-    matrix = credit.credit(model, tok, task, edit)
+    matrix = credit.credit(model, tok, task, edit, credit.RECIPE)
 
     stated = credit.truth(task, edit)
     # Each line states one answer, the remark none; the last document is the passage.
@@ -228,7 +232,7 @@ def test_credit_finds_the_line_that_states_the_answer(embedded):
 
 
 def test_credit_is_judged_and_drawn(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(credit, "PAIRS", 8)
+    monkeypatch.setattr("credit.PAIRS", 8)
     out = tmp_path / "out.jsonl"
 
     call(credit, run, "--out", out, "--towns", 1, "--svg", tmp_path / "figure.svg", "--town", 1)
@@ -241,3 +245,39 @@ def test_credit_is_judged_and_drawn(run, tmp_path, monkeypatch, capsys):
     assert shares["random halves, probability"] > 0.8
     assert f"{shares['random halves, probability']:.3f}" in capsys.readouterr().out
     assert world.load("eval")[1].name in (tmp_path / "figure.svg").read_text()
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """What `python outer_loop.py --iterations 0 --eval-tasks 2` leaves behind."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    cfg = Config(**PRESETS["tiny"] | dict(iterations=0, eval_tasks=2, eval_edits=1,
+                                          baselines=False, run_dir=str(folder)))
+    rest_em(cfg, Run(cfg))
+    return folder
+
+
+def test_a_page_shows_the_credit_that_was_asked_for(small_run, monkeypatch, capsys):
+    monkeypatch.setattr("credit.PAIRS", 4)
+    folder = small_run
+
+    call(credit_of_a_run, folder, "--task", 1)
+
+    found = json.loads((folder / "credit.json").read_text())
+    assert found["title"] == world.load("eval")[1].name
+    shape = (len(found["documents"]), len(found["questions"]))
+    assert np.shape(found["credit"]) == shape and np.max(found["credit"]) > 0.1
+    text = (folder / "report.html").read_text()
+    assert "Which line taught which answer" in text
+    assert f">{found['credit'][0][0]:.3f}<" in text
+    # The last document is the passage, of which a line of output has the beginning.
+    assert found["documents"][-1][:40] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [(["--task", 40], "no held-out self-edit of task 40"),
+                                          (["--iteration", 9], "in iteration 9")])
+def test_credit_that_can_not_be_had(small_run, tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        call(credit_of_a_run, small_run, *flags)
+    with pytest.raises(UserError, match="no run's folder"):
+        call(credit_of_a_run, tmp_path)
