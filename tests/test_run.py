@@ -177,7 +177,7 @@ def test_unknown_and_abbreviated_flags_are_errors(words, argv, capsys):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--judge", "x"], "--judge 'x': choose among rule, substring, model, openai"),
+    (["--judge", "x"], "--judge 'x': choose among rule, gist, substring, model, openai"),
     (["--stop", "now"], "--stop 'now': choose among newline, eos"),
     (["--prompt", "p"], "--prompt 'p': choose among implications"),
     (["--dtype", "int4"], "--dtype 'int4': choose among float32, bfloat16, float64"),
