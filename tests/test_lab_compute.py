@@ -231,6 +231,7 @@ def test_credit_finds_the_line_that_states_the_answer(embedded):
     assert matrix[:-1][stated].mean() > 0.3 > abs(matrix[len(lines)]).max() / 2
 
 
+@pytest.mark.slow
 def test_credit_is_judged_and_drawn(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("credit.PAIRS", 8)
     out = tmp_path / "out.jsonl"

@@ -65,6 +65,7 @@ def test_runs_are_measured_once_each(few, tmp_path, capsys):
     assert lines[0]["reward"][0] == lines[1]["reward"][0] != lines[3]["reward"][0]
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_like_another_is_the_run_that_it_is_alone(few, tmp_path):
     def rewards(runs, arms):
         lines = [update_rule.measure(tmp_path / runs, "eval", arm, 2e-3, 0) for arm in arms]
@@ -341,6 +342,7 @@ def test_half_of_the_steps_are_half_of_the_epochs(few, tmp_path):
     assert len({*first[0], *later[0]}) == 3         # no seed a second time
 
 
+@pytest.mark.slow
 def test_both_parts_of_a_race(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(race, "LEARNING", ("three seeds", "one, one more for 1/2",
                                            "twice the self-edits, half the steps"))
