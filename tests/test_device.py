@@ -52,7 +52,7 @@ def test_nothing_is_compiled_on_a_cpu():
 
 @pytest.mark.parametrize("dtype, grouped", [("bfloat16", True), ("float32", False)])
 def test_three_graphs_serve_all_layers(tiny_folder, traced, monkeypatch, dtype, grouped):
-    """rotate, swiglu and the loss; whatever the layers, the tokens, and the segments of adapters."""
+    """rotate, swiglu and the loss, whatever the layers, the tokens, and the adapters' segments."""
     monkeypatch.setattr(lora, "can_group", lambda *_: grouped)
     model = load_pretrained(tiny_folder, "cpu", getattr(torch, dtype))
     jobs = mixed_jobs(n=8)
