@@ -189,7 +189,7 @@ def draw(records, file):
     axes.axvline(0, color="#777", linestyle="--")
     axes.set_yticks(range(len(groups)), [arm for arm, _ in groups])
     axes.invert_yaxis()
-    axes.set_xlabel("gain of held-out reward after 3 rounds (95 % interval over seeds)")
+    axes.set_xlabel("gain of held-out reward after 3 rounds, 95 % intervals")
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, file)
 

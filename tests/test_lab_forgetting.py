@@ -73,6 +73,7 @@ def test_a_gate_takes_the_scale_with_the_least_loss(embedded, words, towns):
     assert expected < 1
 
 
+@pytest.mark.slow
 def test_a_stream_is_learned_and_forgotten(tmp_path, capsys):
     """Three arms, on three towns: the figures of the lines, and the same command again."""
     words = ["--out", tmp_path / "f.jsonl", "--seeds", "1", "--length", "3", "--towns", "tune",
@@ -135,6 +136,7 @@ def test_a_task_asks_about_earlier_towns_too(towns):
     assert (learned, lost) == (pytest.approx(6 / 11), pytest.approx(.25))
 
 
+@pytest.mark.slow
 def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(tmp_path, monkeypatch):
     seen = []
     select, try_edits = retention_reward.select, retention_reward.Round.try_edits

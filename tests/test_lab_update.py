@@ -43,6 +43,7 @@ def tiny_run(folder, **own):
 
 # ------------------------------------------------------------------------------- update rules
 
+@pytest.mark.slow
 def test_runs_are_measured_once_each(few, tmp_path, capsys):
     words = ["--out", tmp_path / "out", "--runs", tmp_path / "runs", "--seeds", "0", "1"]
     arms = ["best 2 of 8", "best 2 of 4", "grpo, K = 8"]
