@@ -208,6 +208,7 @@ def test_a_model_and_a_shape_are_one_too_many(monkeypatch):
         bench.main()
 
 
+@pytest.mark.slow
 def test_bench_prints_a_table():
     command = [sys.executable, "bench.py", *FEW]
 

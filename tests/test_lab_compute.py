@@ -120,6 +120,7 @@ def test_a_given_beginning_is_part_of_the_note(embedded, run):
     assert forms.count("garbled") < len(forms) / 2
 
 
+@pytest.mark.slow
 def test_the_same_text_teaches_the_same(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compute, "KS", (1, 2))
     out = tmp_path / "out.jsonl"

@@ -45,6 +45,7 @@ def numbers(pattern, text):
     return [float(number) for number in found] if isinstance(found, tuple) else float(found)
 
 
+@pytest.mark.slow
 def test_the_model_knows_more_afterwards(printed):
     before, asked = numbers(r"right before: (\d+) of (\d+)", printed)
     after, asked_again = numbers(r"right after: (\d+) of (\d+)", printed)
@@ -54,6 +55,7 @@ def test_the_model_knows_more_afterwards(printed):
     assert after >= before + 2
 
 
+@pytest.mark.slow
 def test_self_edits_differ_in_their_reward(printed):
     rewards = [float(r) for r in re.findall(r"^self-edit \d: reward (\S+)$", printed, re.MULTILINE)]
     best = numbers(r"--- best: self-edit \d, reward (\S+)", printed)
@@ -67,6 +69,7 @@ def test_self_edits_differ_in_their_reward(printed):
     assert mean == pytest.approx(sum(rewards) / 8, abs=.011)
 
 
+@pytest.mark.slow
 def test_the_notes_that_it_suggests_are_good(printed):
     mine = numbers(r"my notes: reward (\S+)", printed)
     passage = numbers(r"the passage alone: reward (\S+)", printed)

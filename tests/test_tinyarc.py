@@ -166,6 +166,7 @@ def test_a_weak_training_solves_nothing(run, six_tasks):
     assert share_solved(run, six_tasks, "weak", weak) == 0
 
 
+@pytest.mark.slow
 def test_the_oracle_s_training_solves_most(run, six_tasks):
     oracle = [task.references["oracle"] for task in six_tasks]
 
