@@ -71,12 +71,14 @@ def gold_probability(model, tok, task: Task, adapters: Adapters):
     ids = torch.tensor(sum(texts, []) * adapters.n, device=model.device)
     with adapters.route([sum(lengths)] * adapters.n):
         h = model.hidden(ids, ribbon.position, ribbon.attend)
-    log_p = model.lm_head(h[:-1]).float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    # What a token predicts is the next one: log_p[j] is of ids[j + 1].
-    found, end = [], 0
+    # What a token predicts is the next one. The answers' tokens alone go through the output layer.
+    answers, end = [], 0
     for start, length in zip(starts * adapters.n, lengths * adapters.n):
-        found.append(log_p[end + start - 1:end + length - 1].sum().exp().item())
+        answers.append(torch.arange(end + start, end + length, device=model.device))
         end += length
+    places = torch.cat(answers)
+    log_p = model.lm_head(h[places - 1]).float().log_softmax(-1).gather(1, ids[places, None])[:, 0]
+    found = [own.sum().exp().item() for own in log_p.split([len(own) for own in answers])]
     return np.reshape(found, (adapters.n, len(texts)))
 
 

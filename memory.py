@@ -148,10 +148,15 @@ def activation_memory(model, lora, tokens):
     return tokens * kept * model.dtype.itemsize
 
 
+def tokens_per_step(jobs) -> float:
+    """Of one of these sft.Jobs, the mean."""
+    return sum(job.tokens for job in jobs) / sum(job.steps for job in jobs)
+
+
 def auto_slots(model, jobs, free=None):
     """How many of these sft.Jobs to train side by side: enough to fill a step, few enough to fit.
     """
-    per_step = sum(job.tokens for job in jobs) / sum(job.steps for job in jobs)     # of one job
+    per_step = tokens_per_step(jobs)
     # Tokens that keep the device busy: of a small model it takes more.
     full = 1024
     if model.device.type != "cpu":

@@ -44,8 +44,7 @@ def rest_em(cfg: Config, run: Run, learn=None) -> list[Task]:
     `m_step`, called as that is."""
     learn = learn or m_step
     # Tasks come in an order drawn from the seed, and each round takes the next ones.
-    train = run.tasks(cfg.train_data)
-    random.Random(seed_for(cfg.seed, "order of the passages")).shuffle(train)
+    train = in_order(run.tasks(cfg.train_data), cfg.seed)
     held_out = run.tasks(cfg.eval_data)[:cfg.eval_tasks]
     run.settle("outer_loop")
     if cfg.iterations * cfg.tasks > len(train):
@@ -83,6 +82,13 @@ def rest_em(cfg: Config, run: Run, learn=None) -> list[Task]:
 
     evaluate(cfg, run, run.load(cfg.iterations), held_out, cfg.iterations)
     return held_out
+
+
+def in_order(train: list[Task], seed: int) -> list[Task]:
+    """The tasks to learn from, in the order that a run with this seed takes them."""
+    train = list(train)
+    random.Random(seed_for(seed, "order of the passages")).shuffle(train)
+    return train
 
 
 def next_tasks(train: list[Task], t: int, n: int) -> list[Task]:

@@ -9,6 +9,7 @@ import torch
 
 import padding
 from device import to_device
+from generate import round_up
 from lora import Segments
 from ribbon import Ribbon
 
@@ -54,7 +55,7 @@ class Room:
     def fill(self, lengths) -> list[int]:
         """The lengths of the texts to add."""
         total = sum(lengths)
-        size = round_up(total)
+        size = next_size(total)
         added = [self.longest] * ((size - total) // self.longest)
         added.append((size - total) % self.longest)
         # An eighth of the tokens is the most that is added; then texts without any.
@@ -62,18 +63,16 @@ class Room:
         return added + [0] * (most - len(lengths) - len(added))
 
 
-def round_up(n):
+def next_size(n):
     """The next of 256, 288, 320, .. 512, 576, ..: eighths of a power of two, and at least 16."""
-    step = max(16, 2 ** ((n - 1).bit_length() - 4))
-    return -(-n // step) * step
+    return round_up(n, max(16, 2 ** ((n - 1).bit_length() - 4)))
 
 
 @dataclass
 class Packed:
     """The next micro-batch of every running job, end to end, sorted by slot. On the device."""
     ribbon: Ribbon
-    counts: list[int]       # tokens of each slot
-    segments: Segments      # the same
+    segments: Segments      # the tokens of each slot
     ids: torch.Tensor       # (T,)
     source: torch.Tensor    # (N,) the tokens that predict a label
     labels: torch.Tensor    # (N,)
@@ -120,7 +119,7 @@ def pack(running, device, dtype, room: Room | None = None) -> Packed:
         n_labels = sum(map(len, source))
         # Where most tokens have a label, as many as there are tokens: fewer shapes.
         size = sum(lengths)
-        lacking = (size if 2 * n_labels > size else round_up(n_labels)) - n_labels
+        lacking = (size if 2 * n_labels > size else next_size(n_labels)) - n_labels
         for filled in (source, labels, slots):
             filled.append(torch.zeros(lacking, dtype=torch.long))
         weight.append(torch.zeros(lacking, dtype=dtype))
@@ -136,7 +135,7 @@ def pack(running, device, dtype, room: Room | None = None) -> Packed:
     if room:
         segments.even = False       # whatever the counts, the same products
     return Packed(
-        ribbon, counts, segments,
+        ribbon, segments,
         ids=to_device(torch.cat(ids), device),
         source=to_device(torch.cat(source), device),
         labels=to_device(torch.cat(labels), device),

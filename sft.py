@@ -25,7 +25,7 @@ from device import Recorded, has_flash, has_graphs, to_device
 from generate import quiet
 from lora import Adapters, Lora, Route
 from memory import activation_memory, auto_slots, free_memory, give_back_memory
-from memory import is_out_of_memory, less_memory
+from memory import is_out_of_memory, less_memory, tokens_per_step
 from packing import Example, Packed, Room, pack
 from update import FrozenHeadLoss, adamw_all
 
@@ -239,8 +239,7 @@ def can_record(adapters: Adapters, jobs, slots: int) -> bool:
         return False
     # Graphs keep memory of their own, beside what the steps take that just run: both hold what the
     # backward pass needs. Twice the mean, as some steps are longer.
-    per_step = sum(job.tokens for job in jobs) / sum(job.steps for job in jobs)
-    tokens = 2 * slots * per_step
+    tokens = 2 * slots * tokens_per_step(jobs)
     return 2 * activation_memory(model, adapters.lora, tokens) < free_memory(model.device)
 
 

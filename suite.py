@@ -142,7 +142,6 @@ def kernels(device, dtype, small):
     block = torch.empty(2 ** 16 if small else 2 ** 29, **a_round)
     other = torch.empty_like(block)
     ms = milliseconds(device, lambda: other.copy_(block))
-    del other
     yield ("copying", f"{2 * block.nbytes / ms / 1e9:.2f} TB/s", f"of {card.bandwidth / 1e12:.2f}")
 
     worst = 0.0

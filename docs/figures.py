@@ -15,7 +15,6 @@ import matplotlib                                                           # no
 import torch                                                                # noqa: E402
 from matplotlib.figure import Figure                                        # noqa: E402
 from matplotlib.patches import FancyBboxPatch                               # noqa: E402
-from lora import Segments                                                   # noqa: E402
 from packing import Example, pack                                           # noqa: E402
 
 GREY, BLUE, ORANGE, GREEN = COLOURS = ("#707070", "#2f6db3", "#c96a10", "#2f8a4c")
@@ -99,11 +98,11 @@ def ribbon(axes):
     write(axes, 7, 24.8, "ribbon.Ribbon", "left", color=GREY, **CODE)
     write(axes, 54, 21, "A layer: W x + (α/r) B A x, with\nA and B of the token's adapter", **BOLD)
     write(axes, 54, 24.8, "lora.low_rank, lora.Segments", "left", color=GREY, **CODE)
-    ends = Segments(packed.counts, "cpu").ends.tolist()
+    ends = packed.segments.ends.tolist()
     for i, colour in enumerate((BLUE, ORANGE, GREEN)):
         # A stretch of the ribbon, its tokens 5 wide ...
         end, n, tint = ends[i], len(documents[i]), LIGHT[colour]
-        begin = end - packed.counts[i]
+        begin = ends[i - 1] if i else 0
         axes.plot([13.4 + 5 * begin, 12.6 + 5 * end], [5.4, 5.4], color=colour, lw=2)
         write(axes, 13 + 2.5 * (begin + end), 3.2, f"adapter {i}: {n} document{'s' * (n > 1)}",
               color=colour, weight="bold")

@@ -11,19 +11,18 @@ batch beside the new self-edit: see Arm and remember.py. "plain merge" is the pa
 were chosen on `tune` towns. About 8 minutes a seed on one core. Several processes may share the
 work: each with its own --seeds and --out, which `cat` joins.
 """
-import io
 import random
 import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from files import Lines, Parser, UserError, cli, positive, replace_file
+from files import Lines, Parser, cli, positive
 from checkpoint import EMBEDDED
 from data import tinyworld
 from generate import Sampling
 from inner_loop import TINY, ask, grade_all, make_job
-from lab.curve import with_interval
+from lab.curve import pyplot, save, with_interval
 from lora import Adapters
 from model import load_pretrained
 from progress import Meter
@@ -171,14 +170,7 @@ def by_arm(records):
 
 def draw(records, file):
     """Accuracy at the end against the number of towns learned since, in bins of four towns."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "nanoSEAL"    # the same file each time
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(6, 4.5), layout="constrained")
     for name, own in by_arm(records).items():
         if name not in SHOWN:
             continue
@@ -193,9 +185,7 @@ def draw(records, file):
     axes.grid(axis="y", color="#ddd")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", fontsize=7, frameon=False, ncols=2)
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None})
-    replace_file(file, drawing.getvalue())
+    save(figure, file)
 
 
 def main():

@@ -17,7 +17,6 @@ Self-edits that a run (of outer_loop.py or eval.py single) sampled are grouped b
 that it was given (--edits-from) are asked for by their names.
 """
 import json
-import random
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -27,9 +26,9 @@ import numpy as np
 from data import knowledge
 from data.judges import RULES, normalise
 from files import Lines, Parser, UserError, at_least, cli, printable, read_json, replace_file
-from outer_loop import next_tasks
+from outer_loop import in_order, next_tasks
 from run import read_settings
-from selfedit import Task, read_self_edit, seed_for
+from selfedit import Task, read_self_edit
 from stats import bootstrap_ci
 
 KINDS = ("copied", "supported", "beyond", "vague", "wrong")
@@ -146,9 +145,7 @@ def tasks_of(config: dict, split: str, t: int, data=None) -> list[Task]:
                            max_documents=config.get("max_documents", 0))
     if split == "eval":
         return tasks
-    # As outer_loop.rest_em draws them.
-    random.Random(seed_for(config["seed"], "order of the passages")).shuffle(tasks)
-    return next_tasks(tasks, t, config["tasks"])
+    return next_tasks(in_order(tasks, config["seed"]), t, config["tasks"])
 
 
 def read_groups(folder, split, iteration=None, arms=(), data=None) -> dict[str, list[dict]]:

@@ -17,7 +17,6 @@ learning  ReST-EM in the tiny world, with its rewards from a race: held-out rewa
 """
 import itertools
 import math
-import random
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from config import PRESETS, Config
 from files import Lines, Parser, cli, read_json
 from inner_loop import update_and_score
 from lab.curve import pyplot, save
-from outer_loop import evaluate, m_step, next_tasks, select
+from outer_loop import evaluate, in_order, m_step, next_tasks, select
 from progress import Meter
 from run import Run, sample_edits
 from selfedit import seed_for
@@ -115,8 +114,7 @@ def start(seed: int, folder, times=1):
     preset = PRESETS["tiny"]
     run = Run(Config(**preset | {"seed": seed, "baselines": False, "run_dir": folder,
                                  "edits": times * preset["edits"]}))
-    train = run.tasks(run.cfg.train_data)
-    random.Random(seed_for(seed, "order of the passages")).shuffle(train)
+    train = in_order(run.tasks(run.cfg.train_data), seed)
     return run, train, run.tasks(run.cfg.eval_data)[:run.cfg.eval_tasks]
 
 

@@ -12,7 +12,6 @@ adapter. lambda 0 is SEAL. About 4 minutes for a lambda and a seed on one core. 
 may share the work: each with its own --seeds and --out, which `cat` joins.
 """
 import copy
-import io
 import random
 import time
 from dataclasses import dataclass, replace
@@ -21,15 +20,15 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from files import Lines, Parser, UserError, cli, positive, replace_file
+from files import Lines, Parser, cli, positive
 from config import PRESETS, Config, inner_recipe
 from data import tinyworld
 from generate import Sampling
 from inner_loop import ask, grade_all, make_job, update_and_score
-from lab.curve import with_interval
+from lab.curve import pyplot, save, with_interval
 from lora import Adapters
 from model import Transformer, load_pretrained
-from outer_loop import m_step, next_tasks, select
+from outer_loop import in_order, m_step, next_tasks, select
 from progress import Meter
 from selfedit import SelfEdit, Task, sample_self_edits, seed_for
 from sft import sft
@@ -81,8 +80,7 @@ def run_arm(args, weight: float, seed: int) -> dict:
     policy = load_pretrained(cfg.model)
     tok = Tokenizer.from_pretrained(policy.folder)
     # The earlier towns are none of those that the rounds learn from.
-    train = tinyworld.load(cfg.train_data, cfg.directives)
-    random.Random(seed_for(seed, "order of the passages")).shuffle(train)
+    train = in_order(tinyworld.load(cfg.train_data, cfg.directives), seed)
     earlier, train = train[-args.earlier:], train[:-args.earlier]
     held_out = tinyworld.load(cfg.eval_data, cfg.directives)[:args.eval_tasks]
 
@@ -184,14 +182,7 @@ def by_lambda(records):
 
 def draw(records, file):
     """Learned against lost: a path over the rounds for each lambda."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "nanoSEAL"    # the same file each time
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(6, 4.2), layout="constrained")
     for weight, own in by_lambda(records).items():
         x, x_half = mean_ci([r["lost"] for r in own])
         y, y_half = mean_ci([r["learned"] for r in own])
@@ -202,9 +193,7 @@ def draw(records, file):
     axes.grid(color="#ddd")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=2)
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None})
-    replace_file(file, drawing.getvalue())
+    save(figure, file)
 
 
 def main():

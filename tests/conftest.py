@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from data import judges  # noqa: E402
+from checkpoint import EMBEDDED  # noqa: E402
+from data import judges, tinyworld  # noqa: E402
 from data.judges import each  # noqa: E402
 from model import load_pretrained  # noqa: E402
 from tests.helpers import SMALL, even_length  # noqa: E402
@@ -32,6 +33,18 @@ def seeded():
 def tiny_folder(tmp_path_factory):
     """A random two-layer Llama with a byte vocabulary."""
     return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def words():
+    """The embedded checkpoint's tokenizer."""
+    return Tokenizer.from_pretrained(EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def towns():
+    """Three towns of the tiny world."""
+    return tinyworld.load("tune")[:3]
 
 
 @pytest.fixture()

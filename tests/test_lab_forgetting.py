@@ -18,22 +18,11 @@ from model import load_pretrained
 from sft import sft
 from tests.helpers import read_lines
 from tests.test_lab import call
-from tokenizer import Tokenizer
 
 
 @pytest.fixture()
 def embedded():
     return load_pretrained(EMBEDDED)
-
-
-@pytest.fixture(scope="module")
-def words():
-    return Tokenizer.from_pretrained(EMBEDDED)
-
-
-@pytest.fixture(scope="module")
-def towns():
-    return tinyworld.load("tune")[:3]
 
 
 # ------------------------------------------------------------------------------- forgetting

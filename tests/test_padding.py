@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import padding
-from lora import Adapters, Lora
+from lora import Adapters, Lora, Route
 from model import load_pretrained
 from packing import Example, pack
 from sft import Running, sft
@@ -29,7 +29,7 @@ def loss_and_gradient(model, example):
     running = Running(0, None, [example], iter([[0]]), first=0)
     step = pack([running], model.device, adapters.flat.dtype)
 
-    with adapters.route(step.counts):
+    with Route(adapters, step.segments, None):
         h = model.hidden(step.ids, step.ribbon.position, step.ribbon.attend)
         nll = FrozenHeadLoss.apply(h[step.source], model.lm_head.weight, step.labels)
         loss = (nll * step.weight).sum()

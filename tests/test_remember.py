@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from checkpoint import EMBEDDED
-from data import tinyworld
 from files import UserError
 from generate import Sampling
 from inner_loop import TINY, make_job
@@ -14,7 +13,6 @@ from lora import Adapters
 from model import load_pretrained
 from selfedit import SelfEdit
 from sft import Job, sft
-from tokenizer import Tokenizer
 
 WRITING = Sampling(max_new=100, temperature=.8, top_p=.95)
 
@@ -22,16 +20,6 @@ WRITING = Sampling(max_new=100, temperature=.8, top_p=.95)
 @pytest.fixture()
 def model():
     return load_pretrained(EMBEDDED)
-
-
-@pytest.fixture(scope="module")
-def words():
-    return Tokenizer.from_pretrained(EMBEDDED)
-
-
-@pytest.fixture(scope="module")
-def towns():
-    return tinyworld.load("tune")[:3]
 
 
 def learn(model, words, towns, epochs, layers=4):

@@ -19,7 +19,7 @@ import update
 from files import UserError
 from lora import Adapters, Lora, can_group
 from model import load_pretrained
-from packing import round_up
+from packing import next_size
 from sft import Job, sft, sft_one
 from tests.helpers import ALL, CASES, RECIPE, mixed_jobs
 from update import FrozenHeadLoss, adamw_
@@ -409,14 +409,14 @@ def test_steps_that_are_filled_up_for_graphs_train_the_same(model64, monkeypatch
     for i in filled:
         assert filled[i].losses == pytest.approx(expected[i].losses)
     for ids, bounds, *_ in shapes:
-        assert ids[0] == round_up(ids[0])
+        assert ids[0] == next_size(ids[0])
         assert bounds[0] >= slots * 3 + 1       # batches of three texts, and what is added
 
 
 @pytest.mark.parametrize("n, rounded", [(1, 16), (16, 16), (17, 32), (250, 256), (257, 288),
                                         (288, 288), (4097, 4608), (8000, 8192)])
 def test_sizes_are_rounded_up_by_an_eighth_at_most(n, rounded):
-    assert round_up(n) == rounded
+    assert next_size(n) == rounded
 
 
 def test_only_jobs_of_fixed_shapes_are_recorded(model32, monkeypatch):
