@@ -79,6 +79,10 @@ class Ribbon:
         `layer` is not used here: generate.Cache's attend needs it."""
         if has_flash(q) and not any(mask is not None for mask in self.masks):
             return flash_attention(q, k, v, self.bounds, self.longest)
+        # On a CPU torch's attention takes two to four times as long in bfloat16 as in float32.
+        dtype = q.dtype
+        if q.device.type == "cpu" and dtype == torch.bfloat16:
+            q, k, v = q.float(), k.float(), v.float()
         # Grouped-query attention: several query heads share a key head.
         shared_heads = q.shape[1] != k.shape[1]
         # One call per group of like lengths. Within it sequences are a batch, and heads are too.
@@ -88,7 +92,7 @@ class Ribbon:
             y = F.scaled_dot_product_attention(
                 q_view.transpose(1, 2), k_view.transpose(1, 2), v_view.transpose(1, 2),
                 attn_mask=mask, is_causal=mask is None, enable_gqa=shared_heads)
-            outputs.append(y.transpose(1, 2))                               # (n, L, H, E)
+            outputs.append(y.transpose(1, 2).to(dtype))                     # (n, L, H, E)
         return self.roll(outputs)
 
 
