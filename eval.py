@@ -46,17 +46,19 @@ from stats import bootstrap_ci, forgetting, share_changed
 class Table:
     """Rows for self-edits: an adapter each, of which the run's folder keeps what it answered."""
 
-    def __init__(self, run: Run, tasks: list[Task], first_row="no adaptation"):
+    def __init__(self, run: Run, tasks: list[Task], first_row="no adaptation", steps=None):
         self.run, self.tasks = run, tasks
+        self.steps = steps      # if not None, all rows are trained for about so many
         self.base = verdicts(run, run.load(0), tasks)       # without adaptation, per task
         self.without = [float(np.mean(row)) for row in self.base]
         self.rows = [{"row": first_row, "accuracy": self.without}]
 
     def add(self, name: str, edits: list[list[SelfEdit]], t=0, folder=None) -> dict:
         """A row: theta_t (of the run in another folder) trained on each task's self-edits."""
-        run = self.run
-        score_edits(run, run.load(t, folder), self.tasks, edits, t, "eval", self.without,
-                run.cfg.seeds, arm=name)
+        run, model = self.run, self.run.load(t, folder)
+        if self.steps:
+            edits = [[for_steps(model, run, edit, self.steps) for edit in row] for row in edits]
+        score_edits(run, model, self.tasks, edits, t, "eval", self.without, run.cfg.seeds, arm=name)
         self.rows.append(row_of(name, run.rollouts.of(t, "eval", name), self.base))
         return self.rows[-1]
 
@@ -151,20 +153,20 @@ def single(args, run: Run):
         raise UserError(f"--edits-from: {min(taken)!r} is the name of a row of its own; call this "
                         "kind of self-edit something else")
     run.settle("eval single", edits_from=prints(args.edits_from),
-               run=prints_of_rounds(run, args.run))
-    table = Table(run, tasks)
+               run=prints_of_rounds(run, args.run), equal_steps=args.equal_steps)
+    table = Table(run, tasks, steps=args.equal_steps)
     model = run.load(0)
     own_edits = sample_edits(run, model, tasks, 0, "eval", 1)
     passage = [[task.references["passage only"]] for task in tasks]
-    table.add("passage only", passage)
+    reference = table.add("passage only", passage)
 
     # A self-edit has more documents than the passage, and so takes more optimiser steps. Therefore
     # the passage alone is also trained for as many steps as the self-edit.
-    matched = []
-    for (edit,), (alone,) in zip(own_edits, passage):
-        epochs = steps_of(model, run, edit)
-        matched.append([replace(alone, directives={"epochs": epochs})])
-    reference = table.add(STEP_MATCHED, matched)
+    if not args.equal_steps:
+        matched = []
+        for (edit,), (alone,) in zip(own_edits, passage):
+            matched.append([for_steps(model, run, alone, steps_of(model, run, edit))])
+        reference = table.add(STEP_MATCHED, matched)
     table.add("its own self-edits", own_edits)
 
     for name, texts in given.items():
@@ -202,6 +204,15 @@ def steps_of(model, run, edit: SelfEdit) -> int:
         return make_job(model, run.tok, edit, 0, run.recipe).steps
     except ValueError:
         return 1
+
+
+def for_steps(model, run, edit: SelfEdit, steps: int) -> SelfEdit:
+    """A self-edit that is trained for as many epochs as come closest to so many steps."""
+    def trained_for(epochs):
+        return replace(edit, directives=edit.directives | {"epochs": epochs})
+
+    steps_per_epoch = steps_of(model, run, trained_for(1))
+    return trained_for(max(1, round(steps / steps_per_epoch)))
 
 
 def imported(files, tasks: list[Task]) -> dict[str, list[str]]:
@@ -475,6 +486,10 @@ def main():
             own.add_argument("--edits-from", nargs="+", default=[], metavar="FILE",
                              help='a row for each kind of self-edit in JSON files: records with '
                                   '"title", "context" and "edits": {kind: text}')
+        if command is single:
+            own.add_argument("--equal-steps", type=positive, metavar="N",
+                             help="train all rows for about N optimiser steps, however many "
+                                  "documents they have")
         if command is continual:
             own.add_argument("--streams", type=positive, default=8, help="sequences (default: 8)")
             own.add_argument("--length", type=positive, default=8, help="passages each (default 8)")

@@ -232,11 +232,11 @@ def differences(mine: dict, theirs: dict) -> list[str]:
         if other != mine[name]:
             differ.append(f"{name}: {other!r}")
     for part in ("own", "content"):
-        other = theirs.get(part) or {}
-        for name in mine[part].keys() & other.keys():
-            if mine[part][name] != other[name]:
-                value = other[name]
-                differ.append(f"{name}: {value if isinstance(value, int) else 'another'}")
+        for name, value in mine[part].items():
+            # A flag that an older program did not write down was off; the oldest wrote none.
+            other = theirs[part].get(name) if theirs.get(part) else value
+            if (other or None) != (value or None):
+                differ.append(f"{name}: {other if isinstance(other, int) else 'another'}")
     return sorted(differ)
 
 

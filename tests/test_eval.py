@@ -162,6 +162,26 @@ def test_the_matched_passage_takes_as_many_steps_as_the_self_edit(table):
         assert theirs["documents"] == 1
 
 
+def test_equal_steps_gives_all_rows_as_many(table, tmp_path, varied_rewards):
+    folder = tmp_path / "equal"
+    words = [folder if word == table.words[table.words.index("--run-dir") + 1] else word
+             for word in table.words]
+
+    out = evaluate(*words, "--equal-steps", "6")
+
+    rollouts = read_lines(folder / "rollouts.jsonl")
+    assert {r["arm"] for r in rollouts} == {*NAMES} - {"passage only, step-matched"}
+    for r in rollouts:
+        # A document a step: 1, 2, 3 documents come to 6 steps, and what has 4 comes to 4 or 8.
+        assert r["directives"]["epochs"] == max(1, round(6 / r["documents"]))
+    assert "over passage only" in out
+
+
+def test_a_table_of_other_steps_is_refused(table, varied_rewards):
+    with pytest.raises(UserError, match="equal_steps"):
+        evaluate(*table.words, "--equal-steps", "6")
+
+
 def test_imported_self_edits_are_read_as_the_models_own_are(table):
     for r in rollouts_of(table, "gpt"):
         assert r["text"] == "1. One.\n2. Two."
