@@ -22,7 +22,7 @@ from files import Parser, UserError, cli, positive
 from device import has_graphs, to_device
 from memory import auto_rows, give_back_memory, is_out_of_memory
 from model import PROMPT, complete, load_pretrained
-from ribbon import Ribbon
+from ribbon import Ribbon, attention
 from tokenizer import Tokenizer
 
 
@@ -126,7 +126,7 @@ class Cache:
             values[row, :, self.length] = v
             # Query heads that share a key head take the place of query positions: (B, K, H/K, E).
             q = q.view(len(q), k.shape[1], -1, q.shape[-1])
-            return F.scaled_dot_product_attention(q, keys, values, mask).flatten(1, 2)
+            return attention(q, keys, values, mask).flatten(1, 2)
         return attend
 
     def keep(self, rows, size):

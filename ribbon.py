@@ -6,6 +6,8 @@ rolls the result up again; on CUDA flash attention takes the ribbon as it lies.
 Shapes: T tokens, n sequences of a group, L the longest of them, H heads, K key/value heads, E
 components of a head.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -79,21 +81,34 @@ class Ribbon:
         `layer` is not used here: generate.Cache's attend needs it."""
         if has_flash(q) and not any(mask is not None for mask in self.masks):
             return flash_attention(q, k, v, self.bounds, self.longest)
-        # On a CPU torch's attention takes two to four times as long in bfloat16 as in float32.
-        dtype = q.dtype
-        if q.device.type == "cpu" and dtype == torch.bfloat16:
-            q, k, v = q.float(), k.float(), v.float()
-        # Grouped-query attention: several query heads share a key head.
-        shared_heads = q.shape[1] != k.shape[1]
         # One call per group of like lengths. Within it sequences are a batch, and heads are too.
         outputs = []
         groups = zip(self.unroll(q), self.unroll(k), self.unroll(v), self.masks)
         for q_view, k_view, v_view, mask in groups:                         # (n, L, H or K, E)
-            y = F.scaled_dot_product_attention(
-                q_view.transpose(1, 2), k_view.transpose(1, 2), v_view.transpose(1, 2),
-                attn_mask=mask, is_causal=mask is None, enable_gqa=shared_heads)
-            outputs.append(y.transpose(1, 2).to(dtype))                     # (n, L, H, E)
+            y = attention(q_view.transpose(1, 2), k_view.transpose(1, 2), v_view.transpose(1, 2),
+                          mask)
+            outputs.append(y.transpose(1, 2))                               # (n, L, H, E)
         return self.roll(outputs)
+
+
+def attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(E) + mask) v. q (n, H, L, E), k and v (n, K, L', E) -> (n, H, L, E).
+
+    mask: added to the scores, or false where a key is not seen; None: causal."""
+    # Grouped-query attention: several query heads share a key head.
+    shared_heads = q.shape[1] // k.shape[1]
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                              enable_gqa=shared_heads > 1)
+    # On a CPU torch's own takes two to seven times as long in bfloat16 as these products.
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    if shared_heads > 1:
+        k, v = k.repeat_interleave(shared_heads, dim=1), v.repeat_interleave(shared_heads, dim=1)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 def like_lengths(lengths):
