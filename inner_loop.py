@@ -314,6 +314,8 @@ def main():
     if args.push and not (args.learn and args.save):
         raise UserError("--push goes with --learn and --save")
     if args.learn or args.adapter:
+        if args.task or args.data or args.self_edit:
+            raise UserError("--learn and --adapter go without --task, --data and --self-edit")
         if args.model == EMBEDDED:
             raise UserError("--learn and --adapter need --model (such as HuggingFaceTB/"
                             "SmolLM2-135M-Instruct): the embedded one knows invented towns alone")

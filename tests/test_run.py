@@ -190,6 +190,7 @@ def test_unknown_and_abbreviated_flags_are_errors(words, argv, capsys):
     (["--eval-data", ""], "--eval-data is missing (-h explains)"),
     (["--directives"], "--directives: it does nothing in the domain knowledge, only in tinyworld"),
     (["--views", "3"], "--views: it does nothing in the domain knowledge, only in arc and tinyarc"),
+    (["--solved-at", "0.5"], "--solved-at: it goes with --update solved"),
     (["--update", "grpo", "--keep", "2"], "--keep: --update grpo takes no number"),
     (["--update", "grpo", "--strict"], "--update grpo: --strict and --restart are for ReST-EM"),
     (["--prompt-file", "nowhere.txt"], "nowhere.txt is missing"),
