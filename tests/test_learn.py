@@ -160,7 +160,7 @@ def test_one_s_own_self_edit_is_scored(capsys, monkeypatch, tmp_path):
     (["--task", "tinyarc:tune:1"], "such as tinyworld:tune:3"),
     (["--task", "tinyworld:tune:x"], "such as tinyworld:tune:3"),
     (["--task", "tinyworld:nowhere:1"], "not 'nowhere'"),
-    (["--task", "tinyworld:tune:1", "--learn", "mine.txt"], "--learn and --adapter go without --task"),
+    (["--task", "tinyworld:tune:1", "--learn", "f"], "--learn and --adapter go without --task"),
     (["--self-edit", "mine.txt", "--adapter", "a"], "--learn and --adapter go without --task"),
     (["--task", "tinyworld:tune:1", "--self-edit", "nowhere.txt"], "nowhere.txt is missing")])
 def test_a_task_is_named_by_its_world_split_and_number(words, message, monkeypatch):
