@@ -131,11 +131,8 @@ def pack(running, device, dtype, room: Room | None = None) -> Packed:
         ribbon = padding.PaddedRibbon(lengths, pads, position, device)
     else:
         ribbon = Ribbon(lengths, device, room.longest if room else 0)
-    segments = Segments(counts, device)
-    if room:
-        segments.even = False       # whatever the counts, the same products
     return Packed(
-        ribbon, segments,
+        ribbon, Segments(counts, device, fixed=room is not None),
         ids=to_device(torch.cat(ids), device),
         source=to_device(torch.cat(source), device),
         labels=to_device(torch.cat(labels), device),
