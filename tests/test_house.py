@@ -14,7 +14,7 @@ FLOORS = ["files", "checkpoint", "push", "team", "progress", "device", "memory",
           "eval", "bench", "lab.curve", "lab.reliability", "lab.judges", "lab.recipe", "lab.paired",
           "lab.imitate", "lab.lines", "lab.forgetting", "lab.retention_reward",
           "lab.compute", "lab.credit",
-          "lab.grpo", "lab.update_rule", "lab.race"]
+          "lab.grpo", "lab.update_rule", "lab.race", "lab.speedrun"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]
 
 

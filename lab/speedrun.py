@@ -1,0 +1,107 @@
+"""The speedrun: how long until a model of the tiny world has learned to write self-edits?
+
+    python -m lab.speedrun --name "two rounds" --out speedrun.jsonl --iterations 2 --outer-lr 4e-3
+
+An entry is the flags of outer_loop.py that it needs. Its time is the median of seeds 0 to 4: from
+the start to the evaluation that shows a held-out reward of .75, all evaluations before it included,
+imports aside. Whatever teaches the writer may be changed, and nothing of the model, of the towns,
+of how a self-edit is learned or of the evaluation. The runs follow one another, with all cores
+each: five minutes and more an entry. The same command resumes.
+"""
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from files import Lines, Parser, UserError, cli
+
+GOAL, SEEDS = 0.75, range(5)
+ROOT = Path(__file__).parent.parent
+# What an entry may not change: the task, how a self-edit is learned, and what a run is called.
+FIXED = ("--preset", "--model", "--domain", "--train-data", "--eval", "--inner", "--max-answer",
+         "--temperature", "--top-p", "--seed=", "--run-dir", "--baselines")
+
+
+def measure(name: str, flags: list[str], seed: int) -> dict:
+    """A line: the held-out rewards of an ordinary run, and the seconds at which they were known."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["outer_loop.py", *flags, "--no-baselines", "--seed", str(seed)]
+        # In a process of its own, as a user's run is.
+        subprocess.run([sys.executable, *command, "--run-dir", folder], cwd=ROOT, check=True)
+        metrics = Lines(Path(folder) / "metrics.jsonl", repair=False).records
+    return {"name": name, "flags": flags, "seed": seed, "date": str(date.today()),
+            "commit": commit(), "machine": machine(),
+            "reward": [m["eval_reward"] for m in metrics],
+            "seconds": [m["seconds"] for m in metrics]}
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
+                           capture_output=True)
+    return found.stdout.strip() or "unknown"
+
+
+def machine() -> str:
+    """The processor's name, and how many threads a run takes."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = names[0].partition(":")[2].strip() if names else name
+    threads = os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()
+    return f"{name}, {threads} threads"
+
+
+def time_to_goal(record: dict) -> float:
+    """Seconds until the goal; infinite if the run never reached it."""
+    for reward, seconds in zip(record["reward"], record["seconds"]):
+        if reward >= GOAL:
+            return seconds
+    return float("inf")
+
+
+def table(records):
+    """Every entry, the fastest first, as Markdown."""
+    entries = {}
+    for r in records:
+        entries.setdefault((r["name"], r["machine"]), []).append(r)
+    rows = []
+    for (name, where), runs in entries.items():
+        times = [time_to_goal(r) for r in runs]
+        reached = sum(t < float("inf") for t in times)
+        last = statistics.mean(r["reward"][-1] for r in runs)
+        rows.append((statistics.median(times), name, " ".join(runs[0]["flags"]), reached, len(runs),
+                     last, runs[0]["date"], runs[0]["commit"], where))
+    print(f"\n| s to {GOAL}, median | entry | flags | reached by | last reward, mean | "
+          "date, commit, machine |\n|---|---|---|---|---|---|")
+    for median, name, flags, reached, n, last, day, version, where in sorted(rows):
+        print(f"| {median:.0f} | {name} | `{flags}` | {reached} of {n} | {last:.3f} | {day}, "
+              f"{version}, {where} |")
+
+
+def main():
+    ap = Parser(description=__doc__.split("\n")[0])
+    ap.add_argument("--name", required=True, help="what the entry is called")
+    ap.add_argument("--out", required=True, help="JSON lines, one per seed of each entry")
+    args, flags = ap.parse_known_args()
+    for word in flags:
+        if word.startswith(FIXED) or word == "--seed":
+            raise UserError(f"{word}: an entry may not change this")
+    done = Lines(args.out)
+    known = {r["seed"]: r for r in done.records if r["name"] == args.name}
+    if any(r["flags"] != flags for r in known.values()):
+        raise UserError(f"--name {args.name}: {args.out} has it with other flags")
+    for seed in SEEDS:
+        if seed not in known:
+            done.add(measure(args.name, flags, seed))
+    table(done.records)
+
+
+if __name__ == "__main__":
+    cli(main)
