@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import (EMBEDDED, check_layers, fetch, read_adapter, read_config, read_weights,
                         write_checkpoint)
-from device import fused
+from device import cpu_has_bfloat16, fused
 from files import Parser, UserError, cli, positive, printable
 from ribbon import Ribbon
 from tokenizer import Tokenizer
@@ -219,8 +219,8 @@ def load_pretrained(name_or_path, device=None, dtype=None):
     memory (meta device) and each tensor is put in place as it is read, so there is one copy."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if dtype == torch.bfloat16 and device.type == "cpu":
-        print("note: bfloat16 is slow on most CPUs; float32 is faster", file=sys.stderr)
+    if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_bfloat16():
+        print("note: bfloat16 is slow on this CPU; float32 is faster", file=sys.stderr)
 
     folder = fetch(name_or_path)
     config = ModelConfig.from_folder(folder)
