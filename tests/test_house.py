@@ -11,10 +11,10 @@ FLOORS = ["files", "checkpoint", "push", "team", "progress", "device", "memory",
           "sft", "selfedit", "remember", "reward", "data.judges", "data.knowledge", "data.text",
           "data.arc", "data.tinyworld", "data.tinyarc", "data.pretrain_tiny", "inner_loop",
           "config", "run", "plan", "report", "page", "credit", "outer_loop", "speed", "suite",
-          "eval", "bench", "lab.curve", "lab.reliability", "lab.judges", "lab.recipe", "lab.paired",
-          "lab.imitate", "lab.lines", "lab.forgetting", "lab.retention_reward",
-          "lab.compute", "lab.credit",
-          "lab.grpo", "lab.update_rule", "lab.race"]
+          "eval", "bench", "lab.show", "lab.experiment", "lab.tiny", "lab.writers", "lab.curve",
+          "lab.reliability", "lab.judges", "lab.recipe", "lab.paired", "lab.imitate", "lab.rule",
+          "lab.lines", "lab.forgetting", "lab.retention_reward", "lab.compute", "lab.credit",
+          "lab.grpo", "lab.update_rule", "lab.halving", "lab.choosing", "lab.race"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]
 
 
