@@ -1,31 +1,26 @@
 """Which line of a self-edit taught which answer? Its lines are left out, and the answers change.
 
-    python -m lab.credit RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--seeds 3] [--svg FILE --town 5]
+    python -m lab.credit RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE --town 5]
 
-RUN_DIR: finished runs of `python outer_loop.py --seed S`, one for each seed. A self-edit is learned
-by theta_0 from many subsets of its documents, all side by side, and the answers are regressed on
-which documents were there: with one left out, with only one, or random halves. The answers are
-their verdicts or the probability of the gold answer. What is best is judged by the truth, as the
-tiny world knows which fact a line states, and in which direction. AUC: how often a line that states
-an answer has more credit for it than a line that does not (a mean over self-edits). --svg: the
-credit in one town's self-edit by the writer after round 3. A line per writer and seed; the same
-command resumes. 3 minutes per seed on one thread.
+A self-edit by the writer of a finished run (`python outer_loop.py --seed S`) is learned by theta_0
+from many subsets of its documents, all side by side, and the answers are regressed on which
+documents were there: with one left out, with only one, or random halves. The answers are their
+verdicts or the probability of the gold answer. What is best is judged by the truth, as the tiny
+world knows which fact a line states, and in which direction. AUC: how often a line that states an
+answer has more credit for it than a line that does not. 1.5 minutes for a writer and a seed.
 """
-import time
-
 import numpy as np
 
-from config import inner_recipe
 from credit import DESIGNS, credit, gold_probability, learn, regress, subsets
 from data import tinyworld as world
-from files import Parser, at_least, cli
+from files import at_least, cli, positive
 from inner_loop import ask, grade_all
-from lab.compute import ANSWERING, TINY, add_flags, load, mean_of, work, write
-from lab.curve import pyplot, save, with_interval
+from lab.experiment import complete, each, flags, groups, mean_of
+from lab.show import of_seeds, pyplot, save, table
+from lab.tiny import ANSWERING, RECIPE, add_runs, by_seed, load
+from lab.writers import write
 from selfedit import SelfEdit, Task, seed_for
-from stats import mean_ci
 
-RECIPE = inner_recipe(TINY)
 WRITERS = {"untrained": 0, "round 3": 3}    # t of the theta_t that writes; theta_0 learns
 
 
@@ -71,33 +66,28 @@ def judge_credit(model, tok, task: Task, edit: SelfEdit, seed: int) -> dict[str,
 
 def measure(writer: str, seed: int, folder, n: int) -> dict:
     """A line: how well credit agrees with the truth, in self-edits of the first n held-out towns.
-    One of which no line states an answer can't be judged."""
-    begin = time.time()
+    """
     tasks = world.load("eval")[:n]
     edits = write(WRITERS[writer], folder, tasks, seed, 1)
     model, tok = load(0, folder)
     found = []
     for i, (task, (edit,)) in enumerate(zip(tasks, edits)):
+        # One of which no line states an answer can't be judged.
         if truth(task, edit).any():
             found.append(judge_credit(model, tok, task, edit, seed_for(seed, "credit", i)))
-    return {"writer": writer, "seed": seed, "towns": n, "judged": len(found),
-            "auc": mean_of(found), "seconds": round(time.time() - begin)}
+    return {"judged": len(found), "auc": mean_of(found)}
 
 
-# ------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------- what came out
 
-def show(records):
-    """AUCs with intervals over seeds, as a Markdown table."""
-    print("\n| subsets of documents, score | " + " | ".join(WRITERS) + " |\n|---|---|---|")
-    for name in records[0]["auc"]:
-        cells = []
-        for writer in WRITERS:
-            rows = [[r["auc"][name]] for r in records if r["writer"] == writer]
-            cells.append("")
-            if rows:
-                (mean,), (half,) = mean_ci(rows)
-                cells[-1] = with_interval(mean, half, ".3f")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+def show(writers: dict[str, list[dict]]):
+    """AUCs, with intervals over seeds."""
+    rows = []
+    for name in next(iter(writers.values()))[0]["auc"]:
+        rows.append([name])
+        for lines in writers.values():
+            rows[-1].append(of_seeds([line["auc"][name] for line in lines]))
+    print("\n" + table(["subsets of documents, score", *writers], rows))
 
 
 def draw(folder, town: int, file):
@@ -120,11 +110,19 @@ def draw(folder, town: int, file):
 
 
 def main():
-    ap = Parser(description=" ".join(__doc__.split("\n\n")[0].split()))
-    add_flags(ap)
+    ap = flags(__doc__)
+    add_runs(ap)
+    ap.add_argument("--towns", type=positive, default=12, help="held-out ones (default: 12)")
     ap.add_argument("--town", type=at_least(0), default=0, help="which is drawn (default: 0)")
     args = ap.parse_args()
-    show(work(args, "writer", WRITERS, measure))
+    folders = by_seed(args.runs)
+
+    def measure_one(line):
+        return measure(line["writer"], line["seed"], folders[line["seed"]], args.towns)
+
+    wanted = each("writer", WRITERS, sorted(folders))
+    records = complete(ap, args, wanted, measure_one, settings=["towns"])
+    show(groups(records, "writer", WRITERS))
     if args.svg:
         draw(args.runs[0], args.town, args.svg)
 
