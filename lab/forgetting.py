@@ -20,7 +20,7 @@ from inner_loop import make_job
 from lab.experiment import complete, each, flags, groups
 from lab.keeping import Arm, Stream, best_scale, own_texts, rehearsal
 from lab.show import error_bars, new_figure, over_seeds, save, table
-from lab.tiny import RECIPE, WRITING, accuracies, add_runs, by_seed, load
+from lab.tiny import RECIPE, WRITING, add_runs, by_seed, load, verdicts
 from lora import Adapters
 from progress import Meter
 from remember import last_layers, scaled, with_old
@@ -74,9 +74,10 @@ def learn_stream(name: str, seed: int, folder, split: str) -> dict:
         if not trained.diverged:
             adapter.flat[0] = scaled(trained.weights, scales[-1])
             adapter.merge(0)
-        just_after += accuracies(model, tok, [town])
+        just_after.append(float(verdicts(model, tok, [town]).mean()))
         meter(k + 1, LENGTH)
-    return {"just after": just_after, "at the end": accuracies(model, tok, towns),
+    at_the_end = verdicts(model, tok, towns).mean(axis=1).tolist()
+    return {"just after": just_after, "at the end": at_the_end,
             "scale": float(np.mean(scales)), "trained": read / LENGTH, "written": written / LENGTH}
 
 

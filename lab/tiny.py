@@ -28,13 +28,13 @@ def by_seed(folders) -> dict[int, Path]:
     return {read_settings(folder)["seed"]: Path(folder) for folder in folders}
 
 
-def load(t: int, folder) -> tuple[Transformer, Tokenizer]:
-    """theta_t of a run. theta_0 is the model of this repository."""
+def load(t: int, folder=None) -> tuple[Transformer, Tokenizer]:
+    """theta_t of a run. theta_0 is the model of this repository, whatever the run."""
     model = load_pretrained(Path(folder) / f"iter_{t}" if t else TINY.model, "cpu")
     return model, Tokenizer.from_pretrained(model.folder)
 
 
-def accuracies(model, tok, towns: list[Task]) -> list[float]:
-    """Of a model on the questions of each town, without its passage."""
+def verdicts(model, tok, towns: list[Task]):
+    """(towns, questions) bool: what a model answers rightly, without the passages."""
     (answers,) = ask(model, tok, [towns], ANSWERING)
-    return [float(np.mean(row)) for row in grade_all(towns, [one.texts for one in answers])]
+    return np.array(grade_all(towns, [one.texts for one in answers]))
