@@ -81,6 +81,16 @@ def differences(lines: list[dict], others: list[dict], value) -> list:
     return [value(line) - reference[line["seed"]] for line in lines if line["seed"] in reference]
 
 
+def last_reward(line: dict) -> float:
+    """After the last round, of a line with a "reward" per round."""
+    return line["reward"][-1]
+
+
+def gain(line: dict) -> float:
+    """By how much the reward rose, from before the first round until then."""
+    return line["reward"][-1] - line["reward"][0]
+
+
 def mean_of(rows: list[dict]) -> dict[str, float]:
     """The mean of each value over dicts with the same keys."""
     means = np.mean([list(row.values()) for row in rows], axis=0)

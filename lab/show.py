@@ -1,5 +1,6 @@
 """Tables and figures of the lab: means with 95 % intervals, over seeds or over passages."""
 import io
+import json
 
 import numpy as np
 
@@ -42,6 +43,12 @@ def table(head: list, rows: list[list]) -> str:
     for row in (head, ["---"] * len(head), *rows):
         lines.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(lines)
+
+
+def save_numbers(file, groups: dict[str, dict]):
+    """{name: {what: values}} as JSON, a line per name."""
+    lines = [f"{json.dumps(name)}: {json.dumps(of)}" for name, of in groups.items()]
+    replace_file(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 # ------------------------------------------------------------------------------- figures

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from files import cli
-from lab.experiment import add_seeds, complete, differences, each, flags, where
+from lab.experiment import add_seeds, complete, differences, each, flags, gain
+from lab.experiment import last_reward, where
 from lab.rules import RULES, USUAL, measure
 from lab.show import arrows, new_figure, of_seeds, save, table
 from stats import mean_ci
@@ -26,14 +27,6 @@ def measured_rules(records: list[dict]) -> dict:
         for line in where(records, split="eval", arm=arm):
             found.setdefault((arm, line["lr"]), []).append(line)
     return found
-
-
-def last_reward(line: dict) -> float:
-    return line["reward"][-1]
-
-
-def gain(line: dict) -> float:
-    return line["reward"][-1] - line["reward"][0]
 
 
 def show(rules: dict):

@@ -1,0 +1,119 @@
+"""Half of the reward's cost: what are the self-edits worth that cheaper rewards choose?
+
+    python -m lab.choosing --out FILE.jsonl [--released PASSAGES.json]
+
+Self-edits of the untrained model, each tried with six seeds, and with half of the steps. What are
+the two best of a town worth, by seeds that did not choose them? The rules are those of
+lab/halving.py. 5 minutes per seed of the world, on one thread.
+
+--released: the authors' verdicts, shared with SEAL's code: a list of passages with
+"released_edits", each with "adapter_mean" and "adapter_std" of three seeds.
+"""
+import itertools
+import tempfile
+
+import numpy as np
+
+from files import cli, read_json
+from lab.experiment import add_seeds, complete, flags, where
+from lab.halving import RULES, Rung, race, start, trainer
+from lab.show import over_passages, table
+from outer_loop import next_tasks
+from run import sample_edits
+from selfedit import seed_for
+
+SEEDS = 6       # three to choose by, three to judge by
+
+
+def try_often(seed: int) -> dict:
+    """A line: accuracies (tasks, K, seeds) of the untrained model's self-edits."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, train = start(seed, folder, times=2)
+        n, k = run.cfg.tasks, run.cfg.edits
+        tasks, model = next_tasks(train, 0, n), run.load(0)
+        edits = sample_edits(run, model, tasks, 0, "train", k)
+        run_rung = trainer(run, model, tasks, edits, 0)
+        pairs = list(itertools.product(range(n), range(k)))
+        found = {}
+        for name, rung in (("whole", Rung(1, SEEDS)), ("half", Rung(1, 1, 1 / 2))):
+            found[name] = np.reshape(run_rung(pairs, rung, 0), (n, k, -1)).round(4).tolist()
+    return found
+
+
+def released(file) -> np.ndarray:
+    """(passages, K, 3): the accuracies of the authors' three seeds, from mean and deviation."""
+    found = []
+    for record in read_json(file):
+        n = len(record["questions"])
+        possible = np.array(list(itertools.combinations_with_replacement(range(n + 1), 3))) / n
+        means, deviations = possible.mean(axis=1), possible.std(axis=1, ddof=1)
+        rows = []
+        for edit in record["released_edits"]:
+            miss = abs(means - edit["adapter_mean"]) + abs(deviations - edit["adapter_std"])
+            rows.append(possible[miss.argmin()])
+        found.append(rows)
+    return np.array(found)
+
+
+def worth(rungs, whole, half, keep: int, judges: int, draws=100) -> tuple[np.ndarray, float]:
+    """(what the chosen are worth, per task, by seeds that did not choose; inner loops per task).
+
+    whole (tasks, K, seeds); half: after half of the steps, or None. judges: how many seeds judge.
+    """
+    n, k, seeds = whole.shape
+    rng, values = np.random.default_rng(seed_for("race") % 2 ** 32), np.zeros(n)
+    for _ in range(draws):
+        # Which seed comes first is by chance, for each self-edit anew. The last ones judge.
+        mixed = rng.permuted(whole, axis=2)
+
+        def run_rung(pairs, rung, first):
+            known = mixed if rung.steps == 1 else half
+            return [known[i, j, first:first + rung.seeds].tolist() for i, j in pairs]
+
+        scores, loops = race(rungs, n, k, run_rung)
+        chosen = np.argsort(-scores, axis=1, kind="stable")[:, :keep]
+        judged = mixed[:, :, seeds - judges:].mean(axis=2)
+        values += np.take_along_axis(judged, chosen, axis=1).mean(axis=1)
+    return values / draws, loops / n
+
+
+def show(title: str, whole, half, keep: int, judges: int, against: str):
+    """What each rule's choice is worth, with intervals over tasks. half: None if not measured."""
+    # Where half of the steps were tried, there are twice the usual K self-edits.
+    k = whole.shape[1] if half is None else whole.shape[1] // 2
+    values, rows = {}, []
+    for name, (times, rungs) in RULES.items():
+        seeds = judges + sum(rung.seeds for rung in rungs)
+        short = any(rung.steps < 1 for rung in rungs)
+        # Not all rules can be tried on all data.
+        if half is None and (times > 1 or short or seeds > whole.shape[2]):
+            continue
+        some = None if half is None else half[:, :times * k]
+        values[name], loops = worth(rungs, whole[:, :times * k], some, keep, judges)
+        rows.append([name, f"{loops:.1f}", f"{values[name].mean():.3f}"])
+    for row in rows:
+        row.append(over_passages(values[row[0]] - values[against], "+.3f"))
+    rows.insert(0, ["any", 0, f"{whole.mean():.3f}", ""])
+    head = ["rule", "inner loops per task", "worth of the chosen", f"against {against}"]
+    print(f"\n{title}\n\n{table(head, rows)}")
+
+
+def main():
+    ap = flags(__doc__)
+    add_seeds(ap)
+    ap.add_argument("--released", metavar="FILE", help="passages with the authors' verdicts")
+    args = ap.parse_args()
+    wanted = [{"part": "choosing", "seed": seed} for seed in args.seeds]
+    records = complete(ap, args, wanted, lambda line: try_often(line["seed"]))
+    if args.released:
+        whole = released(args.released)
+        show(f"the authors' {len(whole)} passages, the best self-edit", whole, None, keep=1,
+             judges=1, against="two seeds")
+    tried = where(records, part="choosing")
+    whole, half = [np.concatenate([line[name] for line in tried]) for name in ("whole", "half")]
+    show(f"{len(whole)} towns, the two best self-edits", whole, half, keep=2, judges=3,
+         against="three seeds")
+
+
+if __name__ == "__main__":
+    cli(main)
