@@ -81,8 +81,8 @@ def show(kinds, against) -> str:
                      "" if name == against else over_passages(difference, "+.3f"),
                      over_passages(of["first sentence"]), f"{np.mean(of['words']):.0f}",
                      f"{np.mean(of['documents']):.1f}", f"{np.mean(of['seconds']):.0f}"])
-    return table(["kind", "reward", f"minus {against}", "first sentence", "words", "documents", "s"],
-                 rows)
+    head = ["kind", "reward", f"minus {against}", "first sentence", "words", "documents", "s"]
+    return table(head, rows)
 
 
 def main():
