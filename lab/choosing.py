@@ -17,7 +17,7 @@ import numpy as np
 from files import cli, read_json
 from lab.experiment import add_seeds, complete, flags, where
 from lab.halving import RULES, Rung, race, start, trainer
-from lab.show import over_passages, table
+from lab.show import over_passages, print_table
 from outer_loop import next_tasks
 from run import sample_edits
 from selfedit import seed_for
@@ -95,7 +95,7 @@ def show(title: str, whole, half, keep: int, judges: int, against: str):
         row.append(over_passages(values[row[0]] - values[against], "+.3f"))
     rows.insert(0, ["any", 0, f"{whole.mean():.3f}", ""])
     head = ["rule", "inner loops per task", "worth of the chosen", f"against {against}"]
-    print(f"\n{title}\n\n{table(head, rows)}")
+    print_table(head, rows, title)
 
 
 def main():

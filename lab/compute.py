@@ -19,7 +19,7 @@ from inner_loop import answer_each, grade_all
 from lab.crossing import crossings
 from lab.diversity import of_town
 from lab.experiment import complete, each, flags, groups, mean_of
-from lab.show import arrows, error_bars, new_figure, over_seeds, save, table
+from lab.show import arrows, error_bars, new_figure, over_seeds, print_table, save
 from lab.tiny import ANSWERING, RECIPE, add_runs, by_seed, load
 from lab.writers import best_notes, one_form, rephrased, write
 from progress import Meter
@@ -111,11 +111,10 @@ def show(arms: dict[str, list[dict]]):
             same = [(line["accuracy"], seal[line["seed"]]) for line in both]
             one = [(own, other[:1]) for own, other in same]
             passing.append([arm, crossings(KS, same), crossings(KS, one)])
-    for title, head, rows in (
-            ("Accuracy, by the number k of self-edits", KS, accuracy),
-            (f"Passes {SEAL}, from which k on", ["at the same k", "one self-edit of it"], passing),
-            (f"One self-edit -> {KS[-1]} of them", kept, texts)):
-        print(f"\n{title}\n\n{table(['', *head], rows)}")
+    print_table(["", *KS], accuracy, "Accuracy, by the number k of self-edits")
+    print_table(["", "SEAL, round 3, at the same k", "one self-edit of it"], passing,
+                "From which k on an arm passes")
+    print_table(["", *kept], texts, f"One self-edit -> {KS[-1]} of them")
 
 
 def draw(arms: dict[str, list[dict]], file):

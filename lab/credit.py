@@ -16,7 +16,7 @@ from data import tinyworld as world
 from files import at_least, cli, positive
 from inner_loop import ask, grade_all
 from lab.experiment import complete, each, flags, groups, mean_of
-from lab.show import of_seeds, pyplot, save, table
+from lab.show import of_seeds, print_table, pyplot, save
 from lab.tiny import ANSWERING, RECIPE, add_runs, by_seed, load
 from lab.writers import write
 from selfedit import SelfEdit, Task, seed_for
@@ -87,7 +87,7 @@ def show(writers: dict[str, list[dict]]):
         rows.append([name])
         for lines in writers.values():
             rows[-1].append(of_seeds([line["auc"][name] for line in lines]))
-    print("\n" + table(["subsets of documents, score", *writers], rows))
+    print_table(["subsets of documents, score", *writers], rows)
 
 
 def draw(folder, town: int, file):

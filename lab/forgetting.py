@@ -19,7 +19,7 @@ from files import cli
 from inner_loop import make_job
 from lab.experiment import complete, each, flags, groups
 from lab.keeping import Arm, Stream, best_scale, own_texts, rehearsal
-from lab.show import error_bars, new_figure, over_seeds, save, table
+from lab.show import error_bars, new_figure, over_seeds, print_table, save
 from lab.tiny import RECIPE, WRITING, add_runs, by_seed, load, verdicts
 from lora import Adapters
 from progress import Meter
@@ -100,8 +100,8 @@ def show(arms: dict[str, list[dict]]):
         rows.append([name, *over_seeds(learned)])
         for key, form in (("scale", ".2f"), ("trained", ".0f"), ("written", ".0f")):
             rows[-1].append(format(np.mean([line[key] for line in lines]), form))
-    print(table(["arm", "just after its own edit", "all towns, at the end", "scale",
-                 "tokens trained a town", "tokens written for it"], rows))
+    print_table(["arm", "just after its own edit", "all towns, at the end", "scale",
+                 "tokens trained a town", "tokens written for it"], rows)
 
 
 def draw(arms: dict[str, list[dict]], file):

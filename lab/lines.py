@@ -16,7 +16,7 @@ from data import knowledge
 from data.judges import RULES
 from files import Lines, Parser, UserError, at_least, cli, printable, read_json
 from lab.line_kinds import KINDS, classify, plain
-from lab.show import over_passages, save_numbers, table
+from lab.show import over_passages, print_table, save_numbers
 from run import read_settings
 from selfedit import Task, read_self_edit
 
@@ -101,7 +101,7 @@ def by_passage(edits: list[dict]) -> dict[str, list[float]]:
 
 # ------------------------------------------------------------------------------- output
 
-def summary(groups: dict[str, dict]) -> str:
+def show(groups: dict[str, dict]):
     """A Markdown row per group: means and intervals over passages."""
     columns = [*KINDS, "answers", "lines", "words", "distinct", "cut"]
     rows = []
@@ -110,10 +110,10 @@ def summary(groups: dict[str, dict]) -> str:
         for what in columns:
             form = ".1f" if what in ("lines", "words") else ".2f"
             rows[-1].append(over_passages(of[what], form) if of.get(what) else "")
-    return table(["self-edits", "passages", *columns], rows)
+    print_table(["self-edits", "passages", *columns], rows)
 
 
-def show(groups: dict[str, list[dict]], n: int):
+def show_lines(groups: dict[str, list[dict]], n: int):
     """The first n passages, and under each the first self-edit of every group, line by line."""
     firsts = defaultdict(dict)      # passage -> group -> self-edit
     for name, edits in groups.items():
@@ -141,15 +141,15 @@ def main():
                     help="print the self-edits of N passages, each line with its kind")
     args = ap.parse_args()
     if Path(args.runs[0]).is_file():
-        return print(summary(read_json(args.runs[0])))
+        return show(read_json(args.runs[0]))
     groups = {}
     for folder in args.runs:
         groups |= read_groups(folder, args.arm, args.data)
-    show(groups, args.show)
+    show_lines(groups, args.show)
     values = {name: by_passage(edits) for name, edits in groups.items()}
     if args.save:
         save_numbers(args.save, values)
-    print(summary(values))
+    show(values)
 
 
 if __name__ == "__main__":

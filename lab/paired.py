@@ -17,7 +17,7 @@ import numpy as np
 from data.judges import RULES
 from data.text import sentences
 from files import Lines, Parser, UserError, cli, read_json
-from lab.show import over_passages, save_numbers, table
+from lab.show import over_passages, print_table, save_numbers
 
 
 def collect(folders) -> dict[str, dict[str, list[float]]]:
@@ -68,7 +68,7 @@ def first_sentences(rollout) -> float:
     return float(np.mean(RULES["rule"](triples))) if triples else 0.0
 
 
-def show(kinds, against) -> str:
+def show(kinds, against):
     """A Markdown row per kind: rewards, and their differences from one kind."""
     if against not in kinds:
         raise UserError(f"--against {against!r}: choose among {', '.join(kinds)}")
@@ -82,7 +82,7 @@ def show(kinds, against) -> str:
                      over_passages(of["first sentence"]), f"{np.mean(of['words']):.0f}",
                      f"{np.mean(of['documents']):.1f}", f"{np.mean(of['seconds']):.0f}"])
     head = ["kind", "reward", f"minus {against}", "first sentence", "words", "documents", "s"]
-    return table(head, rows)
+    print_table(head, rows)
 
 
 def main():
@@ -99,7 +99,7 @@ def main():
         for name, of in kinds.items():
             rounded[name] = {what: np.round(values, 4).tolist() for what, values in of.items()}
         save_numbers(args.save, rounded)
-    print(show(kinds, args.against or next(iter(kinds))))
+    show(kinds, args.against or next(iter(kinds)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from files import cli
 from lab.experiment import add_seeds, complete, differences, each, flags, gain, groups
 from lab.experiment import last_reward, where
 from lab.halving import RULES, race, start, trainer
-from lab.show import arrows, new_figure, of_seeds, save, table
+from lab.show import arrows, new_figure, of_seeds, print_table, save
 from outer_loop import evaluate, m_step, next_tasks, select
 from run import sample_edits
 from stats import mean_ci
@@ -58,8 +58,8 @@ def show(rules: dict[str, list[dict]]):
                      arrows(np.mean([line["reward"] for line in lines], axis=0)),
                      of_seeds([gain(line) for line in lines], "+.3f"),
                      of_seeds(more, "+.3f") if more else ""])
-    print("\n" + table(["rewards", "inner loops", "held-out reward, by round", "gain",
-                        f"last round, against {USUAL}"], rows))
+    print_table(["rewards", "inner loops", "held-out reward, by round", "gain",
+                 f"last round, against {USUAL}"], rows)
 
 
 def draw(rules: dict[str, list[dict]], file):

@@ -20,7 +20,7 @@ from data import tinyworld
 from files import cli, positive
 from lab.experiment import add_seeds, complete, each, flags, groups
 from lab.lost import begin_round
-from lab.show import new_figure, over_seeds, save, table
+from lab.show import new_figure, over_seeds, print_table, save
 from lab.tiny import TINY, load
 from outer_loop import in_order, m_step, next_tasks, select
 from stats import mean_ci
@@ -75,7 +75,7 @@ def show(arms: dict[float, list[dict]]):
                 learned, lost = line["learned"][t], line["lost"][t]
                 values.append([learned, lost, learned - lost])
             rows.append([f"{weight:g}", t, *over_seeds(values), made_of(lines, t)])
-    print(table(["lambda", "round", "learned", "lost", "learned - lost", "made of"], rows))
+    print_table(["lambda", "round", "learned", "lost", "learned - lost", "made of"], rows)
 
 
 def made_of(lines: list[dict], t: int) -> str:

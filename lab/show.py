@@ -37,12 +37,12 @@ def arrows(values, form=".3f") -> str:
     return " -> ".join(format(value, form) for value in values)
 
 
-def table(head: list, rows: list[list]) -> str:
-    """Markdown."""
-    lines = []
+def print_table(head: list, rows: list[list], title=""):
+    """Print Markdown."""
+    if title:
+        print(f"\n{title}\n")
     for row in (head, ["---"] * len(head), *rows):
-        lines.append("| " + " | ".join(map(str, row)) + " |")
-    return "\n".join(lines)
+        print("| " + " | ".join(map(str, row)) + " |")
 
 
 def save_numbers(file, groups: dict[str, dict]):

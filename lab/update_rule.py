@@ -16,7 +16,7 @@ from files import cli
 from lab.experiment import add_seeds, complete, differences, each, flags, gain
 from lab.experiment import last_reward, where
 from lab.rules import RULES, USUAL, measure
-from lab.show import arrows, new_figure, of_seeds, save, table
+from lab.show import arrows, new_figure, of_seeds, print_table, save
 from stats import mean_ci
 
 
@@ -49,7 +49,7 @@ def show(rules: dict):
     head = ["rule", "outer lr", "held-out reward, by round", "gain",
             f"last round, against {USUAL}", "s.d.", "worst seed", "inner steps", "outer steps",
             "kinds of lines"]
-    print("\n" + table(head, rows))
+    print_table(head, rows)
 
 
 def draw(rules: dict, file):

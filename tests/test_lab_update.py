@@ -52,7 +52,7 @@ def test_runs_are_measured_once_each(few, tmp_path, capsys):
     first = capsys.readouterr().out
     call(update_rule, *words, "--arms", *arms)
 
-    assert capsys.readouterr().out.strip() == first[first.index("\n| rule"):].strip()
+    assert capsys.readouterr().out.strip() == first[first.index("| rule"):].strip()
     lines = read_lines(tmp_path / "out")
     found = [(r["arm"], r["seed"]) for r in lines]
     assert found == [(arm, 0) for arm in arms] + [(arm, 1) for arm in arms]
@@ -352,7 +352,7 @@ def test_both_questions_about_races(few, tmp_path, capsys):
     call(race, *learning)
 
     # Nothing was measured again, and the same tables are shown.
-    begin_1, begin_2 = first.index("\n2 towns, the two best"), first.index("\n| rewards |")
+    begin_1, begin_2 = first.index("\n2 towns, the two best"), first.index("| rewards |")
     end = first.index("\n=== three seeds")
     assert capsys.readouterr().out == first[begin_1:end] + first[begin_2:]
     choice, full, raced, twice = read_lines(tmp_path / "out")
