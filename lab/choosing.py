@@ -11,6 +11,7 @@ lab/halving.py. 5 minutes per seed of the world, on one thread.
 """
 import itertools
 import tempfile
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,6 +45,7 @@ def released(file) -> np.ndarray:
     """(passages, K, 3): the accuracies of the authors' three seeds, from mean and deviation."""
     found = []
     for record in read_json(file):
+        # All accuracies that three seeds can have on n questions.
         n = len(record["questions"])
         possible = np.array(list(itertools.combinations_with_replacement(range(n + 1), 3))) / n
         means, deviations = possible.mean(axis=1), possible.std(axis=1, ddof=1)
@@ -55,47 +57,51 @@ def released(file) -> np.ndarray:
     return np.array(found)
 
 
-def worth(rungs, whole, half, keep: int, judges: int, draws=100) -> tuple[np.ndarray, float]:
-    """(what the chosen are worth, per task, by seeds that did not choose; inner loops per task).
+@dataclass
+class Tried:
+    """Self-edits that were tried with many seeds, and how a choice among them is judged."""
+    whole: np.ndarray   # (tasks, K, seeds): accuracies
+    half: np.ndarray    # (tasks, K, seeds): the same after half of the training steps
+    keep: int           # self-edits of a task that are chosen
+    judges: int         # seeds that judge the choice, and do not choose
 
-    whole (tasks, K, seeds); half: after half of the steps, or None. judges: how many seeds judge.
-    """
-    n, k, seeds = whole.shape
+    def first(self, k: int) -> "Tried":
+        """With k self-edits of each task alone."""
+        return replace(self, whole=self.whole[:, :k], half=self.half[:, :k])
+
+
+def worth(rungs: list[Rung], tried: Tried, draws=100) -> tuple[np.ndarray, float]:
+    """(what the chosen are worth (tasks,), by seeds that did not choose; inner loops per task)."""
+    n, k, seeds = tried.whole.shape
     rng, values = np.random.default_rng(seed_for("race") % 2 ** 32), np.zeros(n)
     for _ in range(draws):
         # Which seed comes first is by chance, for each self-edit anew. The last ones judge.
-        mixed = rng.permuted(whole, axis=2)
+        mixed = rng.permuted(tried.whole, axis=2)
 
         def run_rung(pairs, rung, first):
-            known = mixed if rung.steps == 1 else half
+            known = mixed if rung.steps == 1 else tried.half
             return [known[i, j, first:first + rung.seeds].tolist() for i, j in pairs]
 
         scores, loops = race(rungs, n, k, run_rung)
-        chosen = np.argsort(-scores, axis=1, kind="stable")[:, :keep]
-        judged = mixed[:, :, seeds - judges:].mean(axis=2)
+        chosen = np.argsort(-scores, axis=1, kind="stable")[:, :tried.keep]
+        judged = mixed[:, :, seeds - tried.judges:].mean(axis=2)
         values += np.take_along_axis(judged, chosen, axis=1).mean(axis=1)
     return values / draws, loops / n
 
 
-def show(title: str, whole, half, keep: int, judges: int, against: str):
-    """What each rule's choice is worth, with intervals over tasks. half: None if not measured."""
-    # Where half of the steps were tried, there are twice the usual K self-edits.
-    k = whole.shape[1] if half is None else whole.shape[1] // 2
-    values, rows = {}, []
-    for name, (times, rungs) in RULES.items():
-        seeds = judges + sum(rung.seeds for rung in rungs)
-        short = any(rung.steps < 1 for rung in rungs)
-        # Not all rules can be tried on all data.
-        if half is None and (times > 1 or short or seeds > whole.shape[2]):
-            continue
-        some = None if half is None else half[:, :times * k]
-        values[name], loops = worth(rungs, whole[:, :times * k], some, keep, judges)
-        rows.append([name, f"{loops:.1f}", f"{values[name].mean():.3f}"])
-    for row in rows:
-        row.append(over_passages(values[row[0]] - values[against], "+.3f"))
-    rows.insert(0, ["any", 0, f"{whole.mean():.3f}", ""])
-    head = ["rule", "inner loops per task", "worth of the chosen", f"against {against}"]
-    print_table(head, rows, title)
+def show(title: str, tried: Tried, k: int, names, against: str):
+    """What the choice of each rule is worth, with intervals over tasks. k: the usual K."""
+    values, loops = {}, {}
+    for name in names:
+        times, rungs = RULES[name]
+        values[name], loops[name] = worth(rungs, tried.first(times * k))
+    rows = [["any", 0, f"{tried.whole.mean():.3f}", ""]]
+    for name, value in values.items():
+        # Task by task.
+        more = over_passages(value - values[against], "+.3f")
+        rows.append([name, f"{loops[name]:.1f}", f"{value.mean():.3f}", more])
+    print_table(["rule", "inner loops per task", "worth of the chosen", f"against {against}"],
+                rows, title)
 
 
 def main():
@@ -107,12 +113,15 @@ def main():
     records = complete(ap, args, wanted, lambda line: try_often(line["seed"]))
     if args.released:
         whole = released(args.released)
-        show(f"the authors' {len(whole)} passages, the best self-edit", whole, None, keep=1,
-             judges=1, against="two seeds")
-    tried = where(records, part="choosing")
-    whole, half = [np.concatenate([line[name] for line in tried]) for name in ("whole", "half")]
-    show(f"{len(whole)} towns, the two best self-edits", whole, half, keep=2, judges=3,
-         against="three seeds")
+        # Half of the steps were never tried.
+        authors = Tried(whole, half=whole[:, :, :0], keep=1, judges=1)
+        show(f"the authors' {len(whole)} passages, the best self-edit", authors, whole.shape[1],
+             ("one seed", "two seeds", "one, one more for 1/2"), against="two seeds")
+    lines = where(records, part="choosing")
+    whole, half = [np.concatenate([line[name] for line in lines]) for name in ("whole", "half")]
+    # There are twice the usual K self-edits.
+    show(f"{len(whole)} towns, the two best self-edits", Tried(whole, half, keep=2, judges=3),
+         whole.shape[1] // 2, RULES, against="three seeds")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ verdicts or the probability of the gold answer. What is best is judged by the tr
 world knows which fact a line states, and in which direction. AUC: how often a line that states an
 answer has more credit for it than a line that does not. 1.5 minutes for a writer and a seed.
 """
+from itertools import product
+
 import numpy as np
 
 from credit import DESIGNS, credit, gold_probability, learn, regress, subsets
@@ -21,6 +23,7 @@ from lab.tiny import ANSWERING, RECIPE, add_runs, by_seed, load
 from lab.writers import write
 from selfedit import SelfEdit, Task, seed_for
 
+SCORES = ("probability", "verdict")         # of the gold answer; of the model's own
 WRITERS = {"untrained": 0, "round 3": 3}    # t of the theta_t that writes; theta_0 learns
 
 
@@ -47,20 +50,22 @@ def auc(credits, stated):
 def judge_credit(model, tok, task: Task, edit: SelfEdit, seed: int) -> dict[str, float]:
     """{design, score: AUC} of a self-edit."""
     stated = truth(task, edit)
-    # The subsets of all designs are trained and asked together.
+    # The subsets of all designs are trained and asked together, which is faster.
     designs = [subsets(name, len(edit.documents), seed) for name in DESIGNS]
     adapters = learn(model, tok, edit, np.vstack(designs), RECIPE, seed)
     likely = gold_probability(model, tok, task, adapters)
     answers = ask(model, tok, [[task]] * adapters.n, ANSWERING, adapters)
     right = grade_all([task] * adapters.n, [answer.texts for (answer,) in answers])
-    # Each design has the scores of its own subsets. The passage is no line: its credit is left out.
-    found, end = {}, 0
+    scores = {"probability": likely, "verdict": np.array(right, float)}
+    found, begin = {}, 0
     for name, design in zip(DESIGNS, designs):
-        own = slice(end, end + len(design))
-        end += len(design)
-        for what, scores in (("probability", likely), ("verdict", np.array(right, float))):
-            lines = regress(design, scores[own])[:len(stated)]
-            found[f"{name}, {what}"] = auc(lines, stated)
+        # Each design has the scores of its own subsets.
+        end = begin + len(design)
+        for what in SCORES:
+            credits = regress(design, scores[what][begin:end])
+            # The passage is no line: its credit, the last one, is left out.
+            found[f"{name}, {what}"] = auc(credits[:len(stated)], stated)
+        begin = end
     return found
 
 
@@ -83,10 +88,11 @@ def measure(writer: str, seed: int, folder, n: int) -> dict:
 def show(writers: dict[str, list[dict]]):
     """AUCs, with intervals over seeds."""
     rows = []
-    for name in next(iter(writers.values()))[0]["auc"]:
-        rows.append([name])
+    for design, what in product(DESIGNS, SCORES):
+        rows.append([f"{design}, {what}"])
         for lines in writers.values():
-            rows[-1].append(of_seeds([line["auc"][name] for line in lines]))
+            aucs = [line["auc"][f"{design}, {what}"] for line in lines]
+            rows[-1].append(of_seeds(aucs))
     print_table(["subsets of documents, score", *writers], rows)
 
 

@@ -40,17 +40,18 @@ def complete(ap, args, wanted: list[dict], measure, settings=()) -> list[dict]:
     UserError: one of them was made with another value."""
     done = Lines(args.out)
     shared = {name: getattr(args, name) for name in settings}
-    for name, value in shared.items():
-        # A line that is older than a flag was made with its default.
-        usual = ap.get_default(name)
-        if any(line.get(name, usual) != value for line in done.records):
-            raise UserError(f"{args.out} has lines of another {flag(name)}; name another --out")
+    for line in done.records:
+        for name, value in shared.items():
+            # A line that is older than a flag was made with its default.
+            if line.get(name, ap.get_default(name)) != value:
+                raise UserError(f"{args.out} has lines of another {flag(name)}; name another --out")
 
     for this in wanted:
         if where(done.records, **this):
             continue
         begin = time.time()
         found = measure(this)
+        # Some count their seconds in a way of their own.
         found.setdefault("seconds", round(time.time() - begin))
         done.add(this | shared | found)
         print(f"{', '.join(map(str, this.values()))}: {found['seconds']} s", flush=True)
@@ -68,8 +69,12 @@ def where(records: list[dict], **values) -> list[dict]:
 
 def groups(records: list[dict], kind: str, names) -> dict[str, list[dict]]:
     """{name: its lines} of the arms that have some, in this order. kind: "arm", "rule", ..."""
-    found = {name: where(records, **{kind: name}) for name in names}
-    return {name: own for name, own in found.items() if own}
+    found = {}
+    for name in names:
+        own = where(records, **{kind: name})
+        if own:
+            found[name] = own
+    return found
 
 
 def differences(lines: list[dict], others: list[dict], value) -> list:
@@ -78,7 +83,11 @@ def differences(lines: list[dict], others: list[dict], value) -> list:
     A seed has the same towns and the same first self-edits in both. What makes a seed hard for both
     cancels, and does not widen the interval."""
     reference = {line["seed"]: value(line) for line in others}
-    return [value(line) - reference[line["seed"]] for line in lines if line["seed"] in reference]
+    found = []
+    for line in lines:
+        if line["seed"] in reference:
+            found.append(value(line) - reference[line["seed"]])
+    return found
 
 
 def last_reward(line: dict) -> float:

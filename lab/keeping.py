@@ -41,6 +41,7 @@ class Arm:
 def rehearsal(stream: Stream, arm: Arm, k: int) -> list:
     """Examples: self-edits of towns before the k-th, as they were or as the model remembers them.
     """
+    # All arms rehearse the same towns.
     draw = random.Random(seed_for(stream.seed, k, "earlier"))
     chosen = draw.sample(range(k), min(k, arm.replay))
     old = [stream.edits[i] for i in chosen]
@@ -60,6 +61,7 @@ def own_texts(model, tok, n: int, seed: int) -> list:
     The loss on a sample of the old model is, in the mean, KL(old || new) and a constant."""
     towns = random.Random(seed).sample(tinyworld.load("train"), n)
     seeds = [[seed_for(seed, i)] for i in range(n)]
+    # Samples of the model's own distribution, which neither temperature nor a nucleus changes.
     as_it_is = replace(WRITING, temperature=1, top_p=1)
     examples = []
     for town, (edit,) in zip(towns, sample_self_edits(model, tok, towns, as_it_is, seeds)):
@@ -72,6 +74,7 @@ def best_scale(model, job: Job, weights, old: list) -> float:
     # A step with learning rate 0 changes nothing, and says the loss before it.
     still = replace(job.recipe, lr=0, epochs=1, batch=10 ** 6)
     totals = np.zeros(len(GRID))
+    # The first towns have nothing old beside them.
     for examples in filter(None, (job.examples, old)):
         tried = replace(job, examples=examples, recipe=still)
         jobs = [replace(tried, start=scaled(weights, scale)) for scale in GRID]

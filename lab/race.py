@@ -27,6 +27,7 @@ def learn(rule: str, seed: int) -> dict:
     times, rungs = RULES[rule]
     loops = 0.0
     print(f"\n=== {rule}, seed {seed}", flush=True)
+    # Of the run's folder nothing is kept but the line.
     with tempfile.TemporaryDirectory() as folder:
         run, train = start(seed, folder, times)
         cfg = run.cfg
@@ -34,13 +35,13 @@ def learn(rule: str, seed: int) -> dict:
         for t in range(cfg.iterations):
             model = run.load(t)
             evaluate(cfg, run, model, held_out, t)
-            # E-step.
+            # E-step, in which score_edits of run.py would give all self-edits as many seeds.
             tasks = next_tasks(train, t, cfg.tasks)
             edits = sample_edits(run, model, tasks, t, "train", cfg.edits)
             run_rung = trainer(run, model, tasks, edits, t)
             scores, taken = race(rungs, cfg.tasks, cfg.edits, run_rung)
             loops += taken
-            # M-step.
+            # M-step. Who dropped out of the race is below all others, and is not kept.
             kept = select(cfg, scores.tolist(), edits, [0.0] * cfg.tasks, t)
             m_step(cfg, run, model, [(tasks[i], edits[i][j], 1.0) for i, j in kept], t)
             run.save(t + 1, model)

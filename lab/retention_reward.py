@@ -41,6 +41,7 @@ def run_arm(weight: float, seed: int, n_train: int, n_eval: int) -> dict:
     record = {"learned": [], "lost": [], "known": [], "tokens": [], "made of": []}
     for t in range(ROUNDS + 1):
         this = begin_round(cfg, policy, tok, earlier, t)
+        # Held-out towns say what the policy has become.
         edits, found = this.try_edits(held_out, "eval", cfg.eval_edits)
         tokens = []
         for row in edits:
@@ -59,6 +60,7 @@ def run_arm(weight: float, seed: int, n_train: int, n_eval: int) -> dict:
         rewards = found[..., 0] - weight * found[..., 1]
         kept = select(cfg, rewards.tolist(), edits, [0.0] * len(tasks), t)
         learned = [(tasks[i], edits[i][j], 1.0) for i, j in kept]
+        # Of a run the M-step needs no more than this.
         quiet_run = SimpleNamespace(tok=tok, log=lambda line: None)
         m_step(cfg, quiet_run, policy, learned, t)
 

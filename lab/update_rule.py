@@ -34,6 +34,7 @@ def show(rules: dict):
     usual = rules.get((USUAL, RULES[USUAL][1]), [])
     rows = []
     for (arm, lr), lines in rules.items():
+        # A rule may gain much in the mean and yet break with some seed: hence its worst one.
         gains = [gain(line) for line in lines]
         spread = np.std(gains, ddof=1) if len(gains) > 1 else math.nan
         more = differences(lines, usual, last_reward)
@@ -60,6 +61,7 @@ def draw(rules: dict, file):
         mean, half = mean_ci(gains)
         axes.plot(gains, [y] * len(lines), ".", color="#bbb")
         axes.errorbar(mean, [y], xerr=np.nan_to_num(half), color="#1f77b4", marker="o", capsize=3)
+    # No gain.
     axes.axvline(0, color="#777", linestyle="--")
     axes.set_yticks(range(len(rules)), [f"{arm}, {lr:g}" for arm, lr in rules])
     axes.invert_yaxis()
@@ -72,6 +74,7 @@ def main():
     ap.add_argument("--runs", required=True, type=Path, help="where the runs' folders go")
     ap.add_argument("--arms", nargs="+", choices=RULES, default=list(RULES), metavar="RULE")
     args = ap.parse_args()
+    # The split and the rate are part of what is wanted, as a file has lines of several.
     wanted = []
     for unit in each("arm", args.arms, args.seeds):
         arm, seed = unit["arm"], unit["seed"]

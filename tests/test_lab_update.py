@@ -279,13 +279,16 @@ def test_the_worth_of_a_choice_is_judged_by_other_seeds():
     whole = np.full((1, 4, 6), 0.5)
     whole[0, 2:] = [1.0, 0, 0, 0, 0, 0]
 
-    (value,), loops = choosing.worth([Rung(1, 3)], whole, None, keep=2, judges=3, draws=400)
-    (all_equal,), _ = choosing.worth([Rung(1, 1)], np.full((1, 4, 6), 0.5), None, 2, 3, draws=2)
+    lucky = choosing.Tried(whole, whole[:, :, :0], keep=2, judges=3)
+    alike = choosing.Tried(np.full((1, 4, 6), 0.5), whole[:, :, :0], keep=2, judges=3)
+
+    (value,), loops = choosing.worth([Rung(1, 3)], lucky, draws=400)
+    (all_equal,), _ = choosing.worth([Rung(1, 1)], alike, draws=2)
 
     # A lucky one has a mean of 1/3 by three seeds, so it is never chosen; nor by them judged.
     assert (value, loops) == (pytest.approx(0.5), 4 * 3)
     assert all_equal == 0.5
-    (by_one,), _ = choosing.worth([Rung(1, 1)], whole, None, keep=2, judges=3, draws=400)
+    (by_one,), _ = choosing.worth([Rung(1, 1)], lucky, draws=400)
     assert 0.3 < by_one < 0.5       # luck is chosen, and is not there when it is judged
 
 
