@@ -104,7 +104,7 @@ def show(arms: dict[str, list[dict]]):
         texts.append([arm])
         for name in kept:
             means = np.mean([line[name] for line in lines], axis=0)
-            texts[-1].append(arrows([means[0], means[-1]], ".4g"))
+            texts[-1].append(arrows([means[0], means[-1]], ".3g"))
         # Of the seeds that both have.
         both = [line for line in lines if line["seed"] in seal]
         if both and "round" not in arm:
