@@ -16,7 +16,7 @@ import numpy as np
 from data import tinyworld
 from files import cli, positive
 from inner_loop import answer_each, grade_all
-from lab.crossing import crossings
+from lab.crossing import where_passed
 from lab.diversity import of_town
 from lab.experiment import complete, each, flags, groups, mean_of
 from lab.show import arrows, error_bars, new_figure, over_seeds, print_table, save
@@ -97,7 +97,6 @@ def one_job(model, tok, documents: list[str], seed: int) -> Job:
 def show(arms: dict[str, list[dict]]):
     """Accuracy, where arms without reinforcement pass SEAL, and what the texts are like."""
     kept = ("facts covered, forward", "facts covered, reversed", "compression", "distinct lines")
-    seal = {line["seed"]: line["accuracy"] for line in arms.get(SEAL, [])}
     accuracy, passing, texts = [], [], []
     for arm, lines in arms.items():
         accuracy.append([arm, *over_seeds([line["accuracy"] for line in lines])])
@@ -105,14 +104,10 @@ def show(arms: dict[str, list[dict]]):
         for name in kept:
             means = np.mean([line[name] for line in lines], axis=0)
             texts[-1].append(arrows([means[0], means[-1]], ".3g"))
-        # Of the seeds that both have.
-        both = [line for line in lines if line["seed"] in seal]
-        if both and "round" not in arm:
-            same = [(line["accuracy"], seal[line["seed"]]) for line in both]
-            one = [(own, other[:1]) for own, other in same]
-            passing.append([arm, crossings(KS, same), crossings(KS, one)])
+        if "round" not in arm:
+            passing.append([arm, *where_passed(KS, lines, arms.get(SEAL, []))])
     print_table(["", *KS], accuracy, "Accuracy, by the number k of self-edits")
-    print_table(["", "SEAL, round 3, at the same k", "one self-edit of it"], passing,
+    print_table(["", f"{SEAL}, at the same k", "one self-edit of it"], passing,
                 "From which k on an arm passes")
     print_table(["", *kept], texts, f"One self-edit -> {KS[-1]} of them")
 

@@ -1,7 +1,7 @@
 """From where on is one curve above another? For lab/compute.py, over numbers of self-edits."""
 import numpy as np
 
-from stats import mean_ci
+from stats import mean_ci, with_interval
 
 
 def crossing(ks, curve, other) -> float | None:
@@ -24,11 +24,27 @@ def crossings(ks, pairs) -> str:
 
     pairs: (curve, other) of each seed."""
     found = [crossing(ks, curve, other) for curve, other in pairs]
+    if not found:
+        return ""
     logs = [[np.log(k)] for k in found if k is not None]
     if not logs:
         return f"in none of {len(found)}"
     (mean,), (half,) = mean_ci(logs)
-    interval = ""
+    words = f"{np.exp(mean):.1f}"
+    # A single seed has no interval.
     if not np.isnan(half):
-        interval = f" [{np.exp(mean - half):.1f}, {np.exp(mean + half):.1f}]"
-    return f"{np.exp(mean):.1f}{interval}, in {len(logs)} of {len(found)}"
+        words = with_interval(np.exp(mean), np.exp([mean - half, mean + half]), ".1f")
+    return f"{words}, in {len(logs)} of {len(found)}"
+
+
+def where_passed(ks, lines: list[dict], others: list[dict]) -> tuple[str, str]:
+    """From which k on the accuracy of an arm is above another arm's at the same k, and above that
+    at the first k, seed by seed. lines, others: of the two arms."""
+    reference = {line["seed"]: line["accuracy"] for line in others}
+    same, first = [], []
+    for line in lines:
+        if line["seed"] in reference:
+            other = reference[line["seed"]]
+            same.append((line["accuracy"], other))
+            first.append((line["accuracy"], other[:1]))
+    return crossings(ks, same), crossings(ks, first)

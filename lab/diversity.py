@@ -11,14 +11,17 @@ from selfedit import SelfEdit
 
 def of_town(edits: list[SelfEdit], passage: str) -> dict[str, float]:
     """Of all self-edits of a town together, with the share of its facts that they state."""
+    # An empty self-edit is an empty line.
     lines = "\n".join(edit.text for edit in edits).splitlines() or [""]
     text = "\n".join(lines).encode()
     found = {"compression": len(text) / len(zlib.compress(text, 9)),
              "distinct lines": len(set(lines)) / len(lines)}
     stated = {tinyworld.taught(line, passage) for line in set(lines)}
     for kind in ("forward", "reversed"):
-        facts = [fact for fact in tinyworld.asked(passage).values() if fact[1] == kind]
-        covered = [fact in stated for fact in facts]
+        covered = []
+        for relation, direction in tinyworld.asked(passage).values():
+            if direction == kind:
+                covered.append((relation, direction) in stated)
         found[f"facts covered, {kind}"] = np.mean(covered)
     return found
 

@@ -25,11 +25,11 @@ class Edits(Lines):
     """edits.jsonl or rollouts.jsonl: where a self-edit belongs, and its text."""
 
     def check(self, r):
-        texts = [r["split"], r["text"], r.get("arm", ""), r.get("title", "")]
-        if not (all(type(number) is int for number in (r["iteration"], r["task"]))
-                and all(isinstance(text, str) for text in texts)
-                and isinstance(r["token_ids"], list)):
-            raise ValueError("a value of another kind than a run writes")
+        kinds = {int: [r["iteration"], r["task"]], list: [r["token_ids"]],
+                 str: [r["split"], r["text"], r.get("arm", ""), r.get("title", "")]}
+        for kind, values in kinds.items():
+            if not all(type(value) is kind for value in values):
+                raise ValueError("a value of another kind than a run writes")
 
 
 def read_groups(folder, arms=(), data=None) -> dict[str, list[dict]]:
@@ -67,15 +67,17 @@ def read_groups(folder, arms=(), data=None) -> dict[str, list[dict]]:
 
 def lines_of(task: Task, text: str) -> list[str]:
     """The documents of a self-edit, without their title and without the passage."""
-    documents = [document.split("\n", 1)[1] for document in read_self_edit(task, text).documents]
-    return documents[:-1]
+    documents = read_self_edit(task, text).documents[:-1]
+    return [document.split("\n", 1)[1] for document in documents]
 
 
 def measure(edit: dict) -> dict:
     """What one self-edit is made of; shares of its lines, if it has any."""
     task, lines = edit["task"], edit["lines"]
     # How many answers stand in a line: what can be learned from it of what will be asked.
-    said = [any(RULES["rule"]([("", answer, line) for line in lines])) for answer in task.answers]
+    said = []
+    for answer in task.answers:
+        said.append(any(RULES["rule"]([("", answer, line) for line in lines])))
     found = {"lines": len(lines), "answers": float(np.mean(said))}
     if "cut" in edit:
         found["cut"] = float(edit["cut"])

@@ -55,9 +55,10 @@ def show(rules: dict[str, list[dict]]):
     rows = []
     for rule, lines in rules.items():
         more = differences(lines, rules.get(USUAL, []), last_reward)
-        rows.append([rule, f"{np.mean([line['inner loops'] for line in lines]):.0f}",
-                     arrows(np.mean([line["reward"] for line in lines], axis=0)),
-                     of_seeds([gain(line) for line in lines], "+.3f"),
+        loops = np.mean([line["inner loops"] for line in lines])
+        rewards = np.mean([line["reward"] for line in lines], axis=0)
+        gains = [gain(line) for line in lines]
+        rows.append([rule, f"{loops:.0f}", arrows(rewards), of_seeds(gains, "+.3f"),
                      of_seeds(more, "+.3f") if more else ""])
     print_table(["rewards", "inner loops", "held-out reward, by round", "gain",
                  f"last round, against {USUAL}"], rows)

@@ -164,8 +164,8 @@ def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(tmp_path
 
 def test_the_table_of_lambdas_by_hand(capsys):
     records = []
-    for seed, lost in ((0, .2), (1, .4)):
-        records.append({"lambda": .5, "seed": seed, "learned": [.6, .8], "lost": [.5, lost],
+    for seed, last in ((0, .2), (1, .4)):
+        records.append({"lambda": .5, "seed": seed, "learned": [.6, .8], "lost": [.5, last],
                         "known": [.9, .9], "tokens": [70, 80],
                         "made of": [{"copy": 1.0}, {"copy": .4, "rare": .01}]})
 
