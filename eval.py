@@ -39,7 +39,7 @@ from run import Run, print_of_data, print_of_model
 from run import sample_edits, score_edits, unadapted, verdicts
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from sft import Job, sft
-from stats import bootstrap_ci, forgetting, share_changed
+from stats import bootstrap_ci, forgetting, share_changed, with_interval
 
 # ------------------------------------------------------------------------------- rows of a table
 
@@ -105,12 +105,12 @@ def print_table(table: Table, name: str, reference: dict):
     for row in table.rows:
         row["mean"] = float(np.mean(row["accuracy"]))
         row["ci"] = bootstrap_ci(row["accuracy"])
-        line = f"{row['row']:>32}  {with_interval(row['mean'], row['ci'])}  "
+        line = f"{row['row']:>32}  {with_interval(row['mean'], row['ci'], '6.3f')}  "
         if row is not reference:
             difference = np.subtract(row["accuracy"], reference["accuracy"])
             row["difference"] = float(difference.mean())
             row["difference_ci"] = bootstrap_ci(difference)
-            line += f" {with_interval(row['difference'], row['difference_ci'])}"
+            line += f" {with_interval(row['difference'], row['difference_ci'], '6.3f')}"
         if "gained" in row:
             line = f"{line:<92}{row['gained']:6.3f} {row['lost']:6.3f}"
             line += f" {row['cut']:6.3f}" if "cut" in row else f" {'-':>6}"
@@ -123,11 +123,6 @@ def print_table(table: Table, name: str, reference: dict):
         page.refresh(run)
     run.log("gained: of the questions missed without adaptation; lost: of those known; "
             f"cut: answers at the cap. Also in {path}")
-
-
-def with_interval(mean, interval):
-    low, high = interval
-    return f"{mean:6.3f} [{low:6.3f}, {high:6.3f}]"
 
 
 # ------------------------------------------------------------------------------- one passage

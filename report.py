@@ -5,6 +5,7 @@ from config import Config
 from files import printable
 from run import Run
 from selfedit import SelfEdit, Task
+from stats import with_interval
 
 
 def opening(cfg: Config) -> str:
@@ -34,8 +35,7 @@ def curve(metrics: list[dict], width=40) -> str:
 
 def iteration_line(m: dict) -> str:
     """A line of metrics.jsonl, for people."""
-    low, high = m["eval_ci"]
-    reward = f"{m['eval_reward']:.3f} [{low:.3f}, {high:.3f}]{in_brackets(m['eval_by_kind'])}"
+    reward = with_interval(m["eval_reward"], m["eval_ci"]) + in_brackets(m["eval_by_kind"])
     return (f"iteration {m['iteration']}: held-out reward {reward} on {m['eval_tasks']} tasks, "
             f"un-adapted {m['eval_unadapted']:.3f}")
 

@@ -13,6 +13,12 @@ def bootstrap_ci(values, level=0.95, draws=10_000):
     return np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
+def with_interval(mean, interval, form=".3f"):
+    """'0.639 [0.601, 0.677]': a mean and the ends of its interval, in words."""
+    low, high = interval
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
 def mean_ci(rows):
     """(mean, half of the 95 % interval) over runs, by Student's t. rows (runs, columns)."""
     rows = np.asarray(rows, float)

@@ -1,31 +1,29 @@
 """Which line of a self-edit taught which answer? Its lines are left out, and the answers change.
 
-    python -m lab.credit RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--seeds 3] [--svg FILE --town 5]
+    python -m lab.credit RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE --town 5]
 
-RUN_DIR: finished runs of `python outer_loop.py --seed S`, one for each seed. A self-edit is learned
-by theta_0 from many subsets of its documents, all side by side, and the answers are regressed on
-which documents were there: with one left out, with only one, or random halves. The answers are
-their verdicts or the probability of the gold answer. What is best is judged by the truth, as the
-tiny world knows which fact a line states, and in which direction. AUC: how often a line that states
-an answer has more credit for it than a line that does not (a mean over self-edits). --svg: the
-credit in one town's self-edit by the writer after round 3. A line per writer and seed; the same
-command resumes. 3 minutes per seed on one thread.
+A self-edit by the writer of a finished run (`python outer_loop.py --seed S`) is learned by theta_0
+from many subsets of its documents, all side by side, and the answers are regressed on which
+documents were there: with one left out, with only one, or random halves. The answers are their
+verdicts or the probability of the gold answer. What is best is judged by the truth, as the tiny
+world knows which fact a line states, and in which direction. AUC: how often a line that states an
+answer has more credit for it than a line that does not. 1.5 minutes for a writer and a seed.
 """
-import time
+from itertools import product
 
 import numpy as np
 
-from config import inner_recipe
 from credit import DESIGNS, credit, gold_probability, learn, regress, subsets
 from data import tinyworld as world
-from files import Parser, at_least, cli
+from files import at_least, cli, positive
 from inner_loop import ask, grade_all
-from lab.compute import ANSWERING, TINY, add_flags, load, mean_of, work, write
-from lab.curve import pyplot, save, with_interval
+from lab.experiment import complete, each, flags, groups, mean_of
+from lab.show import of_seeds, print_table, pyplot, save
+from lab.tiny import ANSWERING, RECIPE, add_runs, by_seed, load
+from lab.writers import write
 from selfedit import SelfEdit, Task, seed_for
-from stats import mean_ci
 
-RECIPE = inner_recipe(TINY)
+SCORES = ("probability", "verdict")         # of the gold answer; of the model's own
 WRITERS = {"untrained": 0, "round 3": 3}    # t of the theta_t that writes; theta_0 learns
 
 
@@ -52,52 +50,50 @@ def auc(credits, stated):
 def judge_credit(model, tok, task: Task, edit: SelfEdit, seed: int) -> dict[str, float]:
     """{design, score: AUC} of a self-edit."""
     stated = truth(task, edit)
-    # The subsets of all designs are trained and asked together.
+    # The subsets of all designs are trained and asked together, which is faster.
     designs = [subsets(name, len(edit.documents), seed) for name in DESIGNS]
     adapters = learn(model, tok, edit, np.vstack(designs), RECIPE, seed)
     likely = gold_probability(model, tok, task, adapters)
     answers = ask(model, tok, [[task]] * adapters.n, ANSWERING, adapters)
     right = grade_all([task] * adapters.n, [answer.texts for (answer,) in answers])
-    # Each design has the scores of its own subsets. The passage is no line: its credit is left out.
-    found, end = {}, 0
+    scores = {"probability": likely, "verdict": np.array(right, float)}
+    found, begin = {}, 0
     for name, design in zip(DESIGNS, designs):
-        own = slice(end, end + len(design))
-        end += len(design)
-        for what, scores in (("probability", likely), ("verdict", np.array(right, float))):
-            lines = regress(design, scores[own])[:len(stated)]
-            found[f"{name}, {what}"] = auc(lines, stated)
+        # Each design has the scores of its own subsets.
+        end = begin + len(design)
+        for what in SCORES:
+            credits = regress(design, scores[what][begin:end])
+            # The passage is no line: its credit, the last one, is left out.
+            found[f"{name}, {what}"] = auc(credits[:len(stated)], stated)
+        begin = end
     return found
 
 
 def measure(writer: str, seed: int, folder, n: int) -> dict:
     """A line: how well credit agrees with the truth, in self-edits of the first n held-out towns.
-    One of which no line states an answer can't be judged."""
-    begin = time.time()
+    """
     tasks = world.load("eval")[:n]
     edits = write(WRITERS[writer], folder, tasks, seed, 1)
     model, tok = load(0, folder)
     found = []
     for i, (task, (edit,)) in enumerate(zip(tasks, edits)):
+        # One of which no line states an answer can't be judged.
         if truth(task, edit).any():
             found.append(judge_credit(model, tok, task, edit, seed_for(seed, "credit", i)))
-    return {"writer": writer, "seed": seed, "towns": n, "judged": len(found),
-            "auc": mean_of(found), "seconds": round(time.time() - begin)}
+    return {"judged": len(found), "auc": mean_of(found)}
 
 
-# ------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------- what came out
 
-def show(records):
-    """AUCs with intervals over seeds, as a Markdown table."""
-    print("\n| subsets of documents, score | " + " | ".join(WRITERS) + " |\n|---|---|---|")
-    for name in records[0]["auc"]:
-        cells = []
-        for writer in WRITERS:
-            rows = [[r["auc"][name]] for r in records if r["writer"] == writer]
-            cells.append("")
-            if rows:
-                (mean,), (half,) = mean_ci(rows)
-                cells[-1] = with_interval(mean, half, ".3f")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+def show(writers: dict[str, list[dict]]):
+    """AUCs, with intervals over seeds."""
+    rows = []
+    for design, what in product(DESIGNS, SCORES):
+        rows.append([f"{design}, {what}"])
+        for lines in writers.values():
+            aucs = [line["auc"][f"{design}, {what}"] for line in lines]
+            rows[-1].append(of_seeds(aucs))
+    print_table(["subsets of documents, score", *writers], rows)
 
 
 def draw(folder, town: int, file):
@@ -120,11 +116,19 @@ def draw(folder, town: int, file):
 
 
 def main():
-    ap = Parser(description=" ".join(__doc__.split("\n\n")[0].split()))
-    add_flags(ap)
+    ap = flags(__doc__)
+    add_runs(ap)
+    ap.add_argument("--towns", type=positive, default=12, help="held-out ones (default: 12)")
     ap.add_argument("--town", type=at_least(0), default=0, help="which is drawn (default: 0)")
     args = ap.parse_args()
-    show(work(args, "writer", WRITERS, measure))
+    folders = by_seed(args.runs)
+
+    def measure_one(line):
+        return measure(line["writer"], line["seed"], folders[line["seed"]], args.towns)
+
+    wanted = each("writer", WRITERS, sorted(folders))
+    records = complete(ap, args, wanted, measure_one, settings=["towns"])
+    show(groups(records, "writer", WRITERS))
     if args.svg:
         draw(args.runs[0], args.town, args.svg)
 

@@ -4,14 +4,13 @@
 
 Runs that differ in their seed alone belong together; intervals are over seeds.
 """
-import io
 from pathlib import Path
 
 import numpy as np
 
-from files import Lines, Parser, UserError, cli, printable, replace_file
+from files import Lines, Parser, UserError, cli, printable
+from lab.show import error_bars, new_figure, of_seeds, over_seeds, save
 from run import read_settings
-from stats import mean_ci
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 # What settings mean, in a figure's legend.
@@ -19,8 +18,6 @@ MEANING = {"update best": "the best self-edits are kept",
            "update solved": "self-edits that solved their puzzle are kept",
            "update random": "any self-edits are kept (control)",
            "directives": "each chooses its learning rate and epochs"}
-
-
 # What does not set runs apart: names and paths, and what run.py adds to its settings.
 ALIKE = ("seed", "run_dir", "model", "verbose", "program", "own", "content")
 
@@ -78,41 +75,38 @@ def json_value(value):
     return repr(value) if isinstance(value, (list, dict)) else value
 
 
-def over_seeds(runs, value):
-    """(means, half-intervals) over runs of value(metrics), per iteration."""
-    return mean_ci([[value(m) for m in run] for run in runs])
+def by_iteration(runs, value) -> list[list[float]]:
+    """(runs, iterations): value(metrics) of each run."""
+    rows = []
+    for run in runs:
+        rows.append([value(m) for m in run])
+    return rows
 
 
-def arrows(mean, half):
-    return " -> ".join(with_interval(m, h, ".3f") for m, h in zip(mean, half))
-
-
-def with_interval(mean, half, form):
-    """A single run has no interval."""
-    interval = "" if np.isnan(half) else f" ±{half:.3f}"
-    return format(mean, form) + interval
+def arrows(rows) -> str:
+    """Means over runs with intervals, by iteration."""
+    return " -> ".join(over_seeds(rows))
 
 
 def describe(name, runs):
     """Lines of figures about the runs of a group."""
-    rewards = over_seeds(runs, lambda m: m["eval_reward"])
-    lines = [f"{printable(name)}, {len(runs)} seeds: {arrows(*rewards)}"]
-    gains = [run[-1]["eval_reward"] - run[0]["eval_reward"] for run in runs]
-    mean, half = mean_ci(np.reshape(gains, (-1, 1)))
+    rewards = by_iteration(runs, lambda m: m["eval_reward"])
+    lines = [f"{printable(name)}, {len(runs)} seeds: {arrows(rewards)}"]
+    gains = [row[-1] - row[0] for row in rewards]
     by_seed = " ".join(f"{gain:+.3f}" for gain in gains)
-    lines.append(f"    gain {with_interval(mean[0], half[0], '+.3f')}, by seed {by_seed}")
+    lines.append(f"    gain {of_seeds(gains, '+.3f')}, by seed {by_seed}")
     for kind in runs[0][0]["eval_by_kind"]:
         if not all(kind in m["eval_by_kind"] for run in runs for m in run):
             continue    # no self-edit could be read in one iteration
-        found = over_seeds(runs, lambda m: m["eval_by_kind"][kind])
-        lines.append(f"    {printable(kind)} questions: {arrows(*found)}")
+        found = by_iteration(runs, lambda m: m["eval_by_kind"][kind])
+        lines.append(f"    {printable(kind)} questions: {arrows(found)}")
 
     parts = {}          # of self-edits, in the order in which they were met
     for run in runs:
         for m in run:
             parts |= dict.fromkeys(m["made_of"])
     for part in parts:
-        shares, _ = over_seeds(runs, lambda m: m["made_of"].get(part, 0))
+        shares = np.mean(by_iteration(runs, lambda m: m["made_of"].get(part, 0)), axis=0)
         if max(shares) >= .02:
             shares = " -> ".join(f"{share:.0%}" for share in shares)
             lines.append(f"    {printable(part)}: {shares}")
@@ -128,45 +122,22 @@ def passage_only(groups):
     return np.mean(found) if found else None
 
 
-def pyplot():
-    """matplotlib's pyplot, which writes the same file each time."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "nanoSEAL"    # the same file each time
-    from matplotlib import pyplot
-    return pyplot
-
-
-def save(figure, file):
-    """Write a figure as SVG, whole or not at all."""
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None})
-    replace_file(file, drawing.getvalue())
-
-
 def draw(groups, floor, file):
     """A figure of mean rewards with intervals; `floor` is a dashed line."""
-    figure, axes = pyplot().subplots(figsize=(6, 4.2), layout="constrained")
+    figure, axes = new_figure("iteration of ReST-EM",
+                              "held-out reward (95 % interval over seeds)")
     for i, (name, runs) in enumerate(groups.items()):
-        mean, half = over_seeds(runs, lambda m: m["eval_reward"])
-        t = np.arange(len(mean)) + 0.03 * i                # beside each other, not on top
+        rewards = by_iteration(runs, lambda m: m["eval_reward"])
+        # Beside each other, not on top.
+        t = np.arange(len(runs[0])) + 0.03 * i
         # XML has no control characters, and matplotlib reads $ as the begin of a formula.
         meaning = ", ".join(MEANING.get(words, words) for words in name.split(", "))
         meaning = printable(meaning).replace("$", r"\$")
-        axes.errorbar(t, mean, np.nan_to_num(half), color=COLOURS[i % 4], marker="o", capsize=3,
-                      label=f"{meaning}; {len(runs)} seeds")
+        error_bars(axes, t, rewards, color=COLOURS[i % 4], label=f"{meaning}; {len(runs)} seeds")
     if floor is not None:
         axes.axhline(floor, color="#777", linestyle="--", label="trained on the passage only")
-    axes.set_xlabel("iteration of ReST-EM")
-    axes.set_ylabel("held-out reward (95 % interval over seeds)", fontsize=9)
     axes.set_xticks(range(max(len(runs[0]) for runs in groups.values())))
     axes.set_ylim(0, 1)
-    axes.grid(axis="y", color="#ddd")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
     save(figure, file)
 
 

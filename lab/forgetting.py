@@ -1,49 +1,31 @@
 """Memory that survives: what keeps old towns known while new ones are learned on top of them?
 
-    python outer_loop.py        # a model that writes good self-edits: runs/tiny/iter_3
-    python -m lab.forgetting --model runs/tiny/iter_3 --out forgetting.jsonl --svg forgetting.svg
+    python -m lab.forgetting RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE]
 
-A stream of 32 towns. The model reads all their passages and writes all self-edits before it learns
-the first one, so that every arm learns the same texts. Then it is trained on one after the other,
-and each adapter is merged into the weights before the next begins: 10 steps of one batch a town, in
-every arm. Arms differ in how much they merge, where the adapters are, and in what stands in the
-batch beside the new self-edit: see Arm and remember.py. "plain merge" is the paper's way. Settings
-were chosen on `tune` towns. About 8 minutes a seed on one core. Several processes may share the
-work: each with its own --seeds and --out, which `cat` joins.
+A stream of 32 towns. The model of round 3 of a finished run (`python outer_loop.py --seed S`) reads
+all passages and writes all self-edits before it learns the first one, so that every arm learns the
+same texts. Then it is trained on one after the other, and each adapter is merged into the weights
+before the next begins: 10 steps of one batch a town, in every arm. Arms differ in how much they
+merge, where the adapters are, and in what stands in the batch beside the new self-edit: see Arm in
+lab/keeping.py. "plain merge" is the paper's way. 7 minutes a seed for all arms, on one thread.
 """
 import random
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from files import Lines, Parser, cli, positive
-from checkpoint import EMBEDDED
 from data import tinyworld
-from generate import Sampling
-from inner_loop import TINY, ask, grade_all, make_job
-from lab.curve import pyplot, save, with_interval
+from files import cli
+from inner_loop import make_job
+from lab.experiment import complete, each, flags, groups
+from lab.keeping import Arm, Stream, best_scale, own_texts, rehearsal
+from lab.show import error_bars, new_figure, over_seeds, print_table, save
+from lab.tiny import RECIPE, WRITING, add_runs, by_seed, load, verdicts
 from lora import Adapters
-from model import load_pretrained
 from progress import Meter
-from remember import last_layers, recall, scaled, with_old
-from selfedit import sample_self_edits, seed_for
-from sft import Job, dialogue, sft
-from stats import mean_ci
-from tokenizer import Tokenizer
-
-
-@dataclass
-class Arm:
-    """How a town is learned on top of the others."""
-    scale: float = 1.0      # W <- W + scale (alpha / r) B A
-    layers: int = 4         # adapters on the last ones only
-    replay: int = 0         # earlier towns to rehearse beside the new one
-    kept: bool = False      # rehearse their self-edits as they were; else what the model remembers
-    generic: int = 0        # self-edits of other towns, by the model as it is: KL to that model
-    gate: bool = False      # choose the scale by the loss; what is recalled is then not learned
-    lr: float = TINY.lr
-
+from remember import last_layers, scaled, with_old
+from selfedit import SelfEdit, sample_self_edits, seed_for
+from sft import sft
 
 ARMS = {
     "plain merge": Arm(),
@@ -52,52 +34,36 @@ ARMS = {
     "layers": Arm(layers=2),
     "gate": Arm(replay=8, gate=True),
     "KL": Arm(generic=8),
-    "own replay": Arm(replay=8),
-    "kept replay": Arm(replay=8, kept=True),
     "half, layers": Arm(.5, layers=2),
     "half, own replay": Arm(.5, replay=8),
-    "layers, own replay": Arm(layers=2, replay=8),
-    "half, layers, KL": Arm(.5, layers=2, generic=8),
     "half, layers, own replay": Arm(.5, layers=2, replay=8),
     "half, layers, kept replay": Arm(.5, layers=2, replay=8, kept=True),
 }
-SHOWN = ("plain merge", "half", "layers", "KL", "own replay", "half, layers",
-         "half, layers, own replay", "half, layers, kept replay")      # in the figure
-GRID = [1, .7, .5, .35, .25, 0]     # scales that a gate chooses among
-WRITING = Sampling(max_new=160, temperature=.8, top_p=.95)
-ANSWERING = Sampling(max_new=12, newline_stops=True)
+NOT_DRAWN = ("lower rate", "gate", "half, own replay")      # the figure would be crowded
+LENGTH = 32     # towns of a stream
 
 
-# ------------------------------------------------------------------------------- one arm, one seed
+# ------------------------------------------------------------------------------- an arm, a seed
 
-def learn_stream(args, name: str, seed: int) -> dict:
-    """A line of the file: a stream learned from its first town to its last."""
-    begin = time.time()
+def learn_stream(name: str, seed: int, folder, split: str) -> dict:
+    """A line: a stream of a split's towns, learned from the first to the last."""
     arm = ARMS[name]
-    recipe = replace(TINY, lr=arm.lr)
-    model = load_pretrained(str(args.model).replace("{seed}", str(seed)))
-    tok = Tokenizer.from_pretrained(model.folder)
-    towns = random.Random(seed_for(seed, "stream")).sample(tinyworld.load(args.towns), args.length)
-    seeds = [[seed_for(seed, i, "edit")] for i in range(args.length)]
-    edits = []
-    for town, (edit,) in zip(towns, sample_self_edits(model, tok, towns, WRITING, seeds)):
-        edits.append(edit if edit.documents else town.references["passage only"])
-
+    model, tok = load(3, folder)
+    towns = random.Random(seed_for(seed, "stream")).sample(tinyworld.load(split), LENGTH)
+    stream = Stream(model, tok, towns, write_all(model, tok, towns, seed), seed)
     meter = Meter(f"towns, {name}, seed {seed}")
     just_after, scales, read, written = [], [], 0, 0
-    for k, (town, edit) in enumerate(zip(towns, edits)):
+    for k, town in enumerate(towns):
         # The new self-edit, and beside it what is to keep the old ones.
-        job = make_job(model, tok, edit, seed_for(seed, k, "adapter"), recipe)
-        chosen = random.Random(seed_for(seed, k, "earlier")).sample(range(k), min(k, arm.replay))
-        old = [edits[i] for i in chosen]
-        if chosen and not arm.kept:
-            seeds = [seed_for(seed, k, i, "recall") for i in chosen]
-            (old,) = recall(model, tok, [[towns[i] for i in chosen]], WRITING, seeds)
-        old = [example for one in old for example in make_job(model, tok, one, 0, recipe).examples]
-        beside = own_texts(model, tok, arm.generic, seed_for(seed, k, "generic"))
-        job = with_old(job, beside if arm.gate else old + beside)
+        recipe = replace(RECIPE, lr=arm.lr)
+        job = make_job(model, tok, stream.edits[k], seed_for(seed, k, "adapter"), recipe)
+        old = rehearsal(stream, arm, k)
+        generic = own_texts(model, tok, arm.generic, seed_for(seed, k, "generic"))
+        job = with_old(job, generic if arm.gate else old + generic)
+        # What it costs, in tokens.
         read += job.tokens
-        written += sum(sum(learn) for _, learn in beside + ([] if arm.kept else old))
+        for _, learn in generic if arm.kept else old + generic:
+            written += sum(learn)
 
         # Adapters on the last layers: the others' gradients are zero, and so their B stays zero.
         adapter = Adapters(model, recipe.lora, 1)
@@ -108,106 +74,67 @@ def learn_stream(args, name: str, seed: int) -> dict:
         if not trained.diverged:
             adapter.flat[0] = scaled(trained.weights, scales[-1])
             adapter.merge(0)
-        just_after += accuracy(model, tok, [town])
-        meter(k + 1, args.length)
-    return {"arm": name, "seed": seed, "just after": just_after,
-            "at the end": accuracy(model, tok, towns), "scale": float(np.mean(scales)),
-            "trained": read / args.length, "written": written / args.length,
-            "seconds": round(time.time() - begin, 1)}
+        just_after.append(float(verdicts(model, tok, [town]).mean()))
+        meter(k + 1, LENGTH)
+    at_the_end = verdicts(model, tok, towns).mean(axis=1).tolist()
+    return {"just after": just_after, "at the end": at_the_end,
+            "scale": float(np.mean(scales)), "trained": read / LENGTH, "written": written / LENGTH}
 
 
-def own_texts(model, tok, n: int, seed: int) -> list:
-    """Examples: self-edits of n training towns, as the model writes them now, after the passage.
-
-    The loss on a sample of the old model is, in the mean, KL(old || new) and a constant."""
-    towns = random.Random(seed).sample(tinyworld.load("train"), n)
-    seeds = [[seed_for(seed, i)] for i in range(n)]
-    edits = sample_self_edits(model, tok, towns, replace(WRITING, temperature=1, top_p=1), seeds)
-    return [dialogue(tok.prompt(town.prompt), edit.token_ids)
-            for town, (edit,) in zip(towns, edits)]
-
-
-def best_scale(model, job: Job, weights, old: list) -> float:
-    """The scale with the least loss on the new documents and on what was recalled, each a mean."""
-    # A step with learning rate 0 changes nothing, and says the loss before it.
-    still = replace(job.recipe, lr=0, epochs=1, batch=10 ** 6)
-    totals = np.zeros(len(GRID))
-    for examples in filter(None, (job.examples, old)):
-        jobs = [replace(job, examples=examples, recipe=still, start=scaled(weights, scale))
-                for scale in GRID]
-        for i, trained in sft(model, jobs):
-            totals[i] += trained.losses[0]
-    return GRID[int(np.argmin(totals))]
-
-
-def accuracy(model, tok, towns) -> list[float]:
-    """On the questions of each town, without its passage."""
-    (answers,) = ask(model, tok, [towns], ANSWERING)
-    return [float(np.mean(row)) for row in grade_all(towns, [one.texts for one in answers])]
+def write_all(model, tok, towns, seed: int) -> list[SelfEdit]:
+    """A self-edit of each town. Where none can be read, the passage is learned alone."""
+    seeds = [[seed_for(seed, i, "edit")] for i in range(len(towns))]
+    edits = []
+    for town, (edit,) in zip(towns, sample_self_edits(model, tok, towns, WRITING, seeds)):
+        edits.append(edit if edit.documents else town.references["passage only"])
+    return edits
 
 
 # ------------------------------------------------------------------------------- what came out
 
-def table(records: list[dict]) -> str:
-    """Markdown: a row per arm, with 95 % intervals over seeds."""
-    lines = ["| arm | just after its own edit | of all towns, at the end | seeds | scale "
-             "| tokens trained on per town | tokens written for it | s |",
-             "|---|---|---|---|---|---|---|---|"]
-    for name, own in by_arm(records).items():
-        rows = [[np.mean(r["just after"]), np.mean(r["at the end"])] for r in own]
-        cells = [with_interval(m, h, ".3f") for m, h in zip(*mean_ci(rows))]
-        cells += [str(len(own)), f"{np.mean([r['scale'] for r in own]):.2f}"]
-        for key in ("trained", "written", "seconds"):
-            cells.append(f"{np.mean([r[key] for r in own]):.0f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def show(arms: dict[str, list[dict]]):
+    """Accuracy just after and at the end, with intervals over seeds, and what it costs."""
+    rows = []
+    for name, lines in arms.items():
+        learned = [[np.mean(line["just after"]), np.mean(line["at the end"])] for line in lines]
+        rows.append([name, *over_seeds(learned)])
+        for key, form in (("scale", ".2f"), ("trained", ".0f"), ("written", ".0f")):
+            rows[-1].append(format(np.mean([line[key] for line in lines]), form))
+    print_table(["arm", "just after its own edit", "all towns, at the end", "scale",
+                 "tokens trained a town", "tokens written for it"], rows)
 
 
-def by_arm(records):
-    groups = {name: [r for r in records if r["arm"] == name] for name in ARMS}
-    return {name: own for name, own in groups.items() if own}
-
-
-def draw(records, file):
+def draw(arms: dict[str, list[dict]], file):
     """Accuracy at the end against the number of towns learned since, in bins of four towns."""
-    figure, axes = pyplot().subplots(figsize=(6, 4.5), layout="constrained")
-    for name, own in by_arm(records).items():
-        if name not in SHOWN:
-            continue
-        ages = np.array([r["at the end"][::-1] for r in own])
-        bins = ages[:, :ages.shape[1] // 4 * 4].reshape(len(own), -1, 4).mean(2)
-        mean, half = mean_ci(bins)
-        axes.errorbar(4 * np.arange(len(mean)) + 1.5, mean, np.nan_to_num(half), marker="o",
-                      markersize=3, capsize=2, label=name)
-    axes.set_xlabel("towns learned since")
-    axes.set_ylabel("accuracy at the end (95 % interval over seeds)", fontsize=9)
+    figure, axes = new_figure("towns learned since", "accuracy at the end (95 % interval over "
+                              "seeds)")
+    for name, lines in arms.items():
+        if name not in NOT_DRAWN:
+            # The last town was learned last. (seeds, bins of four)
+            ages = np.array([line["at the end"][::-1] for line in lines])
+            bins = ages.reshape(len(lines), -1, 4).mean(2)
+            error_bars(axes, 4 * np.arange(bins.shape[1]) + 1.5, bins, label=name)
     axes.set_ylim(0, 1)
-    axes.grid(axis="y", color="#ddd")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", fontsize=7, frameon=False, ncols=2)
     save(figure, file)
 
 
 def main():
-    ap = Parser(description=__doc__.split("\n")[0])
-    ap.add_argument("--model", default=EMBEDDED, help="it writes and it learns: a folder, or the "
-                    "folders of several seeds with {seed} in it (default: the embedded one)")
-    ap.add_argument("--out", required=True, help="JSON lines, one per arm and seed")
-    ap.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    ap.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM")
-    ap.add_argument("--length", type=positive, default=32, help="towns of a stream (default: 32)")
-    ap.add_argument("--towns", default="eval", choices=tinyworld.SPLITS)
-    ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
+    ap = flags(__doc__)
+    add_runs(ap)
+    ap.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    ap.add_argument("--towns", choices=("eval", "tune"), default="eval",
+                    help="tune: to choose settings by (default: eval)")
     args = ap.parse_args()
-    done = Lines(args.out)
-    known = {(r["arm"], r["seed"]) for r in done.records}
-    for seed in args.seeds:
-        for name in args.arms:
-            if (name, seed) not in known:
-                done.add(learn_stream(args, name, seed))
-    print(table(done.records))
+    folders = by_seed(args.runs)
+
+    def measure(line):
+        return learn_stream(line["arm"], line["seed"], folders[line["seed"]], args.towns)
+
+    wanted = each("arm", args.arms, sorted(folders))
+    arms = groups(complete(ap, args, wanted, measure, settings=["towns"]), "arm", ARMS)
+    show(arms)
     if args.svg:
-        draw(done.records, args.svg)
+        draw(arms, args.svg)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import numpy as np
 
 from files import Parser, UserError, positive, cli, printable, read_json
 from data.judges import RULES, check_openai, model_judge, openai
+from lab.show import over_passages
 from model import load_pretrained
-from stats import agreement, bootstrap_ci, share_changed
+from stats import agreement, share_changed
 from tokenizer import Tokenizer
 
 
@@ -112,8 +113,7 @@ def main():
     print("by GPT-4.1's verdicts; means over passages [95 % CI]; gained: of the questions missed "
           "without adaptation, lost: of those known")
     for method, row in table.items():
-        low, high = bootstrap_ci(row["accuracy"])
-        print(f"{printable(method):>12}  {np.mean(row['accuracy']):.3f} [{low:.3f}, {high:.3f}]  "
+        print(f"{printable(method):>12}  {over_passages(row['accuracy'])}  "
               f"gained {row['gained']:.3f}  lost {row['lost']:.3f}")
 
     heads = "".join(f" | {name:>10} says right, agrees, kappa" for name in judges)

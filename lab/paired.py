@@ -9,7 +9,6 @@ compared with itself under another kind, so that hard passages do not widen the 
 answer may hold the gold one by reciting the passage; the first sentence alone is therefore judged
 as well, by the rule judge. --save keeps what the tables need, without any text.
 """
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,8 +16,8 @@ import numpy as np
 
 from data.judges import RULES
 from data.text import sentences
-from files import Lines, Parser, UserError, cli, read_json, replace_file
-from stats import bootstrap_ci
+from files import Lines, Parser, UserError, cli, read_json
+from lab.show import over_passages, print_table, save_numbers
 
 
 def collect(folders) -> dict[str, dict[str, list[float]]]:
@@ -39,31 +38,24 @@ def collect(folders) -> dict[str, dict[str, list[float]]]:
 
 def measured(passages) -> dict[str, list[float]]:
     """{what: [a value per passage]} of {passage: its rollouts}: means over its self-edits."""
-    values = defaultdict(list)
-    for _, rollouts in sorted(passages.items()):
-        values["reward"].append(mean_of(rollouts, lambda r: r["reward"]))
-        values["first sentence"].append(mean_of(rollouts, first_sentences))
-        values["words"].append(mean_of(rollouts, words_of))
-        values["documents"].append(mean_of(rollouts, lambda r: r["documents"]))
-        values["seconds"].append(mean_of(rollouts, lambda r: r["seconds"]))
-        values["no adaptation"].append(mean_of(rollouts, lambda r: r["unadapted"]))
-    return dict(values)
+    means = defaultdict(list)
+    for passage in sorted(passages):
+        rows = [values_of(r) for r in passages[passage]]
+        for what in rows[0]:
+            means[what].append(float(np.mean([row[what] for row in rows])))
+    return dict(means)
 
 
-def mean_of(rollouts, value) -> float:
-    return float(np.mean([value(r) for r in rollouts]))
-
-
-def words_of(rollout) -> float:
-    return float(np.mean([len(text.split()) for text in texts_of(rollout)]))
-
-
-def texts_of(rollout) -> list[str]:
-    """The answers of all seeds; an empty one if nothing was trained."""
-    found = []
-    for texts in rollout["answers"]:
-        found += texts
-    return found or [""]
+def values_of(rollout: dict) -> dict[str, float]:
+    """What is compared, of one self-edit."""
+    # The answers of all seeds; an empty one if nothing was trained.
+    texts = []
+    for of_seed in rollout["answers"]:
+        texts += of_seed
+    words = [len(text.split()) for text in texts or [""]]
+    return {"reward": rollout["reward"], "first sentence": first_sentences(rollout),
+            "words": np.mean(words), "documents": rollout["documents"],
+            "seconds": rollout["seconds"], "no adaptation": rollout["unadapted"]}
 
 
 def first_sentences(rollout) -> float:
@@ -71,31 +63,26 @@ def first_sentences(rollout) -> float:
     triples = []
     for texts in rollout["answers"]:
         for question, gold, text in zip(rollout["questions"], rollout["gold"], texts):
-            triples.append((question, gold, (sentences(text) or [""])[0]))
+            first = (sentences(text) or [""])[0]
+            triples.append((question, gold, first))
     return float(np.mean(RULES["rule"](triples))) if triples else 0.0
 
 
-def interval(values, form="{:.3f}") -> str:
-    low, high = bootstrap_ci(list(values))
-    return f"{form} [{form}, {form}]".format(np.mean(values), low, high)
-
-
-def table(kinds, against) -> str:
+def show(kinds, against):
     """A Markdown row per kind: rewards, and their differences from one kind."""
     if against not in kinds:
         raise UserError(f"--against {against!r}: choose among {', '.join(kinds)}")
-    lines = [f"| kind | reward | minus {against} | first sentence | words | documents | s |",
-             "|---|---|---|---|---|---|---|"]
     first = next(iter(kinds.values()))
-    lines.append(f"| no adaptation | {interval(first['no adaptation'])} | | | | | |")
+    rows = [["no adaptation", over_passages(first["no adaptation"]), "", "", "", "", ""]]
     for name, of in kinds.items():
-        difference = np.array(of["reward"]) - np.array(kinds[against]["reward"])
-        cells = [name, interval(of["reward"]),
-                 "" if name == against else interval(difference, "{:+.3f}"),
-                 interval(of["first sentence"]), f"{np.mean(of['words']):.0f}",
-                 f"{np.mean(of['documents']):.1f}", f"{np.mean(of['seconds']):.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        # Passage by passage.
+        difference = np.subtract(of["reward"], kinds[against]["reward"])
+        rows.append([name, over_passages(of["reward"]),
+                     "" if name == against else over_passages(difference, "+.3f"),
+                     over_passages(of["first sentence"]), f"{np.mean(of['words']):.0f}",
+                     f"{np.mean(of['documents']):.1f}", f"{np.mean(of['seconds']):.0f}"])
+    head = ["kind", "reward", f"minus {against}", "first sentence", "words", "documents", "s"]
+    print_table(head, rows)
 
 
 def main():
@@ -108,11 +95,11 @@ def main():
     (first, *_) = args.sources
     kinds = collect(args.sources) if Path(first).is_dir() else read_json(first)
     if args.save:
-        rounded = {name: {what: [round(float(x), 4) for x in values]
-                          for what, values in of.items()} for name, of in kinds.items()}
-        lines = [f"{json.dumps(name)}: {json.dumps(of)}" for name, of in rounded.items()]
-        replace_file(args.save, "{\n" + ",\n".join(lines) + "\n}\n")
-    print(table(kinds, args.against or next(iter(kinds))))
+        rounded = {}
+        for name, of in kinds.items():
+            rounded[name] = {what: np.round(values, 4).tolist() for what, values in of.items()}
+        save_numbers(args.save, rounded)
+    show(kinds, args.against or next(iter(kinds)))
 
 
 if __name__ == "__main__":

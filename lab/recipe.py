@@ -18,12 +18,12 @@ from data import knowledge
 from data.text import sentences
 from files import Lines, Parser, UserError, cli, positive, read_json
 from inner_loop import SMALL, update_and_score
+from lab.show import over_passages
 from lora import PROJECTIONS, Lora
 from model import load_pretrained
 from progress import Meter
 from selfedit import SelfEdit, read_self_edit, seed_for
 from sft import Recipe
-from stats import bootstrap_ci
 from tokenizer import Tokenizer
 
 FEW = ["q_proj", "v_proj"]
@@ -99,9 +99,8 @@ def main():
 
     print(f"{'':<34}accuracy [95 % CI]    documents   loss   s/passage")
     for r in done.records:
-        low, high = bootstrap_ci(r["accuracy"])
-        print(f"{r['recipe']:<34}{np.mean(r['accuracy']):.3f} [{low:.3f}, {high:.3f}] "
-              f"{r['documents']:9.1f} {r['loss']:9.2f} {r['seconds']:8.0f}")
+        print(f"{r['recipe']:<34}{over_passages(r['accuracy'])} {r['documents']:9.1f} "
+              f"{r['loss']:9.2f} {r['seconds']:8.0f}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,10 @@ def read_groups(folder):
 
 def accuracy_of(group):
     """(K, seeds): the accuracy of each self-edit of a passage with each seed."""
-    return np.array([[np.mean(right) for right in r["right"]] for r in group])
+    rows = []
+    for r in group:
+        rows.append([np.mean(right) for right in r["right"]])
+    return np.array(rows)
 
 
 def correlation(x, y):

@@ -5,6 +5,7 @@ NANOSEAL_DATA a folder with squad_val_60.json and squad_train_50.json (the autho
 self-edits). Tests that need what is not there are skipped."""
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def argv(tiny_folder, passages, tmp_path):
     """Flags of a small run on the random model: 2 rounds of 2 passages with 3 self-edits each."""
     return ["--model", str(tiny_folder), "--train-data", str(passages),
             "--eval-data", str(passages), "--run-dir", str(tmp_path / "run"), *SMALL.split()]
+
+
+@pytest.fixture()
+def finished_run(tmp_path):
+    """A run in the tiny world whose model after round 3 is still the untrained one."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"seed": 7}))
+    shutil.copytree(EMBEDDED, folder / "iter_3")
+    return folder
 
 
 @pytest.fixture()

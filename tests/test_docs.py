@@ -16,7 +16,7 @@ PLACEHOLDERS = {"S": "0", "N": "1", "L": "1"}
 def commands_of(path):
     """The `python ...` commands of a document, a list of words each."""
     text = path.read_text().replace("\\\n", " ")
-    shown = re.findall(r"^python .*$", text, re.MULTILINE)              # in a block
+    shown = re.findall(r"^(?:    )?(python .*)$", text, re.MULTILINE)    # in a block
     shown += re.findall(r"`(?:[^`\n]*&& )?(python [^`]+)`", text)       # in a line
     commands = []
     for command in shown:

@@ -11,10 +11,12 @@ FLOORS = ["files", "checkpoint", "push", "team", "progress", "device", "memory",
           "sft", "selfedit", "remember", "reward", "data.judges", "data.knowledge", "data.text",
           "data.arc", "data.tinyworld", "data.tinyarc", "data.pretrain_tiny", "inner_loop",
           "config", "run", "plan", "report", "page", "credit", "outer_loop", "speed", "suite",
-          "eval", "bench", "lab.curve", "lab.reliability", "lab.judges", "lab.recipe", "lab.paired",
-          "lab.imitate", "lab.lines", "lab.forgetting", "lab.retention_reward",
-          "lab.compute", "lab.credit",
-          "lab.grpo", "lab.update_rule", "lab.race", "lab.speedrun"]
+          "eval", "bench", "lab.show", "lab.experiment", "lab.tiny", "lab.writers", "lab.curve",
+          "lab.reliability", "lab.judges", "lab.recipe", "lab.paired", "lab.imitate",
+          "lab.line_kinds", "lab.lines", "lab.keeping", "lab.forgetting", "lab.lost",
+          "lab.retention_reward", "lab.crossing", "lab.diversity", "lab.compute", "lab.credit",
+          "lab.grpo", "lab.rules", "lab.outer_rate", "lab.update_rule", "lab.halving",
+          "lab.choosing", "lab.race", "lab.speedrun"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]
 
 

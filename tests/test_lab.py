@@ -9,7 +9,7 @@ import pytest
 from files import UserError
 from data import judges as rules
 from data.judges import each
-from lab import curve, judges, paired, recipe, reliability
+from lab import curve, experiment, judges, paired, recipe, reliability, show
 from tests.helpers import SMALL, even_length, read_lines, run_it
 
 
@@ -33,6 +33,65 @@ def runs(tiny_folder, passages, tmp_path_factory):
             folders.append(folder / f"run{len(folders)}")
             run_it([*common, *words.split(), "--run-dir", folders[-1]])
     return folders
+
+
+# ------------------------------------------------------------------------------- experiment, show
+
+def question(tmp_path, words, measure):
+    """The lines of a question with one flag of its own."""
+    ap = experiment.flags("Is it so?\n\nMore.")
+    experiment.add_seeds(ap)
+    ap.add_argument("--towns", type=int, default=4)
+    args = ap.parse_args(["--out", str(tmp_path / "out.jsonl"), *words.split()])
+    wanted = experiment.each("arm", ["a", "b"], args.seeds)
+    return experiment.complete(ap, args, wanted, measure, settings=["towns"])
+
+
+def test_what_is_missing_is_measured_and_nothing_else(tmp_path):
+    asked = []
+
+    def measure(line):
+        asked.append((line["arm"], line["seed"]))
+        return {"reward": [0, 1]}
+
+    first = question(tmp_path, "--seeds 1", measure)
+    lines = question(tmp_path, "--seeds 0 1", measure)
+
+    assert asked == [("a", 1), ("b", 1), ("a", 0), ("b", 0)]
+    assert lines == read_lines(tmp_path / "out.jsonl") and lines[:2] == first
+    assert lines[0] == {"arm": "a", "seed": 1, "towns": 4, "reward": [0, 1], "seconds": 0}
+
+
+def test_all_lines_of_a_file_have_the_same_settings(tmp_path):
+    # This line is older than --towns.
+    (tmp_path / "out.jsonl").write_text('{"arm": "a", "seed": 0}\n')
+
+    assert len(question(tmp_path, "--seeds 0", lambda line: {})) == 2
+    with pytest.raises(UserError, match="out.jsonl has lines of another --towns; name another"):
+        question(tmp_path, "--towns 5", lambda line: {})
+
+
+def test_lines_are_chosen_grouped_and_compared_by_hand():
+    lines = [{"arm": "b", "seed": 0, "reward": [.1, .5]},
+             {"arm": "a", "seed": 1, "reward": [.2, .3]},
+             {"arm": "a", "seed": 0, "reward": [.1, .2]}]
+
+    assert experiment.where(lines, arm="a", seed=0) == lines[2:]
+    arms = experiment.groups(lines, "arm", ["c", "a", "b"])
+    assert list(arms) == ["a", "b"] and arms["a"] == lines[1:]
+    more = experiment.differences(arms["a"], arms["b"], experiment.last_reward)
+    assert more == [pytest.approx(.2 - .5)]         # of the seed that both have
+    assert experiment.gain(lines[0]) == pytest.approx(.4)
+
+
+def test_means_and_intervals_in_words(capsys):
+    # Student's t for two values is 12.71; the error of .2 and .4 is .1.
+    assert show.over_seeds([[.2, 1], [.4, 1]]) == ["0.300 ±1.271", "1.000 ±0.000"]
+    assert show.of_seeds([.25], "+.2f") == "+0.25"      # one seed
+    assert show.over_passages([.5, .5], ".1f") == "0.5 [0.5, 0.5]"
+    assert show.arrows([.1, .25], ".2f") == "0.10 -> 0.25"
+    show.print_table(["", "k"], [["a", 1]])
+    assert capsys.readouterr().out == "|  | k |\n| --- | --- |\n| a | 1 |\n"
 
 
 # ------------------------------------------------------------------------------- curve

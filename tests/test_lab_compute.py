@@ -1,7 +1,6 @@
 """lab.compute and lab.credit: many self-edits at once, and what each of their lines teaches."""
 import json
 import random
-import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +11,9 @@ from checkpoint import EMBEDDED
 from config import PRESETS, Config
 from files import UserError
 from data import tinyworld as world
-from lab import compute, credit
+from lab import compute, credit, diversity, writers
+from lab.crossing import crossing, crossings
+from lab.tiny import RECIPE
 from lora import Adapters
 from model import load_pretrained
 from outer_loop import rest_em
@@ -31,16 +32,6 @@ def embedded():
     task = world.load("tune")[0]
     town = world.Town(*world.read_passage(task.context[0]), [])
     return model, Tokenizer.from_pretrained(EMBEDDED), task, town
-
-
-@pytest.fixture()
-def run(tmp_path):
-    """A run whose writer after round 3 is still the untrained one."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"seed": 7}))
-    shutil.copytree(EMBEDDED, folder / "iter_3")
-    return folder
 
 
 # ------------------------------------------------------------------------------- compute
@@ -63,17 +54,17 @@ def test_a_document_that_is_repeated_may_be_weighed_instead(embedded):
     assert (trained[0].weights - trained[2].weights).abs().max() > 0.01
 
 
-def test_where_curves_cross_by_hand(monkeypatch):
-    monkeypatch.setattr(compute, "KS", (1, 2, 4, 8))
+def test_where_curves_cross_by_hand():
+    ks = (1, 2, 4, 8)
 
     # Halfway between 2 and 4, by their logarithms.
-    assert compute.crossing([0, 0, 1, 1], [.5] * 4) == pytest.approx(2 * 2 ** .5)
-    assert compute.crossing([.6, .6, .7, .5], [.5] * 4) == 1
-    assert compute.crossing([.9, .9, .9, .4], [.5] * 4) is None
+    assert crossing(ks, [0, 0, 1, 1], [.5] * 4) == pytest.approx(2 * 2 ** .5)
+    assert crossing(ks, [.6, .6, .7, .5], [.5] * 4) == 1
+    assert crossing(ks, [.9, .9, .9, .4], [.5] * 4) is None
     # An early lead that is lost again does not count.
-    assert compute.crossing([.9, .4, .4, .6], [.5] * 4) == pytest.approx(4 * 2 ** .5)
-    assert compute.crossings([[0, 0, 1, 1], [0, 0, 0, 0]], [[.5], [.5]]) == "2.8, in 1 of 2"
-    assert compute.crossings([[0, 0, 0, 0]], [[.5]]) == "in none of 1"
+    assert crossing(ks, [.9, .4, .4, .6], [.5] * 4) == pytest.approx(4 * 2 ** .5)
+    assert crossings(ks, [([0, 0, 1, 1], [.5]), ([0, 0, 0, 0], [.5])]) == "2.8, in 1 of 2"
+    assert crossings(ks, [([0, 0, 0, 0], [.5])]) == "in none of 1"
 
 
 def test_writers_that_know_the_world(embedded):
@@ -81,18 +72,18 @@ def test_writers_that_know_the_world(embedded):
     passage = task.context[0]
 
     def covered(lines):
-        found = compute.diversity([read_self_edit(task, "\n".join(lines))], passage)
+        found = diversity.of_town([read_self_edit(task, "\n".join(lines))], passage)
         return [found["facts covered, forward"], found["facts covered, reversed"]]
 
     forms = set()
     for s in range(30):
-        lines = compute.one_form(town, random.Random(s))
+        lines = writers.one_form(town, random.Random(s))
         (form,) = {world.classify(line, passage) for line in lines}
         forms.add(form)
         assert covered(lines) == ([0, 1] if form.endswith("reversed") else [1, 0])
     assert forms == set(world.FORMS)
-    assert covered(compute.best_notes(town, random.Random(0))) == [1, 1]
-    (other,) = compute.rephrased(town, random.Random(0))
+    assert covered(writers.best_notes(town, random.Random(0))) == [1, 1]
+    (other,) = writers.rephrased(town, random.Random(0))
     assert world.read_passage(other) == world.read_passage(passage)
 
 
@@ -100,31 +91,31 @@ def test_diversity_by_hand(embedded):
     _, _, task, town = embedded
     one = read_self_edit(task, town.say("river", "plain", random.Random(0))
                          if "river" in town.facts else "It is calm.")
-    found = compute.diversity([one] * 4, task.context[0])
+    found = diversity.of_town([one] * 4, task.context[0])
 
     assert found["distinct lines"] == 1 / 4
-    assert found["compression"] > compute.diversity([one], task.context[0])["compression"]
+    assert found["compression"] > diversity.of_town([one], task.context[0])["compression"]
 
 
-def test_a_given_beginning_is_part_of_the_note(embedded, run):
+def test_a_given_beginning_is_part_of_the_note(embedded, finished_run):
     _, _, task, _ = embedded
 
-    (edits,) = compute.write("begun", run, [task], 0, 8)
-    (first, second), = compute.write("begun", run, [task], 0, 2)
+    (edits,) = writers.write("begun", finished_run, [task], 0, 8)
+    (first, second), = writers.write("begun", finished_run, [task], 0, 2)
 
     assert [first, second] == edits[:2]     # those of a smaller k are the first ones
-    begun = {b for b in compute.BEGINNINGS for e in edits if e.text.startswith(b + " ")}
-    assert all(e.text.startswith(compute.BEGINNINGS) for e in edits) and len(begun) > 1
+    begun = {b for b in writers.BEGINNINGS for e in edits if e.text.startswith(b + " ")}
+    assert all(e.text.startswith(writers.BEGINNINGS) for e in edits) and len(begun) > 1
     # The writer has gone on from there, to a note of a form that the world knows.
     forms = [world.classify(e.documents[0], task.context[0]) for e in edits]
     assert forms.count("garbled") < len(forms) / 2
 
 
 @pytest.mark.slow
-def test_the_same_text_teaches_the_same(run, tmp_path, monkeypatch, capsys):
+def test_the_same_text_teaches_the_same(finished_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compute, "KS", (1, 2))
     out = tmp_path / "out.jsonl"
-    command = [compute, run, "--out", out, "--towns", 2, "--arms", "untrained writer",
+    command = [compute, finished_run, "--out", out, "--towns", 2, "--arms", "untrained writer",
                "SEAL, round 3", "best notes", "rephrased passages"]
 
     call(*command, "--svg", tmp_path / "figure.svg")
@@ -145,8 +136,6 @@ def test_the_same_text_teaches_the_same(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compute, "measure", None)
     call(*command)
     assert capsys.readouterr().out == shown[shown.index("\nAccuracy"):]
-    with pytest.raises(UserError, match="--seeds 3: none of the runs"):
-        call(*command, "--seeds", 3)
     with pytest.raises(UserError, match="lines of another --towns"):
         call(*command[:4], "--towns", 3)
 
@@ -179,10 +168,10 @@ def test_auc_by_hand():
 
 def test_subsets_are_learned_in_their_places(embedded):
     model, tok, task, town = embedded
-    edit = read_self_edit(task, "\n".join(compute.best_notes(town, random.Random(0))[:2]))
+    edit = read_self_edit(task, "\n".join(writers.best_notes(town, random.Random(0))[:2]))
     design = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]])
 
-    adapters = credit.learn(model, tok, edit, design, credit.RECIPE, seed=4)
+    adapters = credit.learn(model, tok, edit, design, RECIPE, seed=4)
 
     assert not adapters.flat[[0, 3]].any()
     for i, documents in ((1, edit.documents[:1]), (2, edit.documents), (4, edit.documents[2:])):
@@ -194,14 +183,14 @@ def test_subsets_are_learned_in_their_places(embedded):
 
 def test_the_probability_of_an_answer_is_that_of_its_tokens(embedded):
     model, tok, task, _ = embedded
-    adapters = Adapters(model, credit.RECIPE.lora, 2)
+    adapters = Adapters(model, RECIPE.lora, 2)
     adapters.init(1, seed=0)
     adapters.flat[1] += 0.02        # B as well: it changes something
 
     found = credit.gold_probability(model, tok, task, adapters)
 
     changed = load_pretrained(EMBEDDED, "cpu")
-    other = Adapters(changed, credit.RECIPE.lora, 2)
+    other = Adapters(changed, RECIPE.lora, 2)
     other.flat.copy_(adapters.flat)
     other.merge(1)
     assert found.shape == (2, len(task.queries))
@@ -218,11 +207,11 @@ def test_the_probability_of_an_answer_is_that_of_its_tokens(embedded):
 
 def test_credit_finds_the_line_that_states_the_answer(embedded):
     model, tok, task, town = embedded
-    lines = compute.best_notes(town, random.Random(0))
+    lines = writers.best_notes(town, random.Random(0))
     remark = world.VAGUE[0].format(t=town.name)
     edit = read_self_edit(task, "\n".join([*lines, remark]))
 
-    matrix = credit.credit(model, tok, task, edit, credit.RECIPE)
+    matrix = credit.credit(model, tok, task, edit, RECIPE)
 
     stated = credit.truth(task, edit)
     # Each line states one answer, the remark none; the last document is the passage.
@@ -233,11 +222,12 @@ def test_credit_finds_the_line_that_states_the_answer(embedded):
 
 
 @pytest.mark.slow
-def test_credit_is_judged_and_drawn(run, tmp_path, monkeypatch, capsys):
+def test_credit_is_judged_and_drawn(finished_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("credit.PAIRS", 8)
     out = tmp_path / "out.jsonl"
 
-    call(credit, run, "--out", out, "--towns", 1, "--svg", tmp_path / "figure.svg", "--town", 1)
+    call(credit, finished_run, "--out", out, "--towns", 1, "--svg", tmp_path / "figure.svg",
+         "--town", 1)
 
     lines = read_lines(out)
     assert [r["writer"] for r in lines] == ["untrained", "round 3"]

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 
 from checkpoint import EMBEDDED
 from data import tinyworld
-from inner_loop import TINY, make_job
+from files import UserError
+from inner_loop import make_job
 from remember import scaled
-from lab import forgetting, retention_reward
+from lab import forgetting, keeping, lost, retention_reward
+from lab.tiny import RECIPE
 from lora import Adapters
 from model import load_pretrained
 from sft import sft
@@ -28,7 +30,7 @@ def embedded():
 # ------------------------------------------------------------------------------- forgetting
 
 def test_texts_about_other_towns_are_learned_without_their_passages(embedded, words):
-    examples = forgetting.own_texts(embedded, words, 2, seed=0)
+    examples = keeping.own_texts(embedded, words, 2, seed=0)
 
     train = {task.prompt for task in tinyworld.load("train")}
     for ids, learn in examples:
@@ -38,16 +40,15 @@ def test_texts_about_other_towns_are_learned_without_their_passages(embedded, wo
         assert learn == sorted(learn)
 
 
-
 def test_a_gate_takes_the_scale_with_the_least_loss(embedded, words, towns):
     """An adapter of one town, by the losses on it and on another that it knows nothing of."""
-    recipe = replace(TINY, epochs=10)
+    recipe = replace(RECIPE, epochs=10)
     job = make_job(embedded, words, towns[0].references["passage only"], 0, recipe)
     other = make_job(embedded, words, towns[1].references["passage only"], 0, recipe)
     ((_, trained),) = sft(embedded, [job])
 
     def loss_of(scale):
-        adapter = Adapters.stack(embedded, TINY.lora, [scaled(trained.weights, scale)])
+        adapter = Adapters.stack(embedded, RECIPE.lora, [scaled(trained.weights, scale)])
         total = 0
         for examples in (job.examples, other.examples):
             ids = torch.tensor(examples[0][0])
@@ -56,58 +57,60 @@ def test_a_gate_takes_the_scale_with_the_least_loss(embedded, words, towns):
             total += F.cross_entropy(logits[:-1], ids[1:]).item()
         return total
 
-    expected = min(forgetting.GRID, key=loss_of)
-    assert forgetting.best_scale(embedded, job, trained.weights, other.examples) == expected
-    assert forgetting.best_scale(embedded, job, trained.weights, []) == 1
+    expected = min(keeping.GRID, key=loss_of)
+    assert keeping.best_scale(embedded, job, trained.weights, other.examples) == expected
+    assert keeping.best_scale(embedded, job, trained.weights, []) == 1
     assert expected < 1
 
 
 @pytest.mark.slow
-def test_a_stream_is_learned_and_forgotten(tmp_path, capsys):
+def test_a_stream_is_learned_and_forgotten(finished_run, tmp_path, monkeypatch, capsys):
     """Three arms, on three towns: the figures of the lines, and the same command again."""
-    words = ["--out", tmp_path / "f.jsonl", "--seeds", "1", "--length", "3", "--towns", "tune",
-             "--arms", "plain merge", "kept replay", "own replay"]
+    monkeypatch.setattr(forgetting, "LENGTH", 3)
+    monkeypatch.setattr(forgetting, "ARMS", {
+        "plain merge": keeping.Arm(), "own replay": keeping.Arm(replay=8),
+        "kept replay": keeping.Arm(replay=8, kept=True)})
+    words = [finished_run, "--out", tmp_path / "f.jsonl", "--towns", "tune"]
     call(forgetting, *words)
     first = capsys.readouterr().out
-    plain, kept, own = read_lines(tmp_path / "f.jsonl")
+    plain, own, kept = read_lines(tmp_path / "f.jsonl")
     # Of three towns, none, one and two are rehearsed in ten epochs.
     assert own["written"] * 10 == pytest.approx(own["trained"] - plain["trained"])
 
-    assert (plain["arm"], kept["arm"]) == ("plain merge", "kept replay")
-    for record in (plain, kept):
-        assert len(record["just after"]) == len(record["at the end"]) == 3
+    assert [line["arm"] for line in (plain, own, kept)] == list(forgetting.ARMS)
+    for line in (plain, kept):
+        assert len(line["just after"]) == len(line["at the end"]) == 3
         # Nothing comes after the last town.
-        assert record["just after"][-1] == record["at the end"][-1]
-        assert record["written"] == 0
-    # The first town has nothing to rehearse: both arms are the same until then.
+        assert line["just after"][-1] == line["at the end"][-1]
+        assert line["written"] == 0
+    # The first town has nothing to rehearse: all arms are the same until then.
     assert plain["just after"][0] == kept["just after"][0] > .2
     assert kept["trained"] > 1.5 * plain["trained"]
     assert f"| plain merge | {np.mean(plain['just after']):.3f} |" in first
 
-    def no_work(*_):
-        raise AssertionError("computed twice")
+    # All lines are there: nothing is learned again.
+    monkeypatch.setattr(forgetting, "learn_stream", None)
+    call(forgetting, *words)
+    assert capsys.readouterr().out == first[first.index("| arm"):]
+    with pytest.raises(UserError, match="lines of another --towns"):
+        call(forgetting, *words[:3])
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forgetting, "learn_stream", no_work)
-        call(forgetting, *words)
-    assert capsys.readouterr().out.splitlines()[-5:] == first.splitlines()[-5:]
 
-
-def test_a_table_and_a_figure_by_hand(tmp_path, capsys):
+def test_a_table_and_a_figure_by_hand(finished_run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     with (tmp_path / "f.jsonl").open("w") as f:
-        for seed, end in ((0, .2), (1, .4)):
+        for seed, end in ((7, .2), (8, .4)):
             f.write(json.dumps({
                 "arm": "half", "seed": seed, "just after": [.5] * 4, "at the end": [end] * 4,
                 "scale": .5, "trained": 100, "written": 0,
                 "seconds": 1}) + "\n")
 
-    call(forgetting, "--out", tmp_path / "f.jsonl", "--seeds", "0", "1", "--arms", "half",
-         "--svg", tmp_path / "f.svg")
+    call(forgetting, finished_run, "--out", tmp_path / "f.jsonl", "--arms", "half", "--svg",
+         tmp_path / "f.svg")
 
     # Student's t for two values is 12.71; the error of .2 and .4 is .1.
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("| half | 0.500 ±0.000 | 0.300 ±1.271 | 2 |")
+    assert last == "| half | 0.500 ±0.000 | 0.300 ±1.271 | 0.50 | 100 | 0 |"
     assert ElementTree.parse(tmp_path / "f.svg").getroot().tag.endswith("svg")
 
 
@@ -116,19 +119,19 @@ def test_a_table_and_a_figure_by_hand(tmp_path, capsys):
 def test_a_task_asks_about_earlier_towns_too(towns):
     task, *earlier = towns
 
-    asked = retention_reward.with_questions(task, earlier)
+    asked = lost.with_questions(task, earlier)
 
     assert asked.queries[:11] == task.queries and asked.answers[22:] == earlier[1].answers
-    assert asked.kinds == ["own"] * 11 + [retention_reward.EARLIER] * 22
+    assert asked.kinds == ["own"] * 11 + ["earlier"] * 22
     right = [True] * 6 + [False] * 5 + [True] * 11 + [False] * 11
-    learned, lost = retention_reward.learned_and_lost(right, asked, before=.75)
-    assert (learned, lost) == (pytest.approx(6 / 11), pytest.approx(.25))
+    found = lost.learned_and_lost(right, asked, before=.75)
+    assert found == (pytest.approx(6 / 11), pytest.approx(.25))
 
 
 @pytest.mark.slow
 def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(tmp_path, monkeypatch):
     seen = []
-    select, try_edits = retention_reward.select, retention_reward.Round.try_edits
+    select, try_edits = retention_reward.select, lost.Round.try_edits
 
     def spy_on_select(cfg, scores, *rest):
         seen.append(scores)
@@ -140,9 +143,11 @@ def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(tmp_path
         return edits, found
 
     monkeypatch.setattr(retention_reward, "select", spy_on_select)
-    monkeypatch.setattr(retention_reward.Round, "try_edits", spy_on_edits)
-    call(retention_reward, "--out", tmp_path / "r.jsonl", "--seeds", "0", "--lambdas", "2",
-         "--iterations", "1", "--earlier", "2", "--tasks", "1", "--eval-tasks", "1")
+    monkeypatch.setattr(lost.Round, "try_edits", spy_on_edits)
+    monkeypatch.setattr(retention_reward, "ROUNDS", 1)
+    monkeypatch.setattr(retention_reward, "EARLIER", 2)
+    words = ["--out", tmp_path / "r.jsonl", "--seeds", "0", "--lambdas", "2", "--tasks", "1"]
+    call(retention_reward, *words, "--eval-tasks", "1")
 
     held_out, found, scores, _ = seen
     assert found.shape == (1, 8, 2)
@@ -153,18 +158,19 @@ def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(tmp_path
     # The towns were learned before, and an edit destroys some of it.
     assert record["known"][0] > .7
     assert len(record["known"]) == 2 and found[..., 1].mean() > .1
+    with pytest.raises(UserError, match="lines of another --eval-tasks"):
+        call(retention_reward, *words)
 
 
-def test_the_table_of_lambdas_by_hand():
+def test_the_table_of_lambdas_by_hand(capsys):
     records = []
-    for seed, lost in ((0, .2), (1, .4)):
-        records.append({"lambda": .5, "seed": seed, "learned": [.6, .8], "lost": [.5, lost],
+    for seed, last in ((0, .2), (1, .4)):
+        records.append({"lambda": .5, "seed": seed, "learned": [.6, .8], "lost": [.5, last],
                         "known": [.9, .9], "tokens": [70, 80],
                         "made of": [{"copy": 1.0}, {"copy": .4, "rare": .01}]})
 
-    *_, first, last = retention_reward.table(records).splitlines()
+    retention_reward.show({.5: records})
+    *_, first, last = capsys.readouterr().out.splitlines()
 
-    assert first.startswith("| 0.5 | 0 | 0.600 ±0.000 | 0.500 ±0.000 | 0.100 ±0.000 | 0.900")
-    assert first.endswith("| 70 | copy 100% |")
-    assert last == ("| 0.5 | 1 | 0.800 ±0.000 | 0.300 ±1.271 | 0.500 ±1.271 | 0.900 ±0.000 "
-                    "| 80 | copy 40% |")
+    assert first == "| 0.5 | 0 | 0.600 ±0.000 | 0.500 ±0.000 | 0.100 ±0.000 | copy 100% |"
+    assert last == "| 0.5 | 1 | 0.800 ±0.000 | 0.300 ±1.271 | 0.500 ±1.271 | copy 40% |"

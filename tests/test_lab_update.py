@@ -1,4 +1,4 @@
-"""lab/update_rule.py with lab/grpo.py, and lab/race.py, on a few towns of the tiny world."""
+"""lab/update_rule.py with its rooms, and races, on a few towns of the tiny world."""
 import json
 import math
 import sys
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from config import PRESETS, Config, outer_recipe
-from lab import grpo, race, update_rule
-from lab.race import Rung
+from lab import choosing, diversity, grpo, halving, outer_rate, race, rules, update_rule
+from lab.halving import Rung
 from lora import Adapters
 from model import load_pretrained
 from outer_loop import m_step, rest_em
@@ -52,9 +52,10 @@ def test_runs_are_measured_once_each(few, tmp_path, capsys):
     first = capsys.readouterr().out
     call(update_rule, *words, "--arms", *arms)
 
-    assert capsys.readouterr().out.strip() == first[first.index("\n| rule"):].strip()
+    assert capsys.readouterr().out.strip() == first[first.index("| rule"):].strip()
     lines = read_lines(tmp_path / "out")
-    assert [(r["arm"], r["seed"]) for r in lines] == [(arm, s) for s in (0, 1) for arm in arms]
+    found = [(r["arm"], r["seed"]) for r in lines]
+    assert found == [(arm, 0) for arm in arms] + [(arm, 1) for arm in arms]
     for r in lines:
         # 2 towns, 4 self-edits, 4 steps. Of each town 2 are learned in 2 epochs; by advantage those
         # that differ from their mean, in 1.
@@ -66,40 +67,34 @@ def test_runs_are_measured_once_each(few, tmp_path, capsys):
     assert lines[0]["reward"][0] == lines[1]["reward"][0] != lines[3]["reward"][0]
 
 
-@pytest.mark.slow
-def test_a_run_that_begins_like_another_is_the_run_that_it_is_alone(few, tmp_path):
-    def rewards(runs, arms):
-        lines = [update_rule.measure(tmp_path / runs, "eval", arm, 2e-3, 0) for arm in arms]
-        return lines[-1]["reward"], lines[-1]["inner steps"]
-
-    alone = rewards("alone", ["best 1 of 2"])
-    assert rewards("after", ["best 2 of 8", "best 1 of 2"]) == alone
-    assert rewards("before", ["best 1 of 2", "best 2 of 8"]) == rewards("other", ["best 2 of 8"])
+def measured(runs, lr):
+    """A run of the preset's rule."""
+    line = {"split": "eval", "arm": "best 2 of 8", "lr": lr, "seed": 0}
+    return rules.measure(runs, line)
 
 
 def test_the_default_rule_is_the_default_run(few, tmp_path):
-    measured = update_rule.measure(tmp_path / "runs", "eval", "best 2 of 8", 2e-3, 0)
+    found = measured(tmp_path / "runs", 2e-3)
     run = tiny_run(tmp_path / "run")
     rest_em(run.cfg, run)
 
-    assert measured["reward"] == [m["eval_reward"] for m in run.metrics.records]
+    assert found["reward"] == [m["eval_reward"] for m in run.metrics.records]
 
 
 def test_a_run_that_diverges_has_no_rewards_from_there_on(few, tmp_path):
-    measured = update_rule.measure(tmp_path / "runs", "eval", "best 2 of 8", 1e9, 0)
+    found = measured(tmp_path / "runs", 1e9)
 
-    assert measured["diverged"]
-    assert measured["reward"][1:] == [0.0]
-    assert measured["reward"][0] > 0
+    assert found["diverged"]
+    assert found["reward"][1:] == [0.0]
+    assert found["reward"][0] > 0
 
 
 def test_rates_are_tried_on_other_towns(few, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(update_rule, "SHORT", {})
-    monkeypatch.setattr(update_rule, "GRID", (1e-3, 2e-3))
+    monkeypatch.setattr(outer_rate, "SHORT", {})
+    monkeypatch.setattr(outer_rate, "GRID", (1e-3, 2e-3))
     out, runs = tmp_path / "out", tmp_path / "runs"
 
-    call(update_rule, "--out", out, "--runs", runs, "--choose", "--arms", "best 2 of 8",
-         "--seeds", "7")
+    call(outer_rate, "--out", out, "--runs", runs, "--arms", "best 2 of 8", "--seeds", "7")
 
     lines = read_lines(out)
     assert [(r["split"], r["lr"], r["seed"]) for r in lines] == [("tune", 1e-3, 7),
@@ -107,12 +102,12 @@ def test_rates_are_tried_on_other_towns(few, tmp_path, monkeypatch, capsys):
     for folder in runs.iterdir():
         assert json.loads((folder / "config.json").read_text())["eval_data"] == "tune"
     mean = lines[1]["reward"][-1]
-    assert f"tune: best 2 of 8, outer learning rate 0.002: {mean:.3f} (1 seeds)" in (
+    assert f"best 2 of 8, outer learning rate 0.002: {mean:.3f} (1 seeds)" in (
         capsys.readouterr().out)
 
 
 def line(arm, seed, last, split="eval"):
-    return {"split": split, "arm": arm, "lr": update_rule.ARMS[arm][1], "seed": seed,
+    return {"split": split, "arm": arm, "lr": rules.RULES[arm][1], "seed": seed,
             "reward": [0.5, 0.6, last],
             "inner steps": 100, "outer steps": 10, "seconds": 3 + seed, "compression": [2.0, 4.0],
             "distinct": [80, 20]}
@@ -132,13 +127,14 @@ def test_the_table_by_hand(tmp_path, capsys):
     # Gains of .2 and .4: their deviation is .2 / sqrt 2, and Student's t for two values 12.71.
     half = 12.71 * 0.2 / math.sqrt(2) / math.sqrt(2)
     assert best == ("| best 2 of 8 | 0.004 | 0.500 -> 0.600 -> 0.800 | "
-                    f"+0.300 ±{half:.3f} |  | 0.141 | +0.200 | 100 | 10 | 4 | "
-                    "2.00 -> 4.00 | 80 -> 20 |")
-    assert by_advantage.startswith("| grpo, K = 8 | 0.004 | 0.500 -> 0.600 -> 0.400 | -0.100 ±nan "
-                                  "| -0.300 ±nan |")
+                    f"+0.300 ±{half:.3f} | +0.000 ±0.000 | 0.141 | +0.200 | 100 | 10 | "
+                    "80 -> 20 |")
+    # One seed has no interval.
+    assert by_advantage.startswith("| grpo, K = 8 | 0.004 | 0.500 -> 0.600 -> 0.400 | -0.100 "
+                                  "| -0.300 |")
     drawing = (tmp_path / "figure.svg").read_text()
     assert ElementTree.fromstring(drawing).tag.endswith("svg")
-    assert "<!-- best 2 of 8 -->" in drawing
+    assert "<!-- best 2 of 8, 0.004 -->" in drawing
 
 
 def test_diversity_by_hand():
@@ -148,7 +144,7 @@ def test_diversity_by_hand():
     run = SimpleNamespace(metrics=SimpleNamespace(records=[{"iteration": 0}, {"iteration": 1}]),
                           edits=SimpleNamespace(of=lambda t, split: edits[t]))
 
-    found = update_rule.diversity(run)
+    found = diversity.of_run(run)
 
     assert found["distinct"] == [3, 1]
     assert found["compression"][0] < 1.1 < 5 < found["compression"][1]
@@ -247,7 +243,7 @@ def test_a_race_gives_more_seeds_to_the_contenders():
     table = [[[0.1, 1, 1], [0.5, 0.1, 0.3], [0.4, 0.6, 0.5], [0.0, 1, 1]]]
     asked = []
 
-    scores, loops = race.race([Rung(1, 1), Rung(1 / 2, 2)], 1, 4, from_table(table, asked))
+    scores, loops = halving.race([Rung(1, 1), Rung(1 / 2, 2)], 1, 4, from_table(table, asked))
 
     assert asked[1] == [(0, 1), (0, 2)]
     assert loops == 4 + 2 * 2
@@ -256,7 +252,7 @@ def test_a_race_gives_more_seeds_to_the_contenders():
 
 def test_of_equals_the_first_goes_on():
     asked = []
-    race.race([Rung(1, 1), Rung(1 / 2, 1)], 2, 4, from_table([[[0.5, 0.5]] * 4] * 2, asked))
+    halving.race([Rung(1, 1), Rung(1 / 2, 1)], 2, 4, from_table([[[0.5, 0.5]] * 4] * 2, asked))
 
     assert asked[1] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
@@ -264,7 +260,7 @@ def test_of_equals_the_first_goes_on():
 def test_what_was_measured_after_half_of_the_steps_does_not_count_in_the_end():
     table = [[[0.9, 0.2], [0.8, 0.4], [0.1, 1.0]]]
 
-    scores, loops = race.race([Rung(1, 1, 1 / 2), Rung(2 / 3, 1)], 1, 3, from_table(table))
+    scores, loops = halving.race([Rung(1, 1, 1 / 2), Rung(2 / 3, 1)], 1, 3, from_table(table))
 
     assert loops == 3 / 2 + 2
     assert scores[0].tolist() == pytest.approx([0.2, 0.4, 0.1 - 1])
@@ -273,7 +269,7 @@ def test_what_was_measured_after_half_of_the_steps_does_not_count_in_the_end():
 def test_who_left_first_ends_last():
     table = [[[0.9, 0.3, 0.3], [0.8, 0.1, 0.1], [0.1] * 3, [0.7, 0.7, 0.7]]]
 
-    scores, _ = race.race([Rung(1, 1), Rung(3 / 4, 1), Rung(1 / 2, 1)], 1, 4, from_table(table))
+    scores, _ = halving.race([Rung(1, 1), Rung(3 / 4, 1), Rung(1 / 2, 1)], 1, 4, from_table(table))
 
     assert np.argsort(-scores[0]).tolist() == [3, 0, 1, 2]
 
@@ -283,13 +279,16 @@ def test_the_worth_of_a_choice_is_judged_by_other_seeds():
     whole = np.full((1, 4, 6), 0.5)
     whole[0, 2:] = [1.0, 0, 0, 0, 0, 0]
 
-    (value,), loops = race.worth([Rung(1, 3)], whole, None, keep=2, judges=3, draws=400)
-    (all_equal,), _ = race.worth([Rung(1, 1)], np.full((1, 4, 6), 0.5), None, 2, 3, draws=2)
+    lucky = choosing.Tried(whole, whole[:, :, :0], keep=2, judges=3)
+    alike = choosing.Tried(np.full((1, 4, 6), 0.5), whole[:, :, :0], keep=2, judges=3)
+
+    (value,), loops = choosing.worth([Rung(1, 3)], lucky, draws=400)
+    (all_equal,), _ = choosing.worth([Rung(1, 1)], alike, draws=2)
 
     # A lucky one has a mean of 1/3 by three seeds, so it is never chosen; nor by them judged.
     assert (value, loops) == (pytest.approx(0.5), 4 * 3)
     assert all_equal == 0.5
-    (by_one,), _ = race.worth([Rung(1, 1)], whole, None, keep=2, judges=3, draws=400)
+    (by_one,), _ = choosing.worth([Rung(1, 1)], lucky, draws=400)
     assert 0.3 < by_one < 0.5       # luck is chosen, and is not there when it is judged
 
 
@@ -300,7 +299,7 @@ def test_seeds_are_found_again_from_mean_and_deviation(tmp_path):
     record = {"questions": [{}] * 3, "released_edits": edits}
     (tmp_path / "file.json").write_text(json.dumps([record]))
 
-    assert race.released(tmp_path / "file.json")[0].tolist() == pytest.approx(np.array(values))
+    assert choosing.released(tmp_path / "file.json")[0].tolist() == pytest.approx(np.array(values))
 
 
 def test_released_means_are_found_again(shared_data):
@@ -308,7 +307,7 @@ def test_released_means_are_found_again(shared_data):
     stated = [[edit["adapter_mean"] for edit in record["released_edits"]]
               for record in json.loads(file.read_text())]
 
-    assert np.allclose(race.released(file).mean(2), stated, atol=1e-3)
+    assert np.allclose(choosing.released(file).mean(2), stated, atol=1e-3)
 
 
 def test_with_one_seed_for_all_a_race_is_the_outer_loop(few, tmp_path):
@@ -321,7 +320,7 @@ def test_with_one_seed_for_all_a_race_is_the_outer_loop(few, tmp_path):
 
 
 def test_half_of_the_steps_are_half_of_the_epochs(few, tmp_path):
-    run, train, _ = race.start(0, str(tmp_path / "run"))
+    run, train = halving.start(0, str(tmp_path / "run"))
     task = train[0]
     edit = SelfEdit(documents=task.context)
     seen = []
@@ -331,8 +330,8 @@ def test_half_of_the_steps_are_half_of_the_epochs(few, tmp_path):
         return []
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(race, "update_and_score", update)
-        run_rung = race.trainer(run, None, [task], [[edit]], 0)
+        patch.setattr(halving, "update_and_score", update)
+        run_rung = halving.trainer(run, None, [task], [[edit]], 0)
         with pytest.raises(KeyError):
             run_rung([(0, 0)], Rung(1, 2, 1 / 2), 0)
         with pytest.raises(KeyError):
@@ -344,20 +343,24 @@ def test_half_of_the_steps_are_half_of_the_epochs(few, tmp_path):
 
 
 @pytest.mark.slow
-def test_both_parts_of_a_race(few, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(race, "LEARNING", ("three seeds", "one, one more for 1/2",
-                                           "twice the self-edits, half the steps"))
-    words = ["--out", tmp_path / "out", "--seeds", "0"]
+def test_both_questions_about_races(few, tmp_path, capsys):
+    out = ["--out", tmp_path / "out", "--seeds", "0"]
+    learning = [*out, "--rules", "three seeds", "one, one more for 1/2",
+                "twice the self-edits, half the steps", "--svg", tmp_path / "figure.svg"]
 
-    call(race, *words, "--svg", tmp_path / "figure.svg")
+    call(choosing, *out)
+    call(race, *learning)
     first = capsys.readouterr().out
-    call(race, *words)
+    call(choosing, *out)
+    call(race, *learning)
 
-    tables = first[first.index("\n2 towns, the two best"):]
-    assert capsys.readouterr().out == tables
-    choosing, full, raced, twice = read_lines(tmp_path / "out")
-    assert np.shape(choosing["whole"]) == (2, 8, 6)
-    assert np.shape(choosing["half"]) == (2, 8, 1)
+    # Nothing was measured again, and the same tables are shown.
+    begin_1, begin_2 = first.index("\n2 towns, the two best"), first.index("| rewards |")
+    end = first.index("\n=== three seeds")
+    assert capsys.readouterr().out == first[begin_1:end] + first[begin_2:]
+    choice, full, raced, twice = read_lines(tmp_path / "out")
+    assert np.shape(choice["whole"]) == (2, 8, 6)
+    assert np.shape(choice["half"]) == (2, 8, 1)
     assert [r["inner loops"] for r in (full, raced, twice)] == [24, 8 + 2 * 2, 16 / 2]
     assert full["reward"][0] == raced["reward"][0] == twice["reward"][0]
     ElementTree.parse(tmp_path / "figure.svg")

@@ -8,7 +8,7 @@ import torch
 from config import Config, outer_recipe
 from files import UserError
 from generate import Sampling, write
-from lab import imitate, lines
+from lab import imitate, line_kinds, lines
 from lora import Adapters
 from model import load_pretrained
 from selfedit import fill, seed_for
@@ -134,7 +134,7 @@ PASSAGE = ("Nikola Tesla\nIn 1952, following pressure from Tesla's nephew, his e
     ("1. The estate was shipped to Zagreb.", "wrong"),
     ("1. The UK shipped the estate.", "wrong")])
 def test_a_line_is_held_against_its_passage(line, kind):
-    assert lines.classify(line, PASSAGE) == kind
+    assert line_kinds.classify(line, PASSAGE) == kind
 
 
 # ------------------------------------------------------------------------------- lines: a run
@@ -191,29 +191,18 @@ def test_lines_are_shown_with_their_kind(some_run, capsys):
     assert "Everything changes" not in shown    # the second passage
 
 
-def test_the_passages_of_a_round_are_those_that_the_run_drew(tiny_folder, passages, tmp_path):
-    folder = tmp_path / "run"
-    run_it(["--model", tiny_folder, "--train-data", passages, "--eval-data", passages,
-            *SMALL.split(), "--iterations", "2", "--seed", "3", "--run-dir", folder])
-    config = json.loads((folder / "config.json").read_text())
+def test_a_passage_of_another_name_is_noticed(some_run, passages, tmp_path):
+    records = json.loads(passages.read_text())
+    (tmp_path / "other.json").write_text(json.dumps(records[1:]))
 
-    for r in read_lines(folder / "rollouts.jsonl"):
-        if r["split"] == "train":
-            task = lines.tasks_of(config, "train", r["iteration"])[r["task"]]
-            assert task.name == r["title"]
-    groups = lines.read_groups(folder, "train")
-    assert [len(edits) for edits in groups.values()] == [6, 6]      # 2 passages, 3 self-edits
-    assert len(lines.read_groups(folder, "train", iteration=1)) == 1
-
-    # Another order is seen by the titles.
-    (folder / "config.json").write_text(json.dumps(config | {"seed": 4}))
     with pytest.raises(UserError, match="name the right file by --data"):
-        lines.read_groups(folder, "train")
+        call(lines, some_run, "--data", tmp_path / "other.json")
 
 
-def test_what_is_not_there_is_one_line(some_run, tmp_path):
+def test_what_is_not_there_is_one_line(some_run):
+    (some_run / "edits.jsonl").write_text("")
     with pytest.raises(UserError, match="no such self-edits"):
-        call(lines, some_run, "--iteration", 5)
+        call(lines, some_run)
     (some_run / "config.json").write_text('{"domain": "arc"}')
     with pytest.raises(UserError, match="not a run about passages"):
         call(lines, some_run)

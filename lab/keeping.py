@@ -1,0 +1,83 @@
+"""What may keep old towns known, while lab/forgetting.py learns new ones. See remember.py, too."""
+import random
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from data import tinyworld
+from inner_loop import make_job
+from lab.tiny import RECIPE, WRITING
+from model import Transformer
+from remember import recall, scaled
+from selfedit import SelfEdit, Task, sample_self_edits, seed_for
+from sft import Job, dialogue, sft
+from tokenizer import Tokenizer
+
+GRID = [1, .7, .5, .35, .25, 0]     # scales that a gate chooses among
+
+
+@dataclass
+class Stream:
+    """Towns that a model learns one after the other, each by its self-edit."""
+    model: Transformer
+    tok: Tokenizer
+    towns: list[Task]
+    edits: list[SelfEdit]
+    seed: int
+
+
+@dataclass
+class Arm:
+    """How a town is learned on top of the others."""
+    scale: float = 1.0      # W <- W + scale (alpha / r) B A
+    layers: int = 4         # adapters on the last ones only
+    replay: int = 0         # earlier towns to rehearse beside the new one
+    kept: bool = False      # rehearse their self-edits as they were; else what the model remembers
+    generic: int = 0        # self-edits of other towns, by the model as it is: KL to that model
+    gate: bool = False      # choose the scale by the loss; what is recalled is then not learned
+    lr: float = RECIPE.lr
+
+
+def rehearsal(stream: Stream, arm: Arm, k: int) -> list:
+    """Examples: self-edits of towns before the k-th, as they were or as the model remembers them.
+    """
+    # All arms rehearse the same towns.
+    draw = random.Random(seed_for(stream.seed, k, "earlier"))
+    chosen = draw.sample(range(k), min(k, arm.replay))
+    old = [stream.edits[i] for i in chosen]
+    if chosen and not arm.kept:
+        towns = [stream.towns[i] for i in chosen]
+        seeds = [seed_for(stream.seed, k, i, "recall") for i in chosen]
+        (old,) = recall(stream.model, stream.tok, [towns], WRITING, seeds)
+    examples = []
+    for edit in old:
+        examples += make_job(stream.model, stream.tok, edit, 0, RECIPE).examples
+    return examples
+
+
+def own_texts(model, tok, n: int, seed: int) -> list:
+    """Examples: self-edits of n training towns, as the model writes them now, after the passage.
+
+    The loss on a sample of the old model is, in the mean, KL(old || new) and a constant."""
+    towns = random.Random(seed).sample(tinyworld.load("train"), n)
+    seeds = [[seed_for(seed, i)] for i in range(n)]
+    # Samples of the model's own distribution, which neither temperature nor a nucleus changes.
+    as_it_is = replace(WRITING, temperature=1, top_p=1)
+    examples = []
+    for town, (edit,) in zip(towns, sample_self_edits(model, tok, towns, as_it_is, seeds)):
+        examples.append(dialogue(tok.prompt(town.prompt), edit.token_ids))
+    return examples
+
+
+def best_scale(model, job: Job, weights, old: list) -> float:
+    """The scale with the least loss on the new documents and on what was recalled, each a mean."""
+    # A step with learning rate 0 changes nothing, and says the loss before it.
+    still = replace(job.recipe, lr=0, epochs=1, batch=10 ** 6)
+    totals = np.zeros(len(GRID))
+    # The first towns have nothing old beside them.
+    for examples in filter(None, (job.examples, old)):
+        tried = replace(job, examples=examples, recipe=still)
+        jobs = [replace(tried, start=scaled(weights, scale)) for scale in GRID]
+        for i, outcome in sft(model, jobs):
+            totals[i] += outcome.losses[0]
+    return GRID[int(np.argmin(totals))]

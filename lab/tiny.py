@@ -1,0 +1,40 @@
+"""The tiny world as the questions of the lab use it: its settings, and models of finished runs."""
+from pathlib import Path
+
+import numpy as np
+
+from config import PRESETS, Config, inner_recipe
+from generate import Sampling
+from inner_loop import ask, grade_all
+from model import Transformer, load_pretrained
+from run import read_settings
+from selfedit import Task
+from tokenizer import Tokenizer
+
+# Written, learned and answered as in `python outer_loop.py --preset tiny`.
+TINY = Config(**PRESETS["tiny"])
+RECIPE = inner_recipe(TINY)
+WRITING = Sampling(TINY.max_edit_tokens, 1, TINY.temperature, TINY.top_p)
+ANSWERING = Sampling(TINY.max_answer_tokens, newline_stops=True)
+
+
+def add_runs(ap):
+    ap.add_argument("runs", nargs="+", metavar="RUN_DIR",
+                    help="finished runs of `python outer_loop.py --seed S`, one for each seed")
+
+
+def by_seed(folders) -> dict[int, Path]:
+    """{seed: the folder of its run}."""
+    return {read_settings(folder)["seed"]: Path(folder) for folder in folders}
+
+
+def load(t: int, folder=None) -> tuple[Transformer, Tokenizer]:
+    """theta_t of a run. theta_0 is the model of this repository, whatever the run."""
+    model = load_pretrained(Path(folder) / f"iter_{t}" if t else TINY.model, "cpu")
+    return model, Tokenizer.from_pretrained(model.folder)
+
+
+def verdicts(model, tok, towns: list[Task]):
+    """(towns, questions) bool: what a model answers rightly, without the passages."""
+    (answers,) = ask(model, tok, [towns], ANSWERING)
+    return np.array(grade_all(towns, [one.texts for one in answers]))
