@@ -138,11 +138,11 @@ PRESETS = {
     # The embedded checkpoint and its world. Chosen on other towns than are reported.
     "tiny": dict(
         domain="tinyworld", model=str(EMBEDDED), train_data="train", eval_data="eval",
-        iterations=3, tasks=20, edits=8, seeds=1, eval_tasks=32, eval_edits=2, baselines=True,
+        iterations=2, tasks=20, edits=8, seeds=1, eval_tasks=32, eval_edits=2, baselines=True,
         temperature=0.8, max_edit_tokens=160, max_answer_tokens=12, keep=2,
         inner_rank=8, inner_alpha=8, inner_targets=PROJECTIONS,
         inner_lr=2e-2, inner_epochs=10, inner_batch=64,
-        outer_rank=16, outer_alpha=16, outer_lr=2e-3, outer_epochs=4, outer_batch=8,
+        outer_rank=16, outer_alpha=16, outer_lr=4e-3, outer_epochs=4, outer_batch=8,
         dtype="float32"),
     # The same for puzzles.
     "tiny-arc": dict(

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from config import PRESETS, Config
+from config import Config
 from inner_loop import update_and_score
+from lab.tiny import SETTINGS
 from outer_loop import in_order
 from progress import Meter
 from run import Run
@@ -74,9 +75,8 @@ def race(rungs: list[Rung], n_tasks: int, k: int, run_rung) -> tuple[np.ndarray,
 def start(seed: int, folder, times=1):
     """A run of the tiny preset with so many times its self-edits, and its training towns in order.
     """
-    preset = PRESETS["tiny"]
-    run = Run(Config(**preset | {"seed": seed, "baselines": False, "run_dir": folder,
-                                 "edits": times * preset["edits"]}))
+    run = Run(Config(**SETTINGS | {"seed": seed, "baselines": False, "run_dir": folder,
+                                   "edits": times * SETTINGS["edits"]}))
     return run, in_order(run.tasks(run.cfg.train_data), seed)
 
 

@@ -8,21 +8,22 @@ import re
 import time
 from pathlib import Path
 
-from config import PRESETS, Config
+from config import Config
 from files import Lines, UserError
 from lab.diversity import of_run
 from lab.grpo import clipped_m_step
+from lab.tiny import SETTINGS
 from outer_loop import m_step, rest_em
 from run import Run
 
-# name -> (how it differs from `--preset tiny`, which keeps the 2 best of 8 for 4 epochs; its outer
+# name -> (how it differs from lab.tiny.SETTINGS, which keep the 2 best of 8 for 4 epochs; its outer
 # learning rate). All K of a rule share the rate of K = 8. One epoch of 160 self-edits is as many
 # steps as four of the 40 best. Rates were chosen by lab/outer_rate.py, by the last reward of seeds
 # 10 and 11 (of seed 10 alone for Eq. 2, for a restart from the base, and with clip and KL).
 USUAL = "best 2 of 8"
 CLIPPED = "grpo, K = 8, 4 epochs, clip and KL"
 RULES = {
-    "the preset itself (best 2 of 8)": ({}, 2e-3),
+    "best 2 of 8, half the rate": ({}, 2e-3),
     "best 1 of 2": ({"edits": 2, "keep": 1}, 4e-3),
     "best 2 of 4": ({"edits": 4}, 4e-3),
     USUAL: ({}, 4e-3),
@@ -46,7 +47,7 @@ def measure(runs: Path, line: dict, **settings) -> dict:
     split, arm, lr, seed = line["split"], line["arm"], line["lr"], line["seed"]
     own, _ = RULES[arm]
     folder = runs / re.sub(r"[^\w.]+", "-", f"{split} {arm} {lr} {seed}")
-    cfg = Config(**PRESETS["tiny"] | own | settings | {
+    cfg = Config(**SETTINGS | own | settings | {
         "outer_lr": lr, "seed": seed, "eval_data": split, "baselines": False,
         "run_dir": str(folder)})
     run = Run(cfg)

@@ -11,8 +11,10 @@ from run import read_settings
 from selfedit import Task
 from tokenizer import Tokenizer
 
-# Written, learned and answered as in `python outer_loop.py --preset tiny`.
-TINY = Config(**PRESETS["tiny"])
+# Written, learned and answered as in `python outer_loop.py`, with the three rounds that it had
+# until 2026-11-27. What lab/update_rule.py found made them two, at twice the outer learning rate.
+SETTINGS = PRESETS["tiny"] | {"iterations": 3, "outer_lr": 2e-3}
+TINY = Config(**SETTINGS)
 RECIPE = inner_recipe(TINY)
 WRITING = Sampling(TINY.max_edit_tokens, 1, TINY.temperature, TINY.top_p)
 ANSWERING = Sampling(TINY.max_answer_tokens, newline_stops=True)
@@ -20,7 +22,8 @@ ANSWERING = Sampling(TINY.max_answer_tokens, newline_stops=True)
 
 def add_runs(ap):
     ap.add_argument("runs", nargs="+", metavar="RUN_DIR",
-                    help="finished runs of `python outer_loop.py --seed S`, one for each seed")
+                    help="finished runs of `python outer_loop.py --iterations 3 --outer-lr 2e-3 "
+                         "--seed S`, one for each seed")
 
 
 def by_seed(folders) -> dict[int, Path]:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from config import PRESETS, Config, outer_recipe
+from config import Config, outer_recipe
 from lab import choosing, diversity, grpo, halving, outer_rate, race, rules, update_rule
 from lab.halving import Rung
+from lab.tiny import SETTINGS
 from lora import Adapters
 from model import load_pretrained
 from outer_loop import m_step, rest_em
@@ -27,8 +28,9 @@ FEW = dict(tasks=2, edits=4, eval_tasks=2, eval_edits=1, iterations=1, inner_epo
 
 @pytest.fixture()
 def few(monkeypatch):
-    """The tiny preset made smaller."""
-    monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | FEW)
+    """The tiny world's settings made smaller."""
+    for name, value in FEW.items():
+        monkeypatch.setitem(SETTINGS, name, value)
 
 
 def call(module, *words):
@@ -38,7 +40,7 @@ def call(module, *words):
 
 
 def tiny_run(folder, **own):
-    return Run(Config(**PRESETS["tiny"] | {"run_dir": str(folder), "baselines": False} | own))
+    return Run(Config(**SETTINGS | {"run_dir": str(folder), "baselines": False} | own))
 
 
 # ------------------------------------------------------------------------------- update rules
@@ -178,14 +180,14 @@ def test_the_kl_term_draws_back():
 
 @pytest.fixture(scope="module")
 def embedded():
-    folder = PRESETS["tiny"]["model"]
+    folder = SETTINGS["model"]
     return load_pretrained(folder, "cpu"), Tokenizer.from_pretrained(folder)
 
 
 def test_log_probabilities_are_those_of_the_self_edit(embedded):
     model, tok = embedded
     prompt, written = tok.encode("It has a fox on its flag.\n\nNotes:\n"), tok.encode("The fox.")
-    adapter = Adapters(model, outer_recipe(Config(**PRESETS["tiny"])).lora, n=1)
+    adapter = Adapters(model, outer_recipe(Config(**SETTINGS)).lora, n=1)
 
     with torch.no_grad():
         found = grpo.log_probs(model, adapter, dialogue(prompt, written))

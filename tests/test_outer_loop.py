@@ -275,7 +275,7 @@ def test_self_edits_that_say_nothing_do_not_stop_a_run(argv, varied_rewards, mon
 def test_it_says_what_is_about_to_happen():
     said = opening(Config(**PRESETS["tiny"] | {"run_dir": "here"}))
 
-    assert "3 rounds the model reads 20 passages and writes 8 self-edits" in said
+    assert "2 rounds the model reads 20 passages and writes 8 self-edits" in said
     assert "the 2 best of 8 are learned" in " ".join(said.split())
     assert "here/report.html" in said
     puzzles = opening(Config(**PRESETS["tiny-arc"]))
