@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from files import Lines, Parser, UserError, cli
+from lab.show import print_table
 
 GOAL, SEEDS = 0.75, range(5)
 ROOT = Path(__file__).parent.parent
@@ -76,13 +77,12 @@ def table(records):
         times = [time_to_goal(r) for r in runs]
         reached = sum(t < float("inf") for t in times)
         last = statistics.mean(r["reward"][-1] for r in runs)
-        rows.append((statistics.median(times), name, " ".join(runs[0]["flags"]), reached, len(runs),
-                     last, runs[0]["date"], runs[0]["commit"], where))
-    print(f"\n| s to {GOAL}, median | entry | flags | reached by | last reward, mean | "
-          "date, commit, machine |\n|---|---|---|---|---|---|")
-    for median, name, flags, reached, n, last, day, version, where in sorted(rows):
-        print(f"| {median:.0f} | {name} | `{flags}` | {reached} of {n} | {last:.3f} | {day}, "
-              f"{version}, {where} |")
+        made = ", ".join([runs[0]["date"], runs[0]["commit"], where])
+        rows.append((statistics.median(times), name, " ".join(runs[0]["flags"]) or "none",
+                     f"{reached} of {len(runs)}", f"{last:.3f}", made))
+    rows = [[f"{median:.0f}", *cells] for median, *cells in sorted(rows)]
+    print_table([f"s to {GOAL}, median", "entry", "flags", "reached by", "last reward, mean",
+                 "date, commit, machine"], rows)
 
 
 def main():

@@ -33,9 +33,9 @@ def test_an_entry_is_the_median_of_its_seeds_and_the_fastest_comes_first(capsys)
 
     speedrun.table(slow + fast)
 
-    lines = capsys.readouterr().out.splitlines()[3:]
-    assert lines[0].startswith("| 32 | fast | `--iterations 2` | 3 of 5 | 0.760 |")
-    assert lines[1].startswith("| 62 | slow | `--iterations 2` | 5 of 5 | 0.800 |")
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines[0].startswith("| 32 | fast | --iterations 2 | 3 of 5 | 0.760 |")
+    assert lines[1].startswith("| 62 | slow | --iterations 2 | 5 of 5 | 0.800 |")
 
 
 @pytest.mark.parametrize("word", ["--eval-tasks", "--model", "--inner-lr=1", "--seed", "--run-dir"])
