@@ -26,18 +26,25 @@ from selfedit import seed_for
 SEEDS = 6       # three to choose by, three to judge by
 
 
-def try_often(seed: int) -> dict:
-    """A line: accuracies (tasks, K, seeds) of the untrained model's self-edits."""
+def written(seed: int) -> tuple:
+    """(run, model, tasks, edits): what the untrained model writes of the first round's tasks, with
+    twice the usual K self-edits of each."""
+    # Of the run's folder nothing is kept.
     with tempfile.TemporaryDirectory() as folder:
         run, train = start(seed, folder, times=2)
-        n, k = run.cfg.tasks, run.cfg.edits
-        tasks, model = next_tasks(train, 0, n), run.load(0)
-        edits = sample_edits(run, model, tasks, 0, "train", k)
-        run_rung = trainer(run, model, tasks, edits, 0)
-        pairs = list(itertools.product(range(n), range(k)))
-        found = {}
-        for name, rung in (("whole", Rung(1, SEEDS)), ("half", Rung(1, 1, 1 / 2))):
-            found[name] = np.reshape(run_rung(pairs, rung, 0), (n, k, -1)).round(4).tolist()
+        tasks, model = next_tasks(train, 0, run.cfg.tasks), run.load(0)
+        return run, model, tasks, sample_edits(run, model, tasks, 0, "train", run.cfg.edits)
+
+
+def try_often(seed: int) -> dict:
+    """A line: accuracies (tasks, K, seeds) of the untrained model's self-edits."""
+    run, model, tasks, edits = written(seed)
+    run_rung = trainer(run, model, tasks, edits, 0)
+    pairs = list(itertools.product(range(run.cfg.tasks), range(run.cfg.edits)))
+    found = {}
+    for name, rung in (("whole", Rung(1, SEEDS)), ("half", Rung(1, 1, 1 / 2))):
+        accuracies = np.reshape(run_rung(pairs, rung, 0), (len(tasks), run.cfg.edits, -1))
+        found[name] = accuracies.round(4).tolist()
     return found
 
 
