@@ -3,8 +3,9 @@
     python -m lab.race --out FILE.jsonl [--svg FILE]
 
 ReST-EM in the tiny world, with its rewards from a race (lab/halving.py): do further seeds of the
-inner loop have to go to every self-edit? lab/choosing.py asks what a single choice is worth. 2 to 8
-minutes for a rule and a seed, on one thread.
+inner loop have to go to every self-edit? Or from no inner loop at all, but a product of gradients
+(lab/scores.py). lab/choosing.py and lab/proxy.py ask what a single choice is worth. 2 to 8 minutes
+for a rule and a seed, on one thread.
 """
 import tempfile
 
@@ -14,17 +15,28 @@ from files import cli
 from lab.experiment import add_seeds, complete, differences, each, flags, gain, groups
 from lab.experiment import last_reward, where
 from lab.halving import RULES, race, start, trainer
+from lab.scores import products
 from lab.show import arrows, new_figure, of_seeds, print_table, save
 from outer_loop import evaluate, m_step, next_tasks, select
 from run import sample_edits
 from stats import mean_ci
 
 USUAL = "three seeds"
+PRODUCT = "inner product of gradients"
+
+
+def rewards(rule: str, run, model, tasks, edits, t: int) -> tuple[np.ndarray, float]:
+    """(scores (tasks, K), inner loops that they took)."""
+    if rule == PRODUCT:
+        return np.array([products(model, run.tok, *pair) for pair in zip(tasks, edits)]), 0.0
+    _, rungs = RULES[rule]
+    return race(rungs, len(tasks), len(edits[0]), trainer(run, model, tasks, edits, t))
 
 
 def learn(rule: str, seed: int) -> dict:
-    """A line: outer_loop.rest_em with rewards from a race."""
-    times, rungs = RULES[rule]
+    """A line: outer_loop.rest_em with other rewards."""
+    # How many times the usual number of self-edits.
+    times = 1 if rule == PRODUCT else RULES[rule][0]
     loops = 0.0
     print(f"\n=== {rule}, seed {seed}", flush=True)
     # Of the run's folder nothing is kept but the line.
@@ -38,16 +50,15 @@ def learn(rule: str, seed: int) -> dict:
             # E-step, in which score_edits of run.py would give all self-edits as many seeds.
             tasks = next_tasks(train, t, cfg.tasks)
             edits = sample_edits(run, model, tasks, t, "train", cfg.edits)
-            run_rung = trainer(run, model, tasks, edits, t)
-            scores, taken = race(rungs, cfg.tasks, cfg.edits, run_rung)
+            scores, taken = rewards(rule, run, model, tasks, edits, t)
             loops += taken
             # M-step. Who dropped out of the race is below all others, and is not kept.
             kept = select(cfg, scores.tolist(), edits, [0.0] * cfg.tasks, t)
             m_step(cfg, run, model, [(tasks[i], edits[i][j], 1.0) for i, j in kept], t)
             run.save(t + 1, model)
         evaluate(cfg, run, run.load(cfg.iterations), held_out, cfg.iterations)
-        rewards = [m["eval_reward"] for m in run.metrics.records]
-    return {"inner loops": loops, "reward": rewards}
+        held_out_rewards = [m["eval_reward"] for m in run.metrics.records]
+    return {"inner loops": loops, "reward": held_out_rewards}
 
 
 def show(rules: dict[str, list[dict]]):
@@ -82,12 +93,13 @@ def draw(rules: dict[str, list[dict]], file):
 def main():
     ap = flags(__doc__)
     add_seeds(ap)
-    ap.add_argument("--rules", nargs="+", choices=RULES, default=[USUAL, "one seed"],
-                    metavar="RULE", help="of lab/halving.py (default: three seeds, one seed)")
+    ap.add_argument("--rules", nargs="+", choices=[*RULES, PRODUCT],
+                    default=[USUAL, "one seed"], metavar="RULE",
+                    help=f"of lab/halving.py, or {PRODUCT!r} (default: three seeds, one seed)")
     args = ap.parse_args()
     wanted = [{"part": "learning"} | unit for unit in each("rule", args.rules, args.seeds)]
     records = complete(ap, args, wanted, lambda line: learn(line["rule"], line["seed"]))
-    rules = groups(where(records, part="learning"), "rule", RULES)
+    rules = groups(where(records, part="learning"), "rule", [*RULES, PRODUCT])
     show(rules)
     if args.svg:
         draw(rules, args.svg)

@@ -1,4 +1,4 @@
-"""Scores of self-edits that need no inner loop. For lab/proxy.py.
+"""Scores of self-edits that need no inner loop. For lab/proxy.py and lab/race.py.
 
 To first order, a small step down the gradient g of a self-edit's loss changes the loss L of the
 gold answers by
@@ -52,22 +52,35 @@ def gradient(model, untrained, examples) -> torch.Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
-def score(model, tok, task, edits, seeds) -> list[dict[str, float]]:
-    """{score: its value, the higher the better} of each self-edit. seeds: of the adapters."""
+def products(model, tok, task, edits) -> list[float]:
+    """<g, grad L> of each self-edit; LAST if nothing can be learned from it."""
     # An adapter of zeros changes nothing.
     untrained = Adapters(model, RECIPE.lora, 1)
+    wanted = gradient(model, untrained, gold(tok, task))
+    found = []
+    for edit in edits:
+        try:
+            examples = make_job(model, tok, edit, 0, RECIPE).examples
+        except ValueError:
+            found.append(LAST)
+            continue
+        found.append((gradient(model, untrained, examples) @ wanted).item())
+    return found
+
+
+def score(model, tok, task, edits, seeds) -> list[dict[str, float]]:
+    """{score: its value, the higher the better} of each self-edit. seeds: of the adapters."""
+    untrained = Adapters(model, RECIPE.lora, 1)
     answers = gold(tok, task)
-    wanted = gradient(model, untrained, answers)
     # An epoch is one step here, as all documents are in one batch.
     one_step = replace(RECIPE, epochs=1)
     found = []
-    for edit, seed in zip(edits, seeds):
+    for edit, seed, product in zip(edits, seeds, products(model, tok, task, edits)):
         try:
             job = make_job(model, tok, edit, seed, one_step)
         except ValueError:
             found.append(dict.fromkeys(SCORES, LAST))
             continue
-        own = gradient(model, untrained, job.examples)
         adapter = Adapters.stack(model, RECIPE.lora, [sft_one(model, job)])
         with torch.no_grad():
             after = loss(model, adapter, answers)
@@ -76,6 +89,6 @@ def score(model, tok, task, edits, seeds) -> list[dict[str, float]]:
         found.append({"number of tokens": job.tokens,
                       "answers that its lines state": int(truth(task, edit).any(axis=0).sum()),
                       "answers, notes in the prompt": -in_prompt.item(),
-                      "inner product of gradients": (own @ wanted).item(),
+                      "inner product of gradients": product,
                       "answers after one step": -after.item()})
     return found

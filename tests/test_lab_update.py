@@ -321,6 +321,26 @@ def test_with_one_seed_for_all_a_race_is_the_outer_loop(few, tmp_path):
     assert found["inner loops"] == 2 * 4
 
 
+def test_products_of_gradients_choose_without_an_inner_loop(few, monkeypatch):
+    shortest, chosen = [], []
+
+    def by_length(model, tok, task, edits):
+        lengths = sorted(len(edit.text) for edit in edits if edit.documents)
+        shortest.append(lengths[:2])
+        return [-len(edit.text) for edit in edits]
+
+    def learn(cfg, run, model, learned, t):
+        chosen.extend(len(edit.text) for _, edit, _ in learned)
+
+    monkeypatch.setattr(race, "products", by_length)
+    monkeypatch.setattr(race, "m_step", learn)
+
+    found = race.learn(race.PRODUCT, 3)
+
+    assert found["inner loops"] == 0 and len(found["reward"]) == 2
+    assert len(shortest) == 2 and chosen == [*shortest[0], *shortest[1]]
+
+
 def test_half_of_the_steps_are_half_of_the_epochs(few, tmp_path):
     run, train = halving.start(0, str(tmp_path / "run"))
     task = train[0]
