@@ -43,17 +43,21 @@ def joined(lines, name):
     return np.concatenate([line[name] for line in lines])
 
 
-def choosers(records) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """({who chooses: scores (towns, K, inner loops or 1)}, judges (towns, K, inner loops)).
+def others(whole):
+    """(towns, K, inner loops): judge s is the mean of all inner loops but loop s. So no loop judges
+    what it chose."""
+    return (whole.sum(axis=2, keepdims=True) - whole) / (whole.shape[2] - 1)
 
-    Judge s is the mean of all inner loops but loop s. So no loop judges what it chose."""
+
+def choosers(records) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """({who chooses: scores (towns, K, inner loops or 1)}, judges (towns, K, inner loops))."""
     scored = where(records, part="scores")
     tried = []
     for line in scored:
         tried += where(records, part="choosing", seed=line["seed"])
     scores = [line["scores"] for line in scored]
     whole = joined(tried, "whole")
-    judges = (whole.sum(axis=2, keepdims=True) - whole) / (whole.shape[2] - 1)
+    judges = others(whole)
     found = {}
     for name in SCORES:
         found[name] = joined(scores, name)[:, :, None]
@@ -76,14 +80,14 @@ def correlation(scores, judges):
     return ((a * b).sum(axis=1) / np.sqrt(np.maximum(squares, 1))).mean(axis=1)
 
 
-def worth(scores, judges, k: int):
+def worth(scores, judges, k: int, keep=KEEP):
     """(towns,) what the best of k self-edits are worth, mean over groups of k and over judges."""
     found = []
     for first in range(0, judges.shape[1], k):
         group = slice(first, first + k)
         # Sorting is stable: of equals the first is chosen.
         ranked = np.argsort(-scores[:, group], axis=1, kind="stable")
-        chosen = np.take_along_axis(judges[:, group], ranked[:, :KEEP], axis=1)
+        chosen = np.take_along_axis(judges[:, group], ranked[:, :keep], axis=1)
         found.append(chosen.mean(axis=(1, 2)))
     return np.mean(found, axis=0)
 

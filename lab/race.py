@@ -28,7 +28,10 @@ PRODUCT = "inner product of gradients"
 def rewards(rule: str, run, model, tasks, edits, t: int) -> tuple[np.ndarray, float]:
     """(scores (tasks, K), inner loops that they took)."""
     if rule == PRODUCT:
-        return np.array([products(model, run.tok, *pair) for pair in zip(tasks, edits)]), 0.0
+        rows = []
+        for task, row in zip(tasks, edits):
+            rows.append([product for product, _ in products(model, run.tok, task, row)])
+        return np.array(rows), 0.0
     _, rungs = RULES[rule]
     return race(rungs, len(tasks), len(edits[0]), trainer(run, model, tasks, edits, t))
 

@@ -1,4 +1,4 @@
-"""Scores of self-edits that need no inner loop. For lab/proxy.py and lab/race.py.
+"""Scores of self-edits that need no inner loop. For lab/proxy.py, proxy_run.py and race.py.
 
 To first order, a small step down the gradient g of a self-edit's loss changes the loss L of the
 gold answers by
@@ -49,22 +49,25 @@ def gradient(model, untrained, examples) -> torch.Tensor:
     parts = torch.autograd.grad(loss(model, untrained, examples), weights)
     for weight in weights:
         weight.requires_grad_(False)
-    return torch.cat([part.flatten() for part in parts])
+    return torch.cat([part.flatten().float() for part in parts])
 
 
-def products(model, tok, task, edits) -> list[float]:
-    """<g, grad L> of each self-edit; LAST if nothing can be learned from it."""
+def products(model, tok, task, edits, recipe=RECIPE) -> list[tuple[float, float]]:
+    """<g, grad L> of each self-edit, and the same as a cosine, in which the size of g does not
+    count. LAST if nothing can be learned from it."""
     # An adapter of zeros changes nothing.
-    untrained = Adapters(model, RECIPE.lora, 1)
+    untrained = Adapters(model, recipe.lora, 1)
     wanted = gradient(model, untrained, gold(tok, task))
     found = []
     for edit in edits:
         try:
-            examples = make_job(model, tok, edit, 0, RECIPE).examples
+            examples = make_job(model, tok, edit, 0, recipe).examples
         except ValueError:
-            found.append(LAST)
+            found.append((LAST, LAST))
             continue
-        found.append((gradient(model, untrained, examples) @ wanted).item())
+        own = gradient(model, untrained, examples)
+        product = (own @ wanted).item()
+        found.append((product, product / (own.norm() * wanted.norm()).item()))
     return found
 
 
@@ -75,7 +78,7 @@ def score(model, tok, task, edits, seeds) -> list[dict[str, float]]:
     # An epoch is one step here, as all documents are in one batch.
     one_step = replace(RECIPE, epochs=1)
     found = []
-    for edit, seed, product in zip(edits, seeds, products(model, tok, task, edits)):
+    for edit, seed, (product, _) in zip(edits, seeds, products(model, tok, task, edits)):
         try:
             job = make_job(model, tok, edit, seed, one_step)
         except ValueError:

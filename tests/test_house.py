@@ -16,7 +16,8 @@ FLOORS = ["files", "checkpoint", "push", "team", "progress", "device", "memory",
           "lab.line_kinds", "lab.lines", "lab.keeping", "lab.forgetting", "lab.lost",
           "lab.retention_reward", "lab.crossing", "lab.diversity", "lab.compute", "lab.credit",
           "lab.grpo", "lab.rules", "lab.outer_rate", "lab.update_rule", "lab.halving",
-          "lab.choosing", "lab.scores", "lab.race", "lab.proxy", "lab.speedrun"]
+          "lab.choosing", "lab.scores", "lab.race", "lab.proxy", "lab.proxy_run",
+          "lab.speedrun"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]
 
 

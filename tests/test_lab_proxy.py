@@ -1,6 +1,7 @@
 """lab/scores.py and lab/proxy.py: scores without an inner loop, and what a choice by them is worth.
 """
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 
 from checkpoint import EMBEDDED
-from lab import proxy, scores
+from data import judges
+from data.judges import each
+from lab import proxy, proxy_run, scores
 from lab.tiny import RECIPE
 from lora import Adapters
 from model import load_pretrained
 from selfedit import SelfEdit, read_self_edit
 from sft import Job, sft
+from tests.helpers import SMALL, even_length, read_lines, run_it
 from tests.test_lab import call
 
 
@@ -196,3 +200,28 @@ def test_a_line_has_a_score_for_each_self_edit(words, towns, monkeypatch):
         scores.SCORES, (2, 3))
     # Each has an adapter of its own.
     assert len(set(found["answers after one step"][0])) == 3
+
+
+def test_the_self_edits_of_a_run_are_scored(tiny_folder, passages, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(judges.RULES, "rule", each(even_length))
+    flags = ["--model", tiny_folder, "--train-data", passages, "--eval-data", passages,
+             *SMALL.split(), "--iterations", "1", "--run-dir", tmp_path / "run"]
+    rollouts = [r for r in run_it(flags).rollouts.records if r["split"] == "train"]
+    words = ["proxy_run.py", tmp_path / "run", "--out", tmp_path / "out.jsonl"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+
+    proxy_run.main()
+
+    lines = read_lines(tmp_path / "out.jsonl")
+    assert [line["task"] for line in lines] == [0, 1]
+    for line in lines:
+        own = [r for r in rollouts if r["task"] == line["task"]]
+        for j, r in enumerate(sorted(own, key=lambda r: r["edit"])):
+            assert np.mean(line["accuracy"][j]) == pytest.approx(r["reward"], abs=1e-3)
+            assert line["documents"][j] == r["documents"]
+            # The sizes of gradients do not count in a cosine, its sign is that of the product.
+            assert line["product"][j] * line["cosine"][j] >= 0 and abs(line["cosine"][j]) <= 1
+    assert re.search(r"^\| cosine \| -?[\d.]+ \[", capsys.readouterr().out, re.MULTILINE)
+    # What is known is not measured again.
+    monkeypatch.setattr(proxy_run, "products", None)
+    proxy_run.main()

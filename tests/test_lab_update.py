@@ -327,7 +327,7 @@ def test_products_of_gradients_choose_without_an_inner_loop(few, monkeypatch):
     def by_length(model, tok, task, edits):
         lengths = sorted(len(edit.text) for edit in edits if edit.documents)
         shortest.append(lengths[:2])
-        return [-len(edit.text) for edit in edits]
+        return [(-len(edit.text), 0) for edit in edits]
 
     def learn(cfg, run, model, learned, t):
         chosen.extend(len(edit.text) for _, edit, _ in learned)
