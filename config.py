@@ -279,10 +279,10 @@ def read_flags(args, needed) -> Config:
         if given[name] and cfg.domain not in ONLY_FOR[name]:
             raise UserError(f"{flag(name)}: it does nothing in the domain {cfg.domain}, only in "
                             f"{' and '.join(ONLY_FOR[name])}")
-    if "keep" in given and cfg.update not in ("best", "random"):
-        raise UserError(f"--keep: --update {cfg.update} takes no number")
     if "solved_at" in given and cfg.update != "solved":
         raise UserError("--solved-at: it goes with --update solved")
+    if "keep" in given and cfg.update not in ("best", "random"):
+        raise UserError(f"--keep: --update {cfg.update} takes no number")
     if cfg.update in ("reinforce", "grpo") and (cfg.strict or cfg.restart):
         raise UserError(f"--update {cfg.update}: --strict and --restart are for ReST-EM")
     cfg.run_dir = cfg.run_dir or default_folder(args, given)
