@@ -17,7 +17,7 @@ import model as program
 from checkpoint import TOKENIZER_FILES
 from files import UserError
 from model import complete, load_pretrained
-from ribbon import Ribbon, like_lengths
+from ribbon import Ribbon, attention, like_lengths
 from tests.helpers import CASES
 from tests.make_checkpoint import make_checkpoint
 
@@ -222,6 +222,25 @@ def test_a_loaded_model_is_frozen(tiny):
 
 def test_tied_weights_are_one_tensor(tiny):
     assert tiny.lm_head.weight is tiny.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("mask", ["causal", "bool", "added"])
+def test_attention_in_bfloat16_is_that_in_float32(kv_heads, mask):
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 4, 7, 16, generator=g)
+    k, v = torch.randn(2, 3, kv_heads, 7, 16, generator=g)
+    seen = torch.rand(3, 1, 7, 7, generator=g) < 0.5
+    seen |= torch.eye(7, dtype=torch.bool)
+    masks = {"causal": None, "bool": seen,
+             "added": torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)}
+
+    exact = attention(q, k, v, masks[mask])
+    added = masks[mask].bfloat16() if mask == "added" else masks[mask]
+    short = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), added)
+
+    assert short.dtype == torch.bfloat16
+    assert (short - exact).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("capabilities, note", [
