@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from config import add_flags
 from files import Lines, Parser, UserError, cli
 from lab.show import print_table
 
@@ -90,6 +91,9 @@ def main():
     ap.add_argument("--name", required=True, help="what the entry is called")
     ap.add_argument("--out", required=True, help="JSON lines, one per seed of each entry")
     args, flags = ap.parse_known_args()
+    # The others must be flags of outer_loop.py: here they are only checked.
+    add_flags(ap)
+    ap.parse_args()
     for word in flags:
         if word.startswith(FIXED) or word == "--seed":
             raise UserError(f"{word}: an entry may not change this")
