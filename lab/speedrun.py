@@ -26,8 +26,9 @@ from lab.show import print_table
 GOAL, SEEDS = 0.75, range(5)
 ROOT = Path(__file__).parent.parent
 # What an entry may not change: the task, how a self-edit is learned, and what a run is called.
-FIXED = ("--preset", "--model", "--domain", "--train-data", "--eval", "--inner", "--max-answer",
-         "--temperature", "--top-p", "--seed=", "--run-dir", "--baselines")
+FIXED = ("--preset", "--model", "--domain", "--train-data", "--eval", "--inner", "--max-",
+         "--directives", "--pad-to", "--stop", "--clip", "--weight-decay", "--temperature",
+         "--top-p", "--seed=", "--run-dir", "--baselines")
 
 
 def measure(name: str, flags: list[str], seed: int) -> dict:

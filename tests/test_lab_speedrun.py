@@ -38,7 +38,8 @@ def test_an_entry_is_the_median_of_its_seeds_and_the_fastest_comes_first(capsys)
     assert lines[1].startswith("| 62 | slow | --iterations 2 | 5 of 5 | 0.800 |")
 
 
-@pytest.mark.parametrize("word", ["--eval-tasks", "--model", "--inner-lr", "--seed", "--run-dir"])
+@pytest.mark.parametrize("word", ["--eval-tasks", "--model", "--inner-lr", "--seed", "--run-dir",
+                                  "--max-edit-tokens", "--clip", "--weight-decay"])
 def test_an_entry_may_not_change_the_task(word, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="may not change"):
         run(monkeypatch, "--name", "a", "--out", tmp_path / "s.jsonl", word, "1")
