@@ -40,10 +40,10 @@ def show(lines):
     whole = np.array([line["accuracy"] for line in lines])          # (passages, K, seeds)
     judges = others(whole)
     scores = {"an inner loop (SEAL)": whole}
-    for name in ("product", "cosine", "documents", "tokens"):
+    for name in ("product", "cosine"):
         scores[name] = np.array([line[name] for line in lines])[:, :, None]
-    scores["few documents"] = -scores.pop("documents")
-    scores["few tokens"] = -scores.pop("tokens")
+    for name in ("documents", "tokens"):
+        scores[f"few {name}"] = -np.array([line[name] for line in lines])[:, :, None]
     k = whole.shape[1]
     rows = [["any", "", over_passages(whole.mean(axis=(1, 2)))]]
     for name, values in scores.items():
