@@ -10,22 +10,17 @@ merge, where the adapters are, and in what stands in the batch beside the new se
 lab/keeping.py. "plain merge" is the paper's way. 7 minutes a seed for all arms, on one thread.
 """
 import random
-from dataclasses import replace
 
 import numpy as np
 
 from data import tinyworld
 from files import cli
-from inner_loop import make_job
 from lab.experiment import complete, each, flags, groups
-from lab.keeping import Arm, Stream, best_scale, own_texts, rehearsal
+from lab.keeping import Arm, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
-from lab.tiny import RECIPE, WRITING, add_runs, by_seed, load, verdicts
-from lora import Adapters
+from lab.tiny import add_runs, by_seed, load, verdicts
 from progress import Meter
-from remember import last_layers, scaled, with_old
-from selfedit import SelfEdit, sample_self_edits, seed_for
-from sft import sft
+from selfedit import seed_for
 
 ARMS = {
     "plain merge": Arm(),
@@ -52,42 +47,14 @@ def learn_stream(name: str, seed: int, folder, split: str) -> dict:
     towns = random.Random(seed_for(seed, "stream")).sample(tinyworld.load(split), LENGTH)
     stream = Stream(model, tok, towns, write_all(model, tok, towns, seed), seed)
     meter = Meter(f"towns, {name}, seed {seed}")
-    just_after, scales, read, written = [], [], 0, 0
+    just_after, costs = [], []
     for k, town in enumerate(towns):
-        # The new self-edit, and beside it what is to keep the old ones.
-        recipe = replace(RECIPE, lr=arm.lr)
-        job = make_job(model, tok, stream.edits[k], seed_for(seed, k, "adapter"), recipe)
-        old = rehearsal(stream, arm, k)
-        generic = own_texts(model, tok, arm.generic, seed_for(seed, k, "generic"))
-        job = with_old(job, generic if arm.gate else old + generic)
-        # What it costs, in tokens.
-        read += job.tokens
-        for _, learn in generic if arm.kept else old + generic:
-            written += sum(learn)
-
-        # Adapters on the last layers: the others' gradients are zero, and so their B stays zero.
-        adapter = Adapters(model, recipe.lora, 1)
-        adapter.init(0, job.seed)
-        job = replace(job, start=adapter.flat[0], free=last_layers(adapter, arm.layers))
-        ((_, trained),) = sft(model, [job])
-        scales.append(best_scale(model, job, trained.weights, old) if arm.gate else arm.scale)
-        if not trained.diverged:
-            adapter.flat[0] = scaled(trained.weights, scales[-1])
-            adapter.merge(0)
+        costs.append(learn_town(stream, arm, k))
         just_after.append(float(verdicts(model, tok, [town]).mean()))
         meter(k + 1, LENGTH)
     at_the_end = verdicts(model, tok, towns).mean(axis=1).tolist()
-    return {"just after": just_after, "at the end": at_the_end,
-            "scale": float(np.mean(scales)), "trained": read / LENGTH, "written": written / LENGTH}
-
-
-def write_all(model, tok, towns, seed: int) -> list[SelfEdit]:
-    """A self-edit of each town. Where none can be read, the passage is learned alone."""
-    seeds = [[seed_for(seed, i, "edit")] for i in range(len(towns))]
-    edits = []
-    for town, (edit,) in zip(towns, sample_self_edits(model, tok, towns, WRITING, seeds)):
-        edits.append(edit if edit.documents else town.references["passage only"])
-    return edits
+    means = {name: float(np.mean([cost[name] for cost in costs])) for name in costs[0]}
+    return {"just after": just_after, "at the end": at_the_end} | means
 
 
 # ------------------------------------------------------------------------------- what came out

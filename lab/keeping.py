@@ -1,4 +1,7 @@
-"""What may keep old towns known, while lab/forgetting.py learns new ones. See remember.py, too."""
+"""A stream of towns, and what may keep old ones known. For lab/forgetting.py and lab/skill.py.
+
+See remember.py, too.
+"""
 import random
 from dataclasses import dataclass, replace
 
@@ -7,8 +10,9 @@ import numpy as np
 from data import tinyworld
 from inner_loop import make_job
 from lab.tiny import RECIPE, WRITING
+from lora import Adapters
 from model import Transformer
-from remember import recall, scaled
+from remember import last_layers, recall, scaled, with_old
 from selfedit import SelfEdit, Task, sample_self_edits, seed_for
 from sft import Job, dialogue, sft
 from tokenizer import Tokenizer
@@ -36,6 +40,42 @@ class Arm:
     generic: int = 0        # self-edits of other towns, by the model as it is: KL to that model
     gate: bool = False      # choose the scale by the loss; what is recalled is then not learned
     lr: float = RECIPE.lr
+
+
+def write_all(model, tok, towns, seed: int) -> list[SelfEdit]:
+    """A self-edit of each town."""
+    seeds = [[seed_for(seed, i, "edit")] for i in range(len(towns))]
+    return [edit for (edit,) in sample_self_edits(model, tok, towns, WRITING, seeds)]
+
+
+def learn_town(stream: Stream, arm: Arm, k: int) -> dict[str, float]:
+    """Train the stream's model on town k, and merge that: by which scale, and what it cost in
+    tokens."""
+    # Where a self-edit can't be read, the passage is learned alone.
+    if not stream.edits[k].documents:
+        stream.edits[k] = stream.towns[k].references["passage only"]
+    # The new self-edit, and beside it what is to keep the old ones.
+    recipe = replace(RECIPE, lr=arm.lr)
+    seed = seed_for(stream.seed, k, "adapter")
+    job = make_job(stream.model, stream.tok, stream.edits[k], seed, recipe)
+    old = rehearsal(stream, arm, k)
+    generic = own_texts(stream.model, stream.tok, arm.generic,
+                        seed_for(stream.seed, k, "generic"))
+    job = with_old(job, generic if arm.gate else old + generic)
+    written = 0
+    for _, learn in generic if arm.kept else old + generic:
+        written += sum(learn)
+
+    # Adapters on the last layers: the others' gradients are zero, and so their B stays zero.
+    adapter = Adapters(stream.model, recipe.lora, 1)
+    adapter.init(0, job.seed)
+    job = replace(job, start=adapter.flat[0], free=last_layers(adapter, arm.layers))
+    ((_, trained),) = sft(stream.model, [job])
+    scale = best_scale(stream.model, job, trained.weights, old) if arm.gate else arm.scale
+    if not trained.diverged:
+        adapter.flat[0] = scaled(trained.weights, scale)
+        adapter.merge(0)
+    return {"scale": scale, "trained": job.tokens, "written": written}
 
 
 def rehearsal(stream: Stream, arm: Arm, k: int) -> list:

@@ -1,0 +1,126 @@
+"""Objective or data? The same texts, learned by other objectives in as many steps.
+
+    python -m lab.objective RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE]
+
+Who learns a passage as plain text can seldom say its facts the other way round. SEAL's answer is
+other text: notes that turn them round. Others change what is learned of a text (lab/objectives.py):
+
+* masked: the learner reads it with words missing, and learns to write it whole (arXiv 2510.09885);
+* in view: the next word is to be as likely as with the passage in the prompt.
+
+theta_0 learns each text in each way, in 10 steps with all of a town in one batch. The notes are by
+theta_0, or by theta_3 of finished runs (`python outer_loop.py --seed S`). 5 minutes a seed for all
+arms, on one thread.
+"""
+import random
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+
+from data import tinyworld
+from files import cli, positive
+from inner_loop import ask, grade_all
+from lab.experiment import complete, each, flags, groups
+from lab.objectives import MAKE, train
+from lab.show import new_figure, over_seeds, print_table, save
+from lab.tiny import ANSWERING, RECIPE, add_runs, by_seed, load
+from lab.writers import write
+from lora import Adapters
+from selfedit import seed_for
+from sft import Job
+from stats import mean_ci
+
+# text -> t of the theta_t whose self-edit stands beside the passage
+TEXTS = {"the passage": None, "and untrained notes": 0, "and notes of round 3": 3}
+# objectives -> learning rate; chosen on 12 `tune` towns from .01, .02, .04 (and .08 for masked)
+RATES = {"plain": 2e-2, "masked": 4e-2, "in view": 2e-2, "plain, masked": 2e-2,
+         "in view, masked": 2e-2}
+ARMS = {f"{text}: {ways}": (TEXTS[text], ways) for text, ways in product(TEXTS, RATES)}
+COLUMNS = ("accuracy", "forward", "reversed")
+
+
+def measure(arm: str, seed: int, folder, split: str, n: int, lr: float | None) -> dict:
+    """A line: what a split's first n towns are answered, once they are learned in this way."""
+    writer, ways = ARMS[arm]
+    recipe = replace(RECIPE, lr=lr or RATES[ways], batch=10 ** 6)
+    model, tok = load(0)
+    towns = tinyworld.load(split)[:n]
+    documents = [town.context for town in towns]
+    if writer is not None:
+        edits = write(writer, folder, towns, seed, 1)
+        # The passage is one of a self-edit's documents. It is alone where there are no notes.
+        documents = [edit.documents or town.context for town, (edit,) in zip(towns, edits)]
+
+    rows, tokens = [], 0
+    for i, (town, own) in enumerate(zip(towns, documents)):
+        rng = random.Random(seed_for(seed, "words", i))
+        examples = []
+        for way, document in product(ways.split(", "), own):
+            examples += MAKE[way](model, tok, town, document, rng)
+        job = Job(examples, seed_for(seed, "adapter", i), recipe)
+        tokens += job.tokens / n
+        rows.append(train(model, job))
+
+    adapters = Adapters.stack(model, recipe.lora, rows)
+    answers = ask(model, tok, [[town] for town in towns], ANSWERING, adapters)
+    right = np.array(grade_all(towns, [one.texts for (one,) in answers]))
+    back = np.array([town.kinds for town in towns]) == "reversed"
+    return {"accuracy": right.mean(), "forward": right[~back].mean(),
+            "reversed": right[back].mean(), "tokens": round(tokens)}
+
+
+# ------------------------------------------------------------------------------- what came out
+
+def show(arms: dict[str, list[dict]]):
+    """Accuracies, with intervals over seeds."""
+    rows = []
+    for arm, lines in arms.items():
+        values = [[line[name] for name in COLUMNS] for line in lines]
+        tokens = np.mean([line["tokens"] for line in lines])
+        rows.append([*arm.split(": "), *over_seeds(values), f"{tokens:.0f}"])
+    print_table(["text", "objective", *COLUMNS, "tokens trained a town"], rows)
+
+
+def draw(arms: dict[str, list[dict]], file):
+    """Accuracy on reversed questions: a group of bars for each text, a bar for each objective."""
+    figure, axes = new_figure("", "reversed questions (95 % interval over seeds)", size=(7, 4))
+    width = 1 / (len(RATES) + 1)
+    texts, objectives, named = list(TEXTS), list(RATES), set()
+    for arm, lines in arms.items():
+        text, ways = arm.split(": ")
+        group, k = texts.index(text), objectives.index(ways)
+        mean, half = mean_ci([[line["reversed"]] for line in lines])
+        axes.bar(group + k * width, mean, width, yerr=np.nan_to_num(half), color=f"C{k}",
+                 label="" if ways in named else ways)
+        named.add(ways)
+    # In the middle of a group.
+    axes.set_xticks(np.arange(len(texts)) + width * (len(objectives) - 1) / 2, texts)
+    save(figure, file)
+
+
+def main():
+    ap = flags(__doc__)
+    add_runs(ap)
+    ap.add_argument("--split", choices=("eval", "tune"), default="eval",
+                    help="of towns; tune: to choose settings by (default: eval)")
+    ap.add_argument("--towns", type=positive, default=24, help="of the split (default: 24)")
+    ap.add_argument("--lr", type=float, help="for all objectives (default: each has its own)")
+    ap.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    args = ap.parse_args()
+    folders = by_seed(args.runs)
+
+    def measure_one(line):
+        folder = folders[line["seed"]]
+        return measure(line["arm"], line["seed"], folder, args.split, args.towns, args.lr)
+
+    wanted = each("arm", args.arms, sorted(folders))
+    records = complete(ap, args, wanted, measure_one, settings=["split", "towns", "lr"])
+    arms = groups(records, "arm", ARMS)
+    show(arms)
+    if args.svg:
+        draw(arms, args.svg)
+
+
+if __name__ == "__main__":
+    cli(main)
