@@ -8,23 +8,16 @@ town, the passage with each, are learned by ONE adapter. Whatever k is, it takes
 steps, with all documents in each: only the tokens of a step grow with k. 1.5 minutes for an arm and
 a seed on one thread.
 """
-from collections import Counter
-from dataclasses import replace
-
 import numpy as np
 
 from data import tinyworld
 from files import cli, positive
-from inner_loop import answer_each, grade_all
 from lab.crossing import where_passed
-from lab.diversity import of_town
-from lab.experiment import complete, each, flags, groups, mean_of
+from lab.experiment import add_arms, answer, flags
 from lab.show import arrows, error_bars, new_figure, over_seeds, print_table, save
-from lab.tiny import ANSWERING, RECIPE, add_runs, by_seed, load
+from lab.tiny import add_runs, by_seed, load
+from lab.together import learn
 from lab.writers import best_notes, one_form, rephrased, write
-from progress import Meter
-from selfedit import SelfEdit, Task, seed_for
-from sft import Job, sft
 
 KS = (1, 2, 4, 8, 16, 32)
 # arm -> (who writes, t of the theta_t that learns)
@@ -34,8 +27,6 @@ ARMS = {"untrained writer": (0, 0), "untrained, given a beginning": ("begun", 0)
         "rephrased passages": (rephrased, 0), "fixed forms": (one_form, 0),
         "best notes": (best_notes, 0)}
 SEAL = "SEAL, round 3"
-# As in the tiny preset, but for all documents in every step.
-ALL_AT_ONCE = replace(RECIPE, batch=10_000)
 
 
 # ------------------------------------------------------------------------------- an arm, a seed
@@ -55,41 +46,6 @@ def measure(arm: str, seed: int, folder, n: int) -> dict:
             rows += [row[g * k:(g + 1) * k] for row in edits]
         means.append(learn(model, tok, tasks * n_groups, rows, seed))
     return {name: [row[name] for row in means] for name in means[0]}
-
-
-def learn(model, tok, tasks: list[Task], edits: list[list[SelfEdit]], seed: int) -> dict:
-    """What all self-edits of a town, as one adapter, teach: means over the towns."""
-    jobs, found = [], []
-    for i, (task, row) in enumerate(zip(tasks, edits)):
-        # The passage is there once for each self-edit, so that its weight does not fall with k.
-        documents = []
-        for edit in row:
-            documents += edit.documents
-        # Of empty self-edits nothing can be learned but the passage.
-        documents = documents or task.context
-        jobs.append(one_job(model, tok, documents, seed_for(seed, "adapter", i)))
-        tokens = sum(len(tok.document(document)) for document in documents)
-        found.append({"tokens": tokens} | of_town(row, task.context[0]))
-
-    trained = dict(sft(model, jobs, Meter("steps")))
-    pairs = [(task, trained[i]) for i, task in enumerate(tasks)]
-    answers = answer_each(model, tok, pairs, RECIPE.lora, ANSWERING)
-    verdicts = grade_all(tasks, [answer.texts for answer in answers])
-    for task, right, row in zip(tasks, np.array(verdicts), found):
-        back = np.array(task.kinds) == "reversed"
-        row |= {"accuracy": right.mean(), "forward": right[~back].mean(),
-                "reversed": right[back].mean()}
-    return mean_of(found)
-
-
-def one_job(model, tok, documents: list[str], seed: int) -> Job:
-    """All documents in every step. One that is there n times is read once, and weighs n times as
-    much in the loss: that is the same, and faster."""
-    examples = []
-    for text, n in Counter(documents).items():
-        ids = tok.document(text)[:model.config.max_len]
-        examples.append((ids, [n] * len(ids)))
-    return Job(examples, seed, ALL_AT_ONCE)
 
 
 # ------------------------------------------------------------------------------- what came out
@@ -133,19 +89,14 @@ def main():
     ap = flags(__doc__)
     add_runs(ap)
     ap.add_argument("--towns", type=positive, default=12, help="held-out ones (default: 12)")
-    ap.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    add_arms(ap, ARMS)
     args = ap.parse_args()
     folders = by_seed(args.runs)
 
-    def measure_one(line):
-        return measure(line["arm"], line["seed"], folders[line["seed"]], args.towns)
+    def measure_one(arm, seed):
+        return measure(arm, seed, folders[seed], args.towns)
 
-    wanted = each("arm", args.arms, sorted(folders))
-    records = complete(ap, args, wanted, measure_one, settings=["towns"])
-    arms = groups(records, "arm", ARMS)
-    show(arms)
-    if args.svg:
-        draw(arms, args.svg)
+    answer(ap, args, ARMS, sorted(folders), measure_one, show, draw, settings=["towns"])
 
 
 if __name__ == "__main__":

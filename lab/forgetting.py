@@ -15,7 +15,7 @@ import numpy as np
 
 from data import tinyworld
 from files import cli
-from lab.experiment import complete, each, flags, groups
+from lab.experiment import add_arms, answer, flags
 from lab.keeping import Arm, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
 from lab.tiny import add_runs, by_seed, load, verdicts
@@ -88,20 +88,16 @@ def draw(arms: dict[str, list[dict]], file):
 def main():
     ap = flags(__doc__)
     add_runs(ap)
-    ap.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    add_arms(ap, ARMS)
     ap.add_argument("--towns", choices=("eval", "tune"), default="eval",
                     help="tune: to choose settings by (default: eval)")
     args = ap.parse_args()
     folders = by_seed(args.runs)
 
-    def measure(line):
-        return learn_stream(line["arm"], line["seed"], folders[line["seed"]], args.towns)
+    def measure(arm, seed):
+        return learn_stream(arm, seed, folders[seed], args.towns)
 
-    wanted = each("arm", args.arms, sorted(folders))
-    arms = groups(complete(ap, args, wanted, measure, settings=["towns"]), "arm", ARMS)
-    show(arms)
-    if args.svg:
-        draw(arms, args.svg)
+    answer(ap, args, ARMS, sorted(folders), measure, show, draw, settings=["towns"])
 
 
 if __name__ == "__main__":

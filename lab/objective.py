@@ -21,7 +21,7 @@ import numpy as np
 from data import tinyworld
 from files import cli, positive
 from inner_loop import ask, grade_all
-from lab.experiment import complete, each, flags, groups
+from lab.experiment import add_arms, answer, flags
 from lab.objectives import MAKE, train
 from lab.show import new_figure, over_seeds, print_table, save
 from lab.tiny import ANSWERING, RECIPE, add_runs, by_seed, load
@@ -106,20 +106,15 @@ def main():
                     help="of towns; tune: to choose settings by (default: eval)")
     ap.add_argument("--towns", type=positive, default=24, help="of the split (default: 24)")
     ap.add_argument("--lr", type=float, help="for all objectives (default: each has its own)")
-    ap.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    add_arms(ap, ARMS)
     args = ap.parse_args()
     folders = by_seed(args.runs)
 
-    def measure_one(line):
-        folder = folders[line["seed"]]
-        return measure(line["arm"], line["seed"], folder, args.split, args.towns, args.lr)
+    def measure_one(arm, seed):
+        return measure(arm, seed, folders[seed], args.split, args.towns, args.lr)
 
-    wanted = each("arm", args.arms, sorted(folders))
-    records = complete(ap, args, wanted, measure_one, settings=["split", "towns", "lr"])
-    arms = groups(records, "arm", ARMS)
-    show(arms)
-    if args.svg:
-        draw(arms, args.svg)
+    answer(ap, args, ARMS, sorted(folders), measure_one, show, draw,
+           settings=["split", "towns", "lr"])
 
 
 if __name__ == "__main__":

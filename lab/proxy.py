@@ -12,6 +12,7 @@ import numpy as np
 from files import cli
 from lab.choosing import try_often, written
 from lab.experiment import complete, each, flags, where
+from lab.ranking import KEEP, correlation, others, worth
 from lab.scores import SCORES, score
 from lab.show import new_figure, over_passages, print_table, save
 from selfedit import seed_for
@@ -22,7 +23,6 @@ LOOP = "an inner loop (SEAL)"
 COSTS = SCORES | {"half of the steps": "5 backward, answers",
                   LOOP: "10 backward, answers",
                   "the five other inner loops": "50 backward, answers"}
-KEEP = 2        # self-edits of a town that are learned in the preset
 
 
 def measure(seed: int) -> dict:
@@ -43,12 +43,6 @@ def joined(lines, name):
     return np.concatenate([line[name] for line in lines])
 
 
-def others(whole):
-    """(towns, K, inner loops): judge s is the mean of all inner loops but loop s. So no loop judges
-    what it chose."""
-    return (whole.sum(axis=2, keepdims=True) - whole) / (whole.shape[2] - 1)
-
-
 def choosers(records) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """({who chooses: scores (towns, K, inner loops or 1)}, judges (towns, K, inner loops))."""
     scored = where(records, part="scores")
@@ -66,30 +60,6 @@ def choosers(records) -> tuple[dict[str, np.ndarray], np.ndarray]:
     # What the judges themselves would choose: nothing can be worth more.
     found["the five other inner loops"] = judges
     return found, judges
-
-
-def ranks(values):
-    """Along the second axis, around 0: how many are lower minus how many are higher."""
-    return np.sign(values[:, :, None] - values[:, None]).sum(axis=2)
-
-
-def correlation(scores, judges):
-    """(towns,) Spearman's, within a town, mean over judges; 0 where all are equal."""
-    a, b = ranks(scores), ranks(judges)
-    squares = (a ** 2).sum(axis=1) * (b ** 2).sum(axis=1)
-    return ((a * b).sum(axis=1) / np.sqrt(np.maximum(squares, 1))).mean(axis=1)
-
-
-def worth(scores, judges, k: int, keep=KEEP):
-    """(towns,) what the best of k self-edits are worth, mean over groups of k and over judges."""
-    found = []
-    for first in range(0, judges.shape[1], k):
-        group = slice(first, first + k)
-        # Sorting is stable: of equals the first is chosen.
-        ranked = np.argsort(-scores[:, group], axis=1, kind="stable")
-        chosen = np.take_along_axis(judges[:, group], ranked[:, :keep], axis=1)
-        found.append(chosen.mean(axis=(1, 2)))
-    return np.mean(found, axis=0)
 
 
 def show(found, judges):

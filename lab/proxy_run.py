@@ -15,7 +15,7 @@ import numpy as np
 from config import Config
 from files import cli
 from lab.experiment import complete, flags
-from lab.proxy import correlation, others, worth
+from lab.ranking import correlation, others, worth
 from lab.reliability import accuracy_of, read_groups
 from lab.scores import products
 from lab.show import over_passages, print_table

@@ -17,7 +17,7 @@ import numpy as np
 from data import tinyworld
 from files import cli
 from inner_loop import update_and_score
-from lab.experiment import complete, each, flags, groups
+from lab.experiment import add_arms, answer, flags
 from lab.keeping import Arm, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
 from lab.tiny import ANSWERING, RECIPE, add_runs, by_seed, load
@@ -119,19 +119,15 @@ def draw(arms: dict[str, list[dict]], file):
 def main():
     ap = flags(__doc__)
     add_runs(ap)
-    ap.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    add_arms(ap, ARMS)
     ap.add_argument("--towns", choices=("eval", "tune"), default="eval", help="default: eval")
     args = ap.parse_args()
     folders = by_seed(args.runs)
 
-    def measure_one(line):
-        return measure(line["arm"], line["seed"], folders[line["seed"]], args.towns)
+    def measure_one(arm, seed):
+        return measure(arm, seed, folders[seed], args.towns)
 
-    wanted = each("arm", args.arms, sorted(folders))
-    arms = groups(complete(ap, args, wanted, measure_one, settings=["towns"]), "arm", ARMS)
-    show(arms)
-    if args.svg:
-        draw(arms, args.svg)
+    answer(ap, args, ARMS, sorted(folders), measure_one, show, draw, settings=["towns"])
 
 
 if __name__ == "__main__":

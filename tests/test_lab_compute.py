@@ -11,7 +11,7 @@ from checkpoint import EMBEDDED
 from config import PRESETS, Config
 from files import UserError
 from data import tinyworld as world
-from lab import compute, credit, diversity, writers
+from lab import compute, credit, diversity, together, writers
 from lab.crossing import crossing, crossings
 from lab.tiny import RECIPE
 from lora import Adapters
@@ -40,12 +40,12 @@ def test_a_document_that_is_repeated_may_be_weighed_instead(embedded):
     # In float64, as ten steps of AdamW blow up what float32 rounds.
     model, tok = load_pretrained(EMBEDDED, "cpu", torch.float64), embedded[1]
     documents = ["The river of A is B.", "It is calm.", "It is calm.", "It is calm."]
-    weighed = compute.one_job(model, tok, documents, seed=3)
-    plain = compute.one_job(model, tok, [], seed=3)
+    weighed = together.one_job(model, tok, documents, seed=3)
+    plain = together.one_job(model, tok, [], seed=3)
     for text in documents:
         ids = tok.document(text)
         plain.examples.append((ids, [1] * len(ids)))
-    once = compute.one_job(model, tok, documents[:2], seed=3)
+    once = together.one_job(model, tok, documents[:2], seed=3)
 
     trained = dict(sft(model, [weighed, plain, once]))
 
@@ -175,7 +175,7 @@ def test_subsets_are_learned_in_their_places(embedded):
 
     assert not adapters.flat[[0, 3]].any()
     for i, documents in ((1, edit.documents[:1]), (2, edit.documents), (4, edit.documents[2:])):
-        job = compute.one_job(model, tok, documents, seed=4)
+        job = together.one_job(model, tok, documents, seed=4)
         ((_, alone),) = sft(model, [job])
         distance = (adapters.flat - alone.weights).abs().mean(dim=1)
         assert distance.argmin() == i and distance[i] < 1e-3

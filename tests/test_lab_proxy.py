@@ -12,7 +12,7 @@ import torch
 from checkpoint import EMBEDDED
 from data import judges
 from data.judges import each
-from lab import proxy, proxy_run, scores
+from lab import proxy, proxy_run, ranking, scores
 from lab.tiny import RECIPE
 from lora import Adapters
 from model import load_pretrained
@@ -119,13 +119,13 @@ def test_an_empty_self_edit_is_chosen_last(embedded64, words, towns):
 def test_ranks_and_their_correlation_by_hand():
     values = np.reshape([10.0, 30, 20, 20], (1, 4, 1))
 
-    assert proxy.ranks(values)[0, :, 0].tolist() == [-3, 3, 0, 0]
-    assert proxy.correlation(values, np.exp(values)) == pytest.approx(1)
-    assert proxy.correlation(values, -values) == pytest.approx(-1)
-    assert proxy.correlation(values, np.ones_like(values)) == 0
+    assert ranking.ranks(values)[0, :, 0].tolist() == [-3, 3, 0, 0]
+    assert ranking.correlation(values, np.exp(values)) == pytest.approx(1)
+    assert ranking.correlation(values, -values) == pytest.approx(-1)
+    assert ranking.correlation(values, np.ones_like(values)) == 0
     # 1 - 6 (sum of squared differences of ranks) / (n^3 - n), without ties.
     a, b = np.reshape([1.0, 2, 3, 4], (1, 4, 1)), np.reshape([2.0, 1, 4, 3], (1, 4, 1))
-    assert proxy.correlation(a, b) == pytest.approx(1 - 6 * 4 / 60)
+    assert ranking.correlation(a, b) == pytest.approx(1 - 6 * 4 / 60)
 
 
 def test_the_worth_of_a_choice_by_hand():
@@ -133,8 +133,8 @@ def test_the_worth_of_a_choice_by_hand():
     judges = np.reshape([0.0, .4, .2, 1, .1, .3, 1, 1], (1, 8, 1))
 
     # Of each four the two with the highest scores.
-    assert proxy.worth(scores, judges, 4) == pytest.approx([(.3 + .2) / 2])
-    assert proxy.worth(scores, judges, 8) == pytest.approx([.2])
+    assert ranking.worth(scores, judges, 4) == pytest.approx([(.3 + .2) / 2])
+    assert ranking.worth(scores, judges, 8) == pytest.approx([.2])
 
 
 def test_an_inner_loop_does_not_judge_what_it_chose():
@@ -151,8 +151,8 @@ def test_an_inner_loop_does_not_judge_what_it_chose():
     assert list(found) == list(proxy.COSTS)
     assert judges[0, 0].tolist() == pytest.approx([0, .2, .2, .2, .2, .2])
     assert judges.shape == whole.shape          # seed 8 has no scores
-    by_loop = proxy.worth(found[proxy.LOOP], judges, 4)
-    by_score = proxy.worth(found["number of tokens"], judges, 4)
+    by_loop = ranking.worth(found[proxy.LOOP], judges, 4)
+    by_score = ranking.worth(found["number of tokens"], judges, 4)
     assert by_score == pytest.approx([.5])
     assert by_loop == pytest.approx([(.25 + 5 * .5) / 6])
 
