@@ -20,13 +20,11 @@ import numpy as np
 
 from data import tinyworld
 from files import cli, positive
-from inner_loop import ask, grade_all
 from lab.experiment import add_arms, answer, flags
 from lab.objectives import MAKE, train
 from lab.show import new_figure, over_seeds, print_table, save
-from lab.tiny import ANSWERING, RECIPE, add_runs, by_seed, load
+from lab.tiny import RECIPE, add_runs, by_seed, load, verdicts
 from lab.writers import write
-from lora import Adapters
 from selfedit import seed_for
 from sft import Job
 from stats import mean_ci
@@ -62,9 +60,7 @@ def measure(arm: str, seed: int, folder, split: str, n: int, lr: float | None) -
         tokens += job.tokens / n
         rows.append(train(model, job))
 
-    adapters = Adapters.stack(model, recipe.lora, rows)
-    answers = ask(model, tok, [[town] for town in towns], ANSWERING, adapters)
-    right = np.array(grade_all(towns, [one.texts for (one,) in answers]))
+    right = verdicts(model, tok, towns, rows)
     back = np.array([town.kinds for town in towns]) == "reversed"
     return {"accuracy": right.mean(), "forward": right[~back].mean(),
             "reversed": right[back].mean(), "tokens": round(tokens)}

@@ -16,11 +16,10 @@ import numpy as np
 
 from data import tinyworld
 from files import cli
-from inner_loop import update_and_score
 from lab.experiment import add_arms, answer, flags
 from lab.keeping import Arm, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
-from lab.tiny import ANSWERING, RECIPE, add_runs, by_seed, load
+from lab.tiny import add_runs, by_seed, load, score
 from progress import Meter
 from selfedit import seed_for
 
@@ -84,13 +83,6 @@ def next_edit(study: Study, stream: Stream, writer):
     town = [stream.towns[k]] * study.tries
     rewards = score(stream.model, stream.tok, town, edits, seed_for(stream.seed, k))
     return edits[int(np.argmax(rewards))]
-
-
-def score(model, tok, towns, edits, seed: int) -> list[float]:
-    """What each self-edit is worth to this model."""
-    seeds = [[seed_for(seed, i, "probe")] for i in range(len(towns))]
-    outcomes = dict(update_and_score(model, tok, towns, edits, seeds, RECIPE, ANSWERING))
-    return [outcomes[i].reward for i in range(len(towns))]
 
 
 # ------------------------------------------------------------------------------- what came out

@@ -5,10 +5,11 @@ import numpy as np
 
 from config import PRESETS, Config, inner_recipe
 from generate import Sampling
-from inner_loop import ask, grade_all
+from inner_loop import ask, grade_all, update_and_score
+from lora import Adapters
 from model import Transformer, load_pretrained
 from run import read_settings
-from selfedit import Task
+from selfedit import SelfEdit, Task, seed_for
 from tokenizer import Tokenizer
 
 # Written, learned and answered as in `python outer_loop.py`, with the three rounds that it had
@@ -37,7 +38,16 @@ def load(t: int, folder=None) -> tuple[Transformer, Tokenizer]:
     return model, Tokenizer.from_pretrained(model.folder)
 
 
-def verdicts(model, tok, towns: list[Task]):
-    """(towns, questions) bool: what a model answers rightly, without the passages."""
-    (answers,) = ask(model, tok, [towns], ANSWERING)
-    return np.array(grade_all(towns, [one.texts for one in answers]))
+def verdicts(model, tok, towns: list[Task], rows=()):
+    """(towns, questions) bool: what a model answers rightly, without the passages. rows: the
+    weights (P,) of an adapter for each town, if each is asked under its own."""
+    adapters = Adapters.stack(model, RECIPE.lora, rows) if rows else None
+    answers = ask(model, tok, [[town] for town in towns], ANSWERING, adapters)
+    return np.array(grade_all(towns, [one.texts for (one,) in answers]))
+
+
+def score(model, tok, towns: list[Task], edits: list[SelfEdit], seed: int) -> list[float]:
+    """What each town's self-edit is worth to this model, by an inner loop."""
+    seeds = [[seed_for(seed, i, "probe")] for i in range(len(towns))]
+    outcomes = dict(update_and_score(model, tok, towns, edits, seeds, RECIPE, ANSWERING))
+    return [outcomes[i].reward for i in range(len(towns))]

@@ -14,9 +14,9 @@ FLOORS = ["files", "checkpoint", "push", "team", "progress", "device", "memory",
           "eval", "bench", "lab.show", "lab.experiment", "lab.tiny", "lab.writers", "lab.curve",
           "lab.reliability", "lab.judges", "lab.recipe", "lab.paired", "lab.imitate",
           "lab.line_kinds", "lab.lines", "lab.keeping", "lab.forgetting", "lab.skill",
-          "lab.objectives", "lab.objective", "lab.lost", "lab.retention_reward",
-          "lab.crossing", "lab.diversity", "lab.together", "lab.compute",
-          "lab.credit", "lab.grpo", "lab.rules", "lab.outer_rate", "lab.update_rule",
+          "lab.changes", "lab.vector", "lab.objectives", "lab.objective", "lab.lost",
+          "lab.retention_reward", "lab.crossing", "lab.diversity", "lab.together",
+          "lab.compute", "lab.credit", "lab.grpo", "lab.rules", "lab.outer_rate", "lab.update_rule",
           "lab.halving", "lab.choosing", "lab.scores", "lab.race", "lab.ranking",
           "lab.proxy", "lab.proxy_run", "lab.speedrun"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]

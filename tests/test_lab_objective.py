@@ -1,5 +1,6 @@
-"""lab/objective.py, lab/objectives.py and lab/skill.py, on the embedded model and a few towns."""
+"""lab/objective.py, skill.py, vector.py and what they share, on a few towns."""
 import random
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -9,7 +10,7 @@ import torch
 
 from checkpoint import EMBEDDED
 from inner_loop import make_job
-from lab import keeping, objective, objectives, skill
+from lab import changes, keeping, objective, objectives, skill, vector
 from lab.tiny import RECIPE
 from model import load_pretrained
 from sft import Job, sft_one
@@ -164,3 +165,50 @@ def test_a_stream_is_studied(finished_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(skill, "measure", None)
     call(*command)
     assert capsys.readouterr().out == shown[shown.index("\nReward"):]
+
+
+# ------------------------------------------------------------------------------- vector
+
+def test_a_change_is_added_and_measured(embedded):
+    other = load_pretrained(EMBEDDED)
+    name = "model.layers.1.mlp.up_proj.weight"
+    changes.add(other, {name: torch.ones_like(other.get_parameter(name))}, 0.5)
+
+    found = changes.difference(other, embedded)
+
+    assert list(found) == [name]
+    torch.testing.assert_close(found[name], torch.full_like(found[name], 0.5))
+    halfway = {name: found[name].clone()}
+    halfway[name][::2] = 0
+    assert changes.cosine(found, found) == pytest.approx(1)
+    assert changes.cosine(found, halfway) == pytest.approx(.5 ** .5)
+    # Elsewhere it is 0: then nothing is alike.
+    assert changes.cosine(found, {"another": torch.ones(3)}) == 0
+
+
+@pytest.mark.slow
+def test_a_vector_is_added(finished_run, tmp_path, monkeypatch, capsys):
+    """This run's v is one weight matrix that became larger, which changes what is written."""
+    pytest.importorskip("matplotlib")
+    trained = load_pretrained(finished_run / "iter_3")
+    with torch.no_grad():
+        trained.model.layers[0].self_attn.q_proj.weight *= 3
+    trained.save_pretrained(finished_run / "changed")
+    shutil.rmtree(finished_run / "iter_3")
+    (finished_run / "changed").rename(finished_run / "iter_3")
+    monkeypatch.setattr(vector, "LENGTH", 2)
+    monkeypatch.setattr(vector, "N_TOWNS", 3)
+    out = tmp_path / "out.jsonl"
+    command = [vector, finished_run, "--out", out]
+
+    call(*command, "--svg", tmp_path / "figure.svg")
+
+    lines = {line["arm"]: line for line in read_lines(out)}
+    assert list(lines) == vector.ARMS
+    assert lines["0 v"]["reward"] > .3 and lines["0 v"]["known"] > .3
+    assert lines["3 v"]["reward"] < lines["0 v"]["reward"]
+    # Of one run the mean is that run's.
+    assert lines[vector.MEAN]["reward"] == lines["1 v"]["reward"]
+    assert set(lines["1 v"]["cosines"]) == {"v and a town", "two towns"}
+    assert f"| 0 v | {lines['0 v']['reward']:.3f} |" in capsys.readouterr().out
+    assert ElementTree.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")

@@ -1,0 +1,131 @@
+"""A skill as a vector: can what RL changed be added to a model that was not there?
+
+    python -m lab.vector RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE]
+
+v = theta_3 - theta_0 of a finished run (`python outer_loop.py --seed S`) is what three M-steps
+merged into the weights. PaST (arXiv 2601.11258) adds such a difference to models that have learned
+facts by other means. How long may v be? Is the mean of several runs' v as good? Does a model write
+well that learned a stream of towns, once v is added? Does it still know what it learned before? An
+arm is a model, which writes and learns. 2 minutes a seed for all arms, on one thread.
+"""
+import itertools
+import random
+
+import numpy as np
+import torch
+
+from data import tinyworld
+from files import cli
+from inner_loop import make_job
+from lab.changes import add, cosine, difference
+from lab.experiment import add_arms, answer, flags
+from lab.keeping import Arm, Stream, learn_town, write_all
+from lab.show import error_bars, new_figure, of_seeds, over_seeds, print_table, save
+from lab.tiny import RECIPE, add_runs, by_seed, load, score, verdicts
+from lora import Adapters
+from selfedit import seed_for
+from sft import sft
+
+SCALES = (0, .5, 1, 1.5, 2, 3)
+MEAN, STREAM, THEN = "mean of the runs' v", "a stream of towns", "a stream of towns, then v"
+ARMS = [*(f"{scale:g} v" for scale in SCALES), MEAN, STREAM, THEN]
+GENTLE = Arm(scale=.5, layers=2)    # how the stream is learned: see lab/forgetting.py
+LENGTH, N_TOWNS = 32, 24            # towns of the stream, and towns that are written about
+
+
+# ------------------------------------------------------------------------------- an arm, a seed
+
+def measure(arm: str, seed: int, folders: dict) -> dict:
+    """A line: the reward of an arm's own self-edits, and what it knows of towns learned before."""
+    base, tok = load(0)
+    model, _ = load(0)
+    v = difference(load(3, folders[seed])[0], base)
+    towns = tinyworld.load("eval")
+    random.Random(seed_for(seed, "vector")).shuffle(towns)
+    new, old = towns[:N_TOWNS], towns[N_TOWNS:N_TOWNS + LENGTH]
+    found = {}
+    if arm in (STREAM, THEN):
+        stream = Stream(model, tok, old, write_all(base, tok, old, seed), seed)
+        for k in range(LENGTH):
+            learn_town(stream, GENTLE, k)
+        if arm == THEN:
+            add(model, v, 1)
+        known = verdicts(model, tok, old)
+    else:
+        # theta_0 learned each of the old towns, as an adapter, which now moves to the arm's model.
+        rows = adapters_of(base, tok, old, seed)
+        if arm == MEAN:
+            for folder in folders.values():
+                add(model, difference(load(3, folder)[0], base), 1 / len(folders))
+        else:
+            add(model, v, float(arm.split()[0]))
+        known = verdicts(model, tok, old, rows)
+        if arm == "1 v":
+            others = [load(3, folder)[0] for s, folder in folders.items() if s != seed]
+            found["cosines"] = cosines(v, base, others, rows[:8])
+    edits = write_all(model, tok, new, seed)
+    return found | {"reward": float(np.mean(score(model, tok, new, edits, seed))),
+                    "known": float(np.mean(known))}
+
+
+def adapters_of(model, tok, towns, seed: int) -> list[torch.Tensor]:
+    """The weights (P,) of an adapter for each town, of a self-edit by the same model."""
+    jobs = []
+    for i, (town, edit) in enumerate(zip(towns, write_all(model, tok, towns, seed))):
+        edit = edit if edit.documents else town.references["passage only"]
+        jobs.append(make_job(model, tok, edit, seed_for(seed, i), RECIPE))
+    trained = dict(sft(model, jobs))
+    return [trained[i].weights for i in range(len(jobs))]
+
+
+def cosines(v, base, others, rows) -> dict[str, float]:
+    """How alike v is to that of other runs, and to what the inner loop changes for a town."""
+    changes = []
+    for row in rows:
+        model, _ = load(0)
+        Adapters.stack(model, RECIPE.lora, [row]).merge(0)
+        changes.append(difference(model, base))
+    found = {"v of two runs": [cosine(v, difference(other, base)) for other in others],
+             "v and a town": [cosine(v, change) for change in changes],
+             "two towns": [cosine(*pair) for pair in itertools.combinations(changes, 2)]}
+    return {name: float(np.mean(values)) for name, values in found.items() if values}
+
+
+# ------------------------------------------------------------------------------- what came out
+
+def show(arms: dict[str, list[dict]]):
+    """Rewards and what is known, with intervals over seeds; cosines."""
+    rows = []
+    for arm, lines in arms.items():
+        rows.append([arm, *over_seeds([[line["reward"], line["known"]] for line in lines])])
+    print_table(["theta_0 and", "reward of its self-edits", "known of 32 towns"], rows)
+    found = [line["cosines"] for line in arms.get("1 v", [])]
+    rows = [[name, of_seeds([one[name] for one in found])] for name in found[0]] if found else []
+    print_table(["between", "cosine"], rows, "Directions in weight space")
+
+
+def draw(arms: dict[str, list[dict]], file):
+    figure, axes = new_figure("scale of v", "(95 % interval over seeds)")
+    lines = [arms[f"{scale:g} v"] for scale in SCALES]
+    for name, label in (("reward", "reward of its self-edits"), ("known", "known of 32 towns")):
+        values = np.transpose([[line[name] for line in own] for own in lines])
+        error_bars(axes, SCALES, values, label=label)
+    axes.set_ylim(0, 1)
+    save(figure, file)
+
+
+def main():
+    ap = flags(__doc__)
+    add_runs(ap)
+    add_arms(ap, ARMS)
+    args = ap.parse_args()
+    folders = by_seed(args.runs)
+
+    def measure_one(arm, seed):
+        return measure(arm, seed, folders)
+
+    answer(ap, args, ARMS, sorted(folders), measure_one, show, draw)
+
+
+if __name__ == "__main__":
+    cli(main)
