@@ -87,7 +87,7 @@ def draw(arms: dict[str, list[dict]], file):
         text, ways = arm.split(": ")
         group, k = texts.index(text), objectives.index(ways)
         mean, half = mean_ci([[line["reversed"]] for line in lines])
-        axes.bar(group + k * width, mean, width, yerr=np.nan_to_num(half), color=f"C{k}",
+        axes.bar(group + k * width, mean, width, yerr=np.nan_to_num(half), color=f"C{k}", zorder=3,
                  label="" if ways in named else ways)
         named.add(ways)
     # In the middle of a group.
