@@ -172,8 +172,9 @@ def test_equal_steps_gives_all_rows_as_many(table, tmp_path, varied_rewards):
     rollouts = read_lines(folder / "rollouts.jsonl")
     assert {r["arm"] for r in rollouts} == {*NAMES} - {"passage only, step-matched"}
     for r in rollouts:
-        # A document a step: 1, 2, 3 documents come to 6 steps, and what has 4 comes to 4 or 8.
-        assert r["directives"]["epochs"] == max(1, round(6 / r["documents"]))
+        # A document a step. Whole epochs come within half of one to 6 steps.
+        steps = r["directives"]["epochs"] * r["documents"]
+        assert steps > 0 and abs(steps - 6) <= r["documents"] / 2
     assert "over passage only" in out
 
 
