@@ -28,7 +28,8 @@ from sft import sft
 
 SCALES = (0, .5, 1, 1.5, 2, 3)
 MEAN, STREAM, THEN = "mean of the runs' v", "a stream of towns", "a stream of towns, then v"
-ARMS = [*(f"{scale:g} v" for scale in SCALES), MEAN, STREAM, THEN]
+# arm -> the scale of v
+ARMS = {f"{scale:g} v": scale for scale in SCALES} | {MEAN: 1, STREAM: 0, THEN: 1}
 GENTLE = Arm(scale=.5, layers=2)    # how the stream is learned: see lab/forgetting.py
 LENGTH, N_TOWNS = 32, 24            # towns of the stream, and towns that are written about
 
@@ -39,33 +40,33 @@ def measure(arm: str, seed: int, folders: dict) -> dict:
     """A line: the reward of an arm's own self-edits, and what it knows of towns learned before."""
     base, tok = load(0)
     model, _ = load(0)
-    v = difference(load(3, folders[seed])[0], base)
     towns = tinyworld.load("eval")
     random.Random(seed_for(seed, "vector")).shuffle(towns)
     new, old = towns[:N_TOWNS], towns[N_TOWNS:N_TOWNS + LENGTH]
-    found = {}
+    vectors = {s: difference(load(3, folder)[0], base) for s, folder in folders.items()}
+
+    # The old towns are learned first: one on top of the other, or each as an adapter of theta_0,
+    # which is then asked on the arm's model.
+    rows = []
     if arm in (STREAM, THEN):
         stream = Stream(model, tok, old, write_all(base, tok, old, seed), seed)
         for k in range(LENGTH):
             learn_town(stream, GENTLE, k)
-        if arm == THEN:
-            add(model, v, 1)
-        known = verdicts(model, tok, old)
     else:
-        # theta_0 learned each of the old towns, as an adapter, which now moves to the arm's model.
         rows = adapters_of(base, tok, old, seed)
-        if arm == MEAN:
-            for folder in folders.values():
-                add(model, difference(load(3, folder)[0], base), 1 / len(folders))
-        else:
-            add(model, v, float(arm.split()[0]))
-        known = verdicts(model, tok, old, rows)
-        if arm == "1 v":
-            others = [load(3, folder)[0] for s, folder in folders.items() if s != seed]
-            found["cosines"] = cosines(v, base, others, rows[:8])
+    if arm == MEAN:
+        for v in vectors.values():
+            add(model, v, 1 / len(vectors))
+    else:
+        add(model, vectors[seed], ARMS[arm])
+
+    known = verdicts(model, tok, old, rows)
     edits = write_all(model, tok, new, seed)
-    return found | {"reward": float(np.mean(score(model, tok, new, edits, seed))),
-                    "known": float(np.mean(known))}
+    found = {"reward": float(np.mean(score(model, tok, new, edits, seed))),
+             "known": float(np.mean(known))}
+    if arm == "1 v":
+        found["cosines"] = cosines(vectors, seed, base, rows[:8])
+    return found
 
 
 def adapters_of(model, tok, towns, seed: int) -> list[torch.Tensor]:
@@ -78,14 +79,15 @@ def adapters_of(model, tok, towns, seed: int) -> list[torch.Tensor]:
     return [trained[i].weights for i in range(len(jobs))]
 
 
-def cosines(v, base, others, rows) -> dict[str, float]:
-    """How alike v is to that of other runs, and to what the inner loop changes for a town."""
+def cosines(vectors: dict, seed: int, base, rows) -> dict[str, float]:
+    """How alike a run's v is to those of others, and to what the inner loop changes for a town."""
     changes = []
     for row in rows:
         model, _ = load(0)
         Adapters.stack(model, RECIPE.lora, [row]).merge(0)
         changes.append(difference(model, base))
-    found = {"v of two runs": [cosine(v, difference(other, base)) for other in others],
+    v = vectors[seed]
+    found = {"v of two runs": [cosine(v, w) for s, w in vectors.items() if s != seed],
              "v and a town": [cosine(v, change) for change in changes],
              "two towns": [cosine(*pair) for pair in itertools.combinations(changes, 2)]}
     return {name: float(np.mean(values)) for name, values in found.items() if values}
@@ -106,10 +108,11 @@ def show(arms: dict[str, list[dict]]):
 
 def draw(arms: dict[str, list[dict]], file):
     figure, axes = new_figure("scale of v", "(95 % interval over seeds)")
-    lines = [arms[f"{scale:g} v"] for scale in SCALES]
+    scales = [scale for scale in SCALES if f"{scale:g} v" in arms]
+    lines = [arms[f"{scale:g} v"] for scale in scales]
     for name, label in (("reward", "reward of its self-edits"), ("known", "known of 32 towns")):
         values = np.transpose([[line[name] for line in own] for own in lines])
-        error_bars(axes, SCALES, values, label=label)
+        error_bars(axes, scales, values, label=label)
     axes.set_ylim(0, 1)
     save(figure, file)
 

@@ -204,7 +204,7 @@ def test_a_vector_is_added(finished_run, tmp_path, monkeypatch, capsys):
     call(*command, "--svg", tmp_path / "figure.svg")
 
     lines = {line["arm"]: line for line in read_lines(out)}
-    assert list(lines) == vector.ARMS
+    assert list(lines) == list(vector.ARMS)
     assert lines["0 v"]["reward"] > .3 and lines["0 v"]["known"] > .3
     assert lines["3 v"]["reward"] < lines["0 v"]["reward"]
     # Of one run the mean is that run's.
