@@ -90,6 +90,7 @@ def draw(arms: dict[str, list[dict]], file):
         axes.bar(group + k * width, mean, width, yerr=np.nan_to_num(half), color=f"C{k}", zorder=3,
                  label="" if ways in named else ways)
         named.add(ways)
+    axes.set_ylim(0, 1)
     # In the middle of a group.
     axes.set_xticks(np.arange(len(texts)) + width * (len(objectives) - 1) / 2, texts)
     save(figure, file)
