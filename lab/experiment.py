@@ -31,13 +31,13 @@ def add_arms(ap, arms):
     ap.add_argument("--arms", nargs="+", choices=arms, default=list(arms), metavar="ARM")
 
 
-def answer(ap, args, arms, seeds, measure, show, draw, settings=()):
+def answer(ap, args, arms, seeds, measure, show, draw, settings=(), kind="arm"):
     """Measure the arms that were asked for, measure(arm, seed); show and draw all that there are.
 
-    show and draw get {arm: its lines}."""
-    wanted = each("arm", args.arms, seeds)
-    records = complete(ap, args, wanted, lambda this: measure(**this), settings)
-    found = groups(records, "arm", arms)
+    show and draw get {arm: its lines}. kind: what a line calls an arm."""
+    wanted = each(kind, getattr(args, f"{kind}s", arms), seeds)
+    records = complete(ap, args, wanted, lambda this: measure(*this.values()), settings)
+    found = groups(records, kind, arms)
     show(found)
     if args.svg:
         draw(found, args.svg)
