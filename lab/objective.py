@@ -9,7 +9,7 @@ other text: notes that turn them round. Others change what is learned of a text 
 * in view: the next word is to be as likely as with the passage in the prompt.
 
 theta_0 learns each text in each way, in 10 steps with all of a town in one batch. The notes are by
-theta_0, or by theta_3 of finished runs (`python outer_loop.py --seed S`). 5 minutes a seed for all
+theta_0, or by theta_3 of finished runs (`python outer_loop.py --seed S`). 4 minutes a seed for all
 arms, on one thread.
 """
 import random

@@ -7,7 +7,7 @@ to that town, with all that it learned before merged into its weights. From time
 writes of 12 towns that are not in the stream, and an inner loop says what that is worth. A reward
 may fall since the model writes worse, or since it learns worse: so self-edits of the model as it is
 and of theta_3, from which the stream began, are learned by the one and by the other. Ways to merge
-are those of lab/forgetting.py. 6 minutes a seed for all arms, on one thread.
+are those of lab/forgetting.py. 4 minutes a seed for all arms, on one thread.
 """
 import random
 from dataclasses import dataclass
