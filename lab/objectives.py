@@ -1,7 +1,11 @@
 """Ways to learn a document: what is read, and what the next token is to be. For lab/objective.py.
 
-An example is (ids (T,), targets (T, V)): at each token a distribution over the one that follows.
-Where the row is zero, nothing is learned.
+An example is (ids (T,), targets (T, V)): at each token a distribution q over the one that follows.
+Where the row is zero, nothing is learned. The loss is
+
+    - mean_s sum_w q_s(w) log p_theta'(w | y_<s)
+
+the usual one if q has the token itself only, else KL(q || p) up to a constant.
 """
 import torch
 import torch.nn.functional as F
@@ -20,12 +24,16 @@ def hard(model, ids, learn):
     return ids, targets * torch.tensor([*learn[1:], False])[:, None]
 
 
+# The ways: each makes the examples of one document about a task. rng: for masks.
+
 def plain(model, tok, task, document, rng):
+    """The document, after nothing."""
     ids = tok.document(document)
     return [hard(model, ids, [True] * len(ids))]
 
 
 def masked(model, tok, task, document, rng):
+    """The document, after itself with words missing. What is read is not learned."""
     examples = []
     for _ in range(MASKINGS):
         words = ["_" if rng.random() < SHARE else word for word in document.split()]
@@ -36,6 +44,7 @@ def masked(model, tok, task, document, rng):
 
 @torch.no_grad()
 def in_view(model, tok, task, document, rng):
+    """The document, each token as likely as to the model that reads the task's passage before."""
     read, ids = tok.prompt(task.prompt), tok.document(document)
     targets = model(torch.tensor([read + ids]))[0, len(read):].softmax(-1)
     # What is after the document is not learned.
