@@ -13,9 +13,9 @@ import numpy as np
 from data import tinyworld
 from files import cli, positive
 from lab.crossing import where_passed
-from lab.experiment import add_arms, answer, flags
+from lab.experiment import flags
 from lab.show import arrows, error_bars, new_figure, over_seeds, print_table, save
-from lab.tiny import add_runs, by_seed, load
+from lab.tiny import answer, load
 from lab.together import learn
 from lab.writers import best_notes, one_form, rephrased, write
 
@@ -31,12 +31,12 @@ SEAL = "SEAL, round 3"
 
 # ------------------------------------------------------------------------------- an arm, a seed
 
-def measure(arm: str, seed: int, folder, n: int) -> dict:
+def measure(arm: str, seed: int, folders: dict, n: int) -> dict:
     """A line: what each k of an arm teaches the first n held-out towns, a list over KS."""
     writer, learner = ARMS[arm]
     tasks = tinyworld.load("eval")[:n]
-    edits = write(writer, folder, tasks, seed, KS[-1])
-    model, tok = load(learner, folder)
+    edits = write(writer, folders[seed], tasks, seed, KS[-1])
+    model, tok = load(learner, folders[seed])
     means = []
     for k in KS:
         # A few self-edits are learned by up to four groups of them, as chance is larger there.
@@ -87,16 +87,8 @@ def draw(arms: dict[str, list[dict]], file):
 
 def main():
     ap = flags(__doc__)
-    add_runs(ap)
     ap.add_argument("--towns", type=positive, default=12, help="held-out ones (default: 12)")
-    add_arms(ap, ARMS)
-    args = ap.parse_args()
-    folders = by_seed(args.runs)
-
-    def measure_one(arm, seed):
-        return measure(arm, seed, folders[seed], args.towns)
-
-    answer(ap, args, ARMS, sorted(folders), measure_one, show, draw, settings=["towns"])
+    answer(ap, ARMS, measure, show, draw, settings=["towns"])
 
 
 if __name__ == "__main__":

@@ -27,22 +27,6 @@ def add_seeds(ap):
     ap.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
 
 
-def add_arms(ap, arms):
-    ap.add_argument("--arms", nargs="+", choices=arms, default=list(arms), metavar="ARM")
-
-
-def answer(ap, args, arms, seeds, measure, show, draw, settings=(), kind="arm"):
-    """Measure the arms that were asked for, measure(arm, seed); show and draw all that there are.
-
-    show and draw get {arm: its lines}. kind: what a line calls an arm."""
-    wanted = each(kind, getattr(args, f"{kind}s", arms), seeds)
-    records = complete(ap, args, wanted, lambda this: measure(*this.values()), settings)
-    found = groups(records, kind, arms)
-    show(found)
-    if args.svg:
-        draw(found, args.svg)
-
-
 def each(kind: str, names, seeds) -> list[dict]:
     """[{"arm": name, "seed": seed}, ...]: all names with the first seed, then with the next."""
     return [{kind: name, "seed": seed} for seed, name in product(seeds, names)]

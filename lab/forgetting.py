@@ -15,10 +15,10 @@ import numpy as np
 
 from data import tinyworld
 from files import cli
-from lab.experiment import add_arms, answer, flags
+from lab.experiment import flags
 from lab.keeping import Arm, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
-from lab.tiny import add_runs, by_seed, load, verdicts
+from lab.tiny import answer, load, verdicts
 from progress import Meter
 from selfedit import seed_for
 
@@ -40,10 +40,10 @@ LENGTH = 32     # towns of a stream
 
 # ------------------------------------------------------------------------------- an arm, a seed
 
-def learn_stream(name: str, seed: int, folder, split: str) -> dict:
+def learn_stream(name: str, seed: int, folders: dict, split: str) -> dict:
     """A line: a stream of a split's towns, learned from the first to the last."""
     arm = ARMS[name]
-    model, tok = load(3, folder)
+    model, tok = load(3, folders[seed])
     towns = random.Random(seed_for(seed, "stream")).sample(tinyworld.load(split), LENGTH)
     stream = Stream(model, tok, towns, write_all(model, tok, towns, seed), seed)
     meter = Meter(f"towns, {name}, seed {seed}")
@@ -87,17 +87,9 @@ def draw(arms: dict[str, list[dict]], file):
 
 def main():
     ap = flags(__doc__)
-    add_runs(ap)
-    add_arms(ap, ARMS)
     ap.add_argument("--towns", choices=("eval", "tune"), default="eval",
                     help="tune: to choose settings by (default: eval)")
-    args = ap.parse_args()
-    folders = by_seed(args.runs)
-
-    def measure(arm, seed):
-        return learn_stream(arm, seed, folders[seed], args.towns)
-
-    answer(ap, args, ARMS, sorted(folders), measure, show, draw, settings=["towns"])
+    answer(ap, ARMS, learn_stream, show, draw, settings=["towns"])
 
 
 if __name__ == "__main__":

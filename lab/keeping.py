@@ -9,7 +9,7 @@ import numpy as np
 
 from data import tinyworld
 from inner_loop import make_job
-from lab.tiny import RECIPE, WRITING
+from lab.tiny import RECIPE, WRITING, or_passage
 from lora import Adapters
 from model import Transformer
 from remember import last_layers, recall, scaled, with_old
@@ -51,9 +51,8 @@ def write_all(model, tok, towns, seed: int) -> list[SelfEdit]:
 def learn_town(stream: Stream, arm: Arm, k: int) -> dict[str, float]:
     """Train the stream's model on town k, and merge that: by which scale, and what it cost in
     tokens."""
-    # Where a self-edit can't be read, the passage is learned alone.
-    if not stream.edits[k].documents:
-        stream.edits[k] = stream.towns[k].references["passage only"]
+    # As it is learned, so it is rehearsed.
+    stream.edits[k] = or_passage(stream.towns[k], stream.edits[k])
     # The new self-edit, and beside it what is to keep the old ones.
     recipe = replace(RECIPE, lr=arm.lr)
     seed = seed_for(stream.seed, k, "adapter")

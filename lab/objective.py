@@ -20,10 +20,10 @@ import numpy as np
 
 from data import tinyworld
 from files import cli, positive
-from lab.experiment import add_arms, answer, flags
+from lab.experiment import flags, mean_of
 from lab.objectives import MAKE, train
 from lab.show import new_figure, over_seeds, print_table, save
-from lab.tiny import RECIPE, add_runs, by_seed, load, verdicts
+from lab.tiny import RECIPE, answer, by_direction, load, or_passage, verdicts
 from lab.writers import write
 from selfedit import seed_for
 from sft import Job
@@ -38,7 +38,7 @@ ARMS = {f"{text}: {ways}": (TEXTS[text], ways) for text, ways in product(TEXTS, 
 COLUMNS = ("accuracy", "forward", "reversed")
 
 
-def measure(arm: str, seed: int, folder, split: str, n: int, lr: float | None) -> dict:
+def measure(arm: str, seed: int, folders: dict, split: str, n: int, lr: float | None) -> dict:
     """A line: what a split's first n towns are answered, once they are learned in this way."""
     writer, ways = ARMS[arm]
     recipe = replace(RECIPE, lr=lr or RATES[ways], batch=10 ** 6)
@@ -46,9 +46,9 @@ def measure(arm: str, seed: int, folder, split: str, n: int, lr: float | None) -
     towns = tinyworld.load(split)[:n]
     documents = [town.context for town in towns]
     if writer is not None:
-        edits = write(writer, folder, towns, seed, 1)
-        # The passage is one of a self-edit's documents. It is alone where there are no notes.
-        documents = [edit.documents or town.context for town, (edit,) in zip(towns, edits)]
+        edits = write(writer, folders[seed], towns, seed, 1)
+        # The passage is one of a self-edit's documents.
+        documents = [or_passage(town, edit).documents for town, (edit,) in zip(towns, edits)]
 
     rows, tokens = [], 0
     for i, (town, own) in enumerate(zip(towns, documents)):
@@ -60,10 +60,8 @@ def measure(arm: str, seed: int, folder, split: str, n: int, lr: float | None) -
         tokens += job.tokens / n
         rows.append(train(model, job))
 
-    right = verdicts(model, tok, towns, rows)
-    back = np.array([town.kinds for town in towns]) == "reversed"
-    return {"accuracy": right.mean(), "forward": right[~back].mean(),
-            "reversed": right[back].mean(), "tokens": round(tokens)}
+    found = map(by_direction, towns, verdicts(model, tok, towns, rows))
+    return mean_of(list(found)) | {"tokens": round(tokens)}
 
 
 # ------------------------------------------------------------------------------- what came out
@@ -98,20 +96,11 @@ def draw(arms: dict[str, list[dict]], file):
 
 def main():
     ap = flags(__doc__)
-    add_runs(ap)
     ap.add_argument("--split", choices=("eval", "tune"), default="eval",
                     help="of towns; tune: to choose settings by (default: eval)")
     ap.add_argument("--towns", type=positive, default=24, help="of the split (default: 24)")
     ap.add_argument("--lr", type=float, help="for all objectives (default: each has its own)")
-    add_arms(ap, ARMS)
-    args = ap.parse_args()
-    folders = by_seed(args.runs)
-
-    def measure_one(arm, seed):
-        return measure(arm, seed, folders[seed], args.split, args.towns, args.lr)
-
-    answer(ap, args, ARMS, sorted(folders), measure_one, show, draw,
-           settings=["split", "towns", "lr"])
+    answer(ap, ARMS, measure, show, draw, settings=["split", "towns", "lr"])
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import numpy as np
 
 from data import tinyworld
 from files import cli
-from lab.experiment import add_arms, answer, flags
+from lab.experiment import flags
 from lab.keeping import Arm, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
-from lab.tiny import add_runs, by_seed, load, score
+from lab.tiny import answer, load, score
 from progress import Meter
 from selfedit import seed_for
 
@@ -47,22 +47,23 @@ WHEN = (0, 4, 8, 16, 32)            # towns learned before the model is probed
 PAIRS = [("now", "now"), ("now", "before"), ("before", "now")]
 
 
-def measure(name: str, seed: int, folder, split: str) -> dict:
+def measure(name: str, seed: int, folders: dict, split: str) -> dict:
     """A line: {"writer, learner": mean reward at each time}."""
     study = ARMS[name]
-    before, tok = load(3, folder)
-    now, _ = load(3, folder)
+    before, tok = load(3, folders[seed])
+    now, _ = load(3, folders[seed])
     models = {"now": now, "before": before}
     count = LENGTH + PROBES
     towns = random.Random(seed_for(seed, "stream")).sample(tinyworld.load(split), count)
     stream, probes = Stream(now, tok, towns[:LENGTH], [], seed), towns[LENGTH:]
     meter = Meter(f"towns, {name}, seed {seed}")
     found = {", ".join(pair): [] for pair in PAIRS}
+    written = {"before": write_all(before, tok, probes, seed)}
     for k in range(LENGTH + 1):
         if k in WHEN:
+            written["now"] = write_all(now, tok, probes, seed)
             for writer, learner in PAIRS:
-                edits = write_all(models[writer], tok, probes, seed)
-                rewards = score(models[learner], tok, probes, edits, seed)
+                rewards = score(models[learner], tok, probes, written[writer], seed)
                 found[f"{writer}, {learner}"].append(float(np.mean(rewards)))
         if k < LENGTH:
             stream.edits.append(next_edit(study, stream, before if study.frozen else now))
@@ -110,16 +111,8 @@ def draw(arms: dict[str, list[dict]], file):
 
 def main():
     ap = flags(__doc__)
-    add_runs(ap)
-    add_arms(ap, ARMS)
     ap.add_argument("--towns", choices=("eval", "tune"), default="eval", help="default: eval")
-    args = ap.parse_args()
-    folders = by_seed(args.runs)
-
-    def measure_one(arm, seed):
-        return measure(arm, seed, folders[seed], args.towns)
-
-    answer(ap, args, ARMS, sorted(folders), measure_one, show, draw, settings=["towns"])
+    answer(ap, ARMS, measure, show, draw, settings=["towns"])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import numpy as np
 from config import PRESETS, Config, inner_recipe
 from generate import Sampling
 from inner_loop import ask, grade_all, update_and_score
+from lab.experiment import complete, each, groups
 from lora import Adapters
 from model import Transformer, load_pretrained
 from run import read_settings
@@ -32,6 +33,28 @@ def by_seed(folders) -> dict[int, Path]:
     return {read_settings(folder)["seed"]: Path(folder) for folder in folders}
 
 
+def answer(ap, arms, measure, show, draw, settings=()):
+    """The rest of main, of a question about the writers of finished runs: measure each arm with
+    each run, show and draw what there is, {arm: its lines}.
+
+    measure(arm, seed, folders, *values of the settings) -> the rest of a line; folders: of all
+    runs, by their seeds. settings: names of flags that all lines of a file must share."""
+    add_runs(ap)
+    ap.add_argument("--arms", nargs="+", choices=arms, default=list(arms), metavar="ARM")
+    args = ap.parse_args()
+    folders = by_seed(args.runs)
+    values = [getattr(args, name) for name in settings]
+
+    def measure_one(line):
+        return measure(line["arm"], line["seed"], folders, *values)
+
+    wanted = each("arm", args.arms, sorted(folders))
+    found = groups(complete(ap, args, wanted, measure_one, settings), "arm", arms)
+    show(found)
+    if args.svg:
+        draw(found, args.svg)
+
+
 def load(t: int, folder=None) -> tuple[Transformer, Tokenizer]:
     """theta_t of a run. theta_0 is the model of this repository, whatever the run."""
     model = load_pretrained(Path(folder) / f"iter_{t}" if t else TINY.model, "cpu")
@@ -51,3 +74,15 @@ def score(model, tok, towns: list[Task], edits: list[SelfEdit], seed: int) -> li
     seeds = [[seed_for(seed, i, "probe")] for i in range(len(towns))]
     outcomes = dict(update_and_score(model, tok, towns, edits, seeds, RECIPE, ANSWERING))
     return [outcomes[i].reward for i in range(len(towns))]
+
+
+def or_passage(town: Task, edit: SelfEdit) -> SelfEdit:
+    """The self-edit, or the passage alone where it can't be read."""
+    return edit if edit.documents else town.references["passage only"]
+
+
+def by_direction(town: Task, right) -> dict[str, float]:
+    """The accuracy on all questions of a town, on forward and on reversed ones. right: verdicts."""
+    right, back = np.array(right), np.array(town.kinds) == "reversed"
+    return {"accuracy": right.mean(), "forward": right[~back].mean(),
+            "reversed": right[back].mean()}

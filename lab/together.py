@@ -2,12 +2,10 @@
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
-
 from inner_loop import answer_each, grade_all
 from lab.diversity import of_town
 from lab.experiment import mean_of
-from lab.tiny import ANSWERING, RECIPE
+from lab.tiny import ANSWERING, RECIPE, by_direction
 from progress import Meter
 from selfedit import SelfEdit, Task, seed_for
 from sft import Job, sft
@@ -34,10 +32,8 @@ def learn(model, tok, tasks: list[Task], edits: list[list[SelfEdit]], seed: int)
     pairs = [(task, trained[i]) for i, task in enumerate(tasks)]
     answers = answer_each(model, tok, pairs, RECIPE.lora, ANSWERING)
     verdicts = grade_all(tasks, [answer.texts for answer in answers])
-    for task, right, row in zip(tasks, np.array(verdicts), found):
-        back = np.array(task.kinds) == "reversed"
-        row |= {"accuracy": right.mean(), "forward": right[~back].mean(),
-                "reversed": right[back].mean()}
+    for task, right, row in zip(tasks, verdicts, found):
+        row |= by_direction(task, right)
     return mean_of(found)
 
 

@@ -10,6 +10,7 @@ arm is a model, which writes and learns. 2 minutes a seed for all arms, on one t
 """
 import itertools
 import random
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,12 +19,12 @@ from data import tinyworld
 from files import cli
 from inner_loop import make_job
 from lab.changes import add, cosine, difference
-from lab.experiment import add_arms, answer, flags
+from lab.experiment import flags
 from lab.keeping import Arm, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, of_seeds, over_seeds, print_table, save
-from lab.tiny import RECIPE, add_runs, by_seed, load, score, verdicts
+from lab.tiny import RECIPE, answer, load, or_passage, score, verdicts
 from lora import Adapters
-from selfedit import seed_for
+from selfedit import Task, seed_for
 from sft import sft
 
 SCALES = (0, .5, 1, 1.5, 2, 3)
@@ -40,9 +41,7 @@ def measure(arm: str, seed: int, folders: dict) -> dict:
     """A line: the reward of an arm's own self-edits, and what it knows of towns learned before."""
     base, tok = load(0)
     model, _ = load(0)
-    towns = tinyworld.load("eval")
-    random.Random(seed_for(seed, "vector")).shuffle(towns)
-    new, old = towns[:N_TOWNS], towns[N_TOWNS:N_TOWNS + LENGTH]
+    new, old = towns_of(seed)
     vectors = {s: difference(load(3, folder)[0], base) for s, folder in folders.items()}
 
     # The old towns are learned first: one on top of the other, or each as an adapter of theta_0,
@@ -53,7 +52,7 @@ def measure(arm: str, seed: int, folders: dict) -> dict:
         for k in range(LENGTH):
             learn_town(stream, GENTLE, k)
     else:
-        rows = adapters_of(base, tok, old, seed)
+        rows = adapters_of(seed)
     if arm == MEAN:
         for v in vectors.values():
             add(model, v, 1 / len(vectors))
@@ -69,12 +68,21 @@ def measure(arm: str, seed: int, folders: dict) -> dict:
     return found
 
 
-def adapters_of(model, tok, towns, seed: int) -> list[torch.Tensor]:
-    """The weights (P,) of an adapter for each town, of a self-edit by the same model."""
+def towns_of(seed: int) -> tuple[list[Task], list[Task]]:
+    """(towns to write about, towns that are learned before)."""
+    towns = tinyworld.load("eval")
+    random.Random(seed_for(seed, "vector")).shuffle(towns)
+    return towns[:N_TOWNS], towns[N_TOWNS:N_TOWNS + LENGTH]
+
+
+@lru_cache(maxsize=1)       # the arms of a seed follow one another, and share them
+def adapters_of(seed: int) -> list[torch.Tensor]:
+    """The weights (P,) of an adapter for each old town, by theta_0 and its own self-edit."""
+    model, tok = load(0)
+    _, towns = towns_of(seed)
     jobs = []
     for i, (town, edit) in enumerate(zip(towns, write_all(model, tok, towns, seed))):
-        edit = edit if edit.documents else town.references["passage only"]
-        jobs.append(make_job(model, tok, edit, seed_for(seed, i), RECIPE))
+        jobs.append(make_job(model, tok, or_passage(town, edit), seed_for(seed, i), RECIPE))
     trained = dict(sft(model, jobs))
     return [trained[i].weights for i in range(len(jobs))]
 
@@ -118,16 +126,7 @@ def draw(arms: dict[str, list[dict]], file):
 
 
 def main():
-    ap = flags(__doc__)
-    add_runs(ap)
-    add_arms(ap, ARMS)
-    args = ap.parse_args()
-    folders = by_seed(args.runs)
-
-    def measure_one(arm, seed):
-        return measure(arm, seed, folders)
-
-    answer(ap, args, ARMS, sorted(folders), measure_one, show, draw)
+    answer(flags(__doc__), ARMS, measure, show, draw)
 
 
 if __name__ == "__main__":
