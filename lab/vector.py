@@ -4,9 +4,10 @@
 
 v = theta_3 - theta_0 of a finished run (`python outer_loop.py --seed S`) is what three M-steps
 merged into the weights. PaST (arXiv 2601.11258) adds such a difference to models that have learned
-facts by other means. How long may v be? Is the mean of several runs' v as good? Does a model write
-well that learned a stream of towns, once v is added? Does it still know what it learned before? An
-arm is a model, which writes and learns. 2 minutes a seed for all arms, on one thread.
+facts by other means. How long may v be? Is the mean of several runs' v as good? Do adapters that
+theta_0 learned towns by still work on theta_0 + v? Does a model write well that merged a stream of
+towns, once v is added? An arm is a model, which writes and learns. 2 minutes a seed for all arms,
+on one thread.
 """
 import itertools
 import random
