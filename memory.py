@@ -156,16 +156,34 @@ def tokens_per_step(jobs) -> float:
 def auto_slots(model, jobs, free=None):
     """How many of these sft.Jobs to train side by side: enough to fill a step, few enough to fit.
     """
-    per_step = tokens_per_step(jobs)
     # Tokens that keep the device busy: of a small model it takes more.
     full = 1024
     if model.device.type != "cpu":
         full = 8192 if sum(p.numel() for p in model.parameters()) < 2e9 else 4096
-    # Twice the mean, as some steps are longer, and 1/1.4 of what is free.
+    fit = int(share_of_free(model, free) / one_job_memory(model, jobs))
+    return max(1, min(len(jobs), round(full / tokens_per_step(jobs)), fit))
+
+
+def one_job_memory(model, jobs):
+    """Bytes of a step with one of these sft.Jobs in it."""
+    # Twice the mean, as some steps are longer.
     lora = jobs[0].recipe.lora
-    one = step_memory(model, lora, 1, 0) + activation_memory(model, lora, 2 * per_step)
-    fit = int((free or free_memory(model.device)) / 1.4 / one)
-    return max(1, min(len(jobs), round(full / per_step), fit))
+    return (step_memory(model, lora, 1, 0)
+            + activation_memory(model, lora, 2 * tokens_per_step(jobs)))
+
+
+def share_of_free(model, free=None):
+    """Bytes that training may take."""
+    return (free or free_memory(model.device)) / 1.4
+
+
+def recompute_if_short(model, jobs):
+    """On a CPU: recompute activations if even one of these sft.Jobs would not fit. There a system
+    that runs out kills the process, and less_memory never hears of it."""
+    if model.device.type == "cpu" and not model.recompute:
+        if one_job_memory(model, jobs) > share_of_free(model):
+            print("memory is short: activations are recomputed", flush=True)
+            model.recompute = True
 
 
 def row_memory(model, length):

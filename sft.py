@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from device import Recorded, has_flash, has_graphs, to_device
 from generate import quiet
 from lora import Adapters, Lora, Route
-from memory import activation_memory, auto_slots, free_memory, give_back_memory
+from memory import activation_memory, auto_slots, free_memory, give_back_memory, recompute_if_short
 from memory import is_out_of_memory, less_memory, tokens_per_step
 from packing import Example, Packed, Room, pack
 from update import FrozenHeadLoss, adamw_all
@@ -174,6 +174,8 @@ def train_waiting(model, jobs, waiting, progress):
     """sft, of the jobs whose numbers are in `waiting`; model.recompute may change."""
     total = sum(job.steps for job in jobs)
     slots = jobs[waiting[0]].recipe.slots if waiting else 0
+    if waiting:
+        recompute_if_short(model, jobs)
     while waiting:
         slots = min(slots or auto_slots(model, jobs), len(waiting))
         ran_out = False

@@ -223,6 +223,26 @@ def test_the_engine_takes_as_many_slots_as_fit(tiny, set_free, monkeypatch):
     assert made == [3]
 
 
+def test_a_job_that_would_not_fit_is_trained_with_recomputed_activations(tiny, set_free, capsys,
+                                                                         monkeypatch):
+    """A system that runs out of memory kills the process: nothing would be raised."""
+    jobs = jobs_of(1, length=20, batch=1)
+    set_free(1.41 * bytes_of_slots(tiny, 1, tokens=2 * 20))
+    ((_, usual),) = sft(tiny, jobs)
+    assert capsys.readouterr().out == ""
+
+    set_free(1.39 * bytes_of_slots(tiny, 1, tokens=2 * 20))
+    seen = []
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: (seen.append(tiny.recompute), step(self)))
+    ((_, short),) = sft(tiny, jobs)
+
+    assert seen == [True] * jobs[0].steps
+    assert not tiny.recompute
+    assert torch.allclose(usual.weights, short.weights)
+    assert capsys.readouterr().out == "memory is short: activations are recomputed\n"
+
+
 # ------------------------------------------------------------------------------- rows
 
 def cache_bytes(model, rows, length):

@@ -243,6 +243,17 @@ def test_attention_in_bfloat16_is_that_in_float32(kv_heads, mask):
     assert (short - exact).abs().max() < 0.05
 
 
+def test_attention_over_long_texts_keeps_no_scores_for_the_backward_pass():
+    """In bfloat16 on a CPU: of 512 tokens, 512^2 scores a head would be 8 MB."""
+    q, k, v = torch.randn(3, 1, 16, 512, 8).bfloat16()
+    kept = []
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes), lambda x: x):
+        attention(q.requires_grad_(), k, v)
+
+    assert sum(kept) < 10 * q.nbytes
+
+
 @pytest.mark.parametrize("capabilities, note", [
     ({"avx2": True, "avx512_bf16": False},
      "note: bfloat16 is slow on this CPU; float32 is faster\n"),
