@@ -201,6 +201,14 @@ def make_tokenizer(folder, text, seed, window, min_frequency, digits):
 
 # ------------------------------------------------------------------------------- model
 
+def scaled(config: dict, dim: int) -> dict:
+    """A config of another width, with as many layers and heads. dim: a multiple of 16."""
+    shape = {}
+    for name in ("hidden_size", "intermediate_size", "head_dim"):
+        shape[name] = config[name] * dim // config["hidden_size"]
+    return config | shape
+
+
 def new_model(folder, seed):
     """A Transformer as GPT-2 begins: N(0, .02), smaller in layers that end a residual branch."""
     model = Transformer(ModelConfig.from_folder(folder), folder)
@@ -277,6 +285,7 @@ def main():
     ap.add_argument("--world", default="towns", choices=("towns", "puzzles"))
     ap.add_argument("--out", required=True, help="folder to write")
     ap.add_argument("--towns", type=positive, default=200, help="to know by heart (default: 200)")
+    ap.add_argument("--dim", type=positive, default=128, help="width of the model (default: 128)")
     ap.add_argument("--tokens", type=float, help="to read (default: 11e6; puzzles: 1.6e6)")
     ap.add_argument("--threads", type=positive, default=1,
                     help="of torch; sums, and so the weights, depend on it")
@@ -296,6 +305,7 @@ def main():
     else:
         text, config = puzzle_text, PUZZLES
         frequency, digits, tokens, lr, per_step = 100, True, args.tokens or 1.6e6, 2e-3, 512
+    config = scaled(config, args.dim)
     with tempfile.TemporaryDirectory() as draft:
         size = make_tokenizer(Path(draft), text, args.seed, config["max_position_embeddings"],
                               frequency, digits)

@@ -32,6 +32,28 @@ def each(kind: str, names, seeds) -> list[dict]:
     return [{kind: name, "seed": seed} for seed, name in product(seeds, names)]
 
 
+def measure_and_show(ap, args, kind: str, names, seeds, measure, show, draw, settings=(), part={}):
+    """The end of main: measure every arm with every seed, then show and draw what there is.
+
+    kind: "arm", "rule", ...; names: of all that may be shown, or None for those that the file has;
+    args says which to measure.
+    measure(name, seed, *values of the settings) -> the rest of a line. show({name: its lines});
+    draw(the same, file). part: what else all these lines have, as others of the file may not."""
+    values = [getattr(args, name) for name in settings]
+
+    def measure_one(line):
+        return measure(line[kind], line["seed"], *values)
+
+    wanted = [part | unit for unit in each(kind, getattr(args, kind + "s"), seeds)]
+    records = complete(ap, args, wanted, measure_one, settings)
+    records = where(records, **part)
+    names = names or sorted({line[kind] for line in records})
+    found = groups(records, kind, names)
+    show(found)
+    if args.svg:
+        draw(found, args.svg)
+
+
 def complete(ap, args, wanted: list[dict], measure, settings=()) -> list[dict]:
     """All lines of args.out, once those that are wanted are among them.
 

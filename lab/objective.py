@@ -22,12 +22,11 @@ from data import tinyworld
 from files import cli, positive
 from lab.experiment import flags, mean_of
 from lab.objectives import MAKE, train
-from lab.show import new_figure, over_seeds, print_table, save
+from lab.show import error_bars, new_figure, over_seeds, print_table, save
 from lab.tiny import RECIPE, answer, by_direction, load, or_passage, verdicts
 from lab.writers import write
 from selfedit import seed_for
 from sft import Job
-from stats import mean_ci
 
 # text -> t of the theta_t whose self-edit stands beside the passage
 TEXTS = {"the passage": None, "and untrained notes": 0, "and notes of round 3": 3}
@@ -77,20 +76,14 @@ def show(arms: dict[str, list[dict]]):
 
 
 def draw(arms: dict[str, list[dict]], file):
-    """Accuracy on reversed questions: a group of bars for each text, a bar for each objective."""
-    figure, axes = new_figure("", "reversed questions (95 % interval over seeds)", size=(7, 4))
-    width = 1 / (len(RATES) + 1)
-    texts, objectives, named = list(TEXTS), list(RATES), set()
-    for arm, lines in arms.items():
-        text, ways = arm.split(": ")
-        group, k = texts.index(text), objectives.index(ways)
-        mean, half = mean_ci([[line["reversed"]] for line in lines])
-        axes.bar(group + k * width, mean, width, yerr=np.nan_to_num(half), color=f"C{k}", zorder=3,
-                 label="" if ways in named else ways)
-        named.add(ways)
+    """Accuracy on reversed questions, of each objective over the texts."""
+    figure, axes = new_figure("", "reversed questions (95 % interval over seeds)")
+    for ways in RATES:
+        texts = [text for text in TEXTS if f"{text}: {ways}" in arms]
+        rows = [[line["reversed"] for line in arms[f"{text}: {ways}"]] for text in texts]
+        if rows:
+            error_bars(axes, texts, np.transpose(rows), label=ways)
     axes.set_ylim(0, 1)
-    # In the middle of a group.
-    axes.set_xticks(np.arange(len(texts)) + width * (len(objectives) - 1) / 2, texts)
     save(figure, file)
 
 

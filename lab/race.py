@@ -12,8 +12,7 @@ import tempfile
 import numpy as np
 
 from files import cli
-from lab.experiment import add_seeds, complete, differences, each, flags, gain, groups
-from lab.experiment import last_reward, where
+from lab.experiment import add_seeds, differences, flags, gain, last_reward, measure_and_show
 from lab.halving import RULES, race, start, trainer
 from lab.scores import products
 from lab.show import arrows, new_figure, of_seeds, print_table, save
@@ -100,12 +99,8 @@ def main():
                     default=[USUAL, "one seed"], metavar="RULE",
                     help=f"of lab/halving.py, or {PRODUCT!r} (default: three seeds, one seed)")
     args = ap.parse_args()
-    wanted = [{"part": "learning"} | unit for unit in each("rule", args.rules, args.seeds)]
-    records = complete(ap, args, wanted, lambda line: learn(line["rule"], line["seed"]))
-    rules = groups(where(records, part="learning"), "rule", [*RULES, PRODUCT])
-    show(rules)
-    if args.svg:
-        draw(rules, args.svg)
+    measure_and_show(ap, args, "rule", [*RULES, PRODUCT], args.seeds, learn, show, draw,
+                     part={"part": "learning"})
 
 
 if __name__ == "__main__":

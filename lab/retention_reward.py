@@ -18,7 +18,7 @@ import numpy as np
 
 from data import tinyworld
 from files import cli, positive
-from lab.experiment import add_seeds, complete, each, flags, groups
+from lab.experiment import add_seeds, flags, measure_and_show
 from lab.lost import begin_round
 from lab.show import new_figure, over_seeds, print_table, save
 from lab.tiny import TINY, load
@@ -109,15 +109,8 @@ def main():
     ap.add_argument("--eval-tasks", type=positive, default=24, help="held-out ones (default: 24)")
     args = ap.parse_args()
 
-    def measure(line):
-        return run_arm(line["lambda"], line["seed"], args.tasks, args.eval_tasks)
-
-    wanted = each("lambda", args.lambdas, args.seeds)
-    records = complete(ap, args, wanted, measure, settings=["tasks", "eval_tasks"])
-    arms = groups(records, "lambda", sorted({line["lambda"] for line in records}))
-    show(arms)
-    if args.svg:
-        draw(arms, args.svg)
+    measure_and_show(ap, args, "lambda", None, args.seeds, run_arm, show, draw,
+                     settings=["tasks", "eval_tasks"])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 from config import PRESETS, Config, inner_recipe
 from generate import Sampling
 from inner_loop import ask, grade_all, update_and_score
-from lab.experiment import complete, each, groups
+from lab.experiment import measure_and_show
 from lora import Adapters
 from model import Transformer, load_pretrained
 from run import read_settings
@@ -43,16 +43,11 @@ def answer(ap, arms, measure, show, draw, settings=()):
     ap.add_argument("--arms", nargs="+", choices=arms, default=list(arms), metavar="ARM")
     args = ap.parse_args()
     folders = by_seed(args.runs)
-    values = [getattr(args, name) for name in settings]
 
-    def measure_one(line):
-        return measure(line["arm"], line["seed"], folders, *values)
+    def measure_with(arm, seed, *values):
+        return measure(arm, seed, folders, *values)
 
-    wanted = each("arm", args.arms, sorted(folders))
-    found = groups(complete(ap, args, wanted, measure_one, settings), "arm", arms)
-    show(found)
-    if args.svg:
-        draw(found, args.svg)
+    measure_and_show(ap, args, "arm", arms, sorted(folders), measure_with, show, draw, settings)
 
 
 def load(t: int, folder=None) -> tuple[Transformer, Tokenizer]:
