@@ -305,6 +305,8 @@ def main():
     else:
         text, config = puzzle_text, PUZZLES
         frequency, digits, tokens, lr, per_step = 100, True, args.tokens or 1.6e6, 2e-3, 512
+    if args.dim % 16:
+        raise UserError("--dim must be a multiple of 16")
     config = scaled(config, args.dim)
     with tempfile.TemporaryDirectory() as draft:
         size = make_tokenizer(Path(draft), text, args.seed, config["max_position_embeddings"],

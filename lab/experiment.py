@@ -42,6 +42,7 @@ def measure_and_show(ap, args, kind: str, names, seeds, measure, show, draw, set
     values = [getattr(args, name) for name in settings]
 
     def measure_one(line):
+        print(f"\n=== {line[kind]}, seed {line['seed']}", flush=True)
         return measure(line[kind], line["seed"], *values)
 
     wanted = [part | unit for unit in each(kind, getattr(args, kind + "s"), seeds)]

@@ -42,6 +42,9 @@ class Arm:
     lr: float = RECIPE.lr
 
 
+GENTLE = Arm(scale=.5, layers=2)    # half of each merge, on half of the layers
+
+
 def write_all(model, tok, towns, seed: int) -> list[SelfEdit]:
     """A self-edit of each town."""
     seeds = [[seed_for(seed, i, "edit")] for i in range(len(towns))]

@@ -50,6 +50,16 @@ class Round:
                 found[places[n]] = learned_and_lost(outcome.right[0], asked[n], self.known)
         return edits, found
 
+    def of_policy(self, held_out: list[Task]) -> dict:
+        """What the policy's self-edits of held-out towns teach, destroy and are made of."""
+        edits, found = self.try_edits(held_out, "eval", self.cfg.eval_edits)
+        tokens = []
+        for row in edits:
+            tokens += [len(edit.token_ids) for edit in row]
+        return {"learned": float(found[..., 0].mean()), "lost": float(found[..., 1].mean()),
+                "known": self.known, "tokens": float(np.mean(tokens)),
+                "made of": tinyworld.describe(held_out, edits)}
+
 
 def begin_round(cfg, policy, tok, earlier: list[Task], t: int) -> Round:
     """Let a copy of the policy learn the earlier towns, all at once."""

@@ -7,23 +7,15 @@ lab/scores.py choose as well? The judges are the six inner loops that lab/choosi
 of 16 self-edits of a town, by the untrained model. If its lines are in --out, they are not measured
 again, which spares 5 of the 7 minutes per seed, on one thread.
 """
-import numpy as np
-
 from files import cli
+from lab.choosers import COSTS, LOOP, choosers
 from lab.choosing import try_often, written
-from lab.experiment import complete, each, flags, where
-from lab.ranking import KEEP, correlation, others, worth
+from lab.experiment import complete, each, flags
+from lab.ranking import KEEP, correlation, worth
 from lab.scores import SCORES, score
 from lab.show import new_figure, over_passages, print_table, save
 from selfedit import seed_for
 from stats import bootstrap_ci
-
-LOOP = "an inner loop (SEAL)"
-# Who chooses -> the cost per self-edit, in passes.
-COSTS = SCORES | {"half of the steps": "5 backward, answers",
-                  LOOP: "10 backward, answers",
-                  "the five other inner loops": "50 backward, answers"}
-
 
 def measure(seed: int) -> dict:
     """A line: scores (towns, K) of the self-edits that try_often tries."""
@@ -36,30 +28,6 @@ def measure(seed: int) -> dict:
         for name, values in scores.items():
             values.append([round(row[name], 5) for row in rows])
     return {"scores": scores}
-
-
-def joined(lines, name):
-    """What they have under this name, the towns of all seeds one after another."""
-    return np.concatenate([line[name] for line in lines])
-
-
-def choosers(records) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """({who chooses: scores (towns, K, inner loops or 1)}, judges (towns, K, inner loops))."""
-    scored = where(records, part="scores")
-    tried = []
-    for line in scored:
-        tried += where(records, part="choosing", seed=line["seed"])
-    scores = [line["scores"] for line in scored]
-    whole = joined(tried, "whole")
-    judges = others(whole)
-    found = {}
-    for name in SCORES:
-        found[name] = joined(scores, name)[:, :, None]
-    found["half of the steps"] = joined(tried, "half")
-    found[LOOP] = whole
-    # What the judges themselves would choose: nothing can be worth more.
-    found["the five other inner loops"] = judges
-    return found, judges
 
 
 def show(found, judges):

@@ -2,10 +2,9 @@
 
     python -m lab.race --out FILE.jsonl [--svg FILE]
 
-ReST-EM in the tiny world, with its rewards from a race (lab/halving.py): do further seeds of the
-inner loop have to go to every self-edit? Or from no inner loop at all, but a product of gradients
-(lab/scores.py). lab/choosing.py and lab/proxy.py ask what a single choice is worth. 2 to 8 minutes
-for a rule and a seed, on one thread.
+ReST-EM in the tiny world, with its rewards from a race (lab/halving.py), or from products of
+gradients and no inner loop (lab/scores.py). lab/choosing.py and lab/proxy.py ask what a single
+choice is worth. 2 to 8 minutes for a rule and a seed, on one thread.
 """
 import tempfile
 
@@ -15,10 +14,9 @@ from files import cli
 from lab.experiment import add_seeds, differences, flags, gain, last_reward, measure_and_show
 from lab.halving import RULES, race, start, trainer
 from lab.scores import products
-from lab.show import arrows, new_figure, of_seeds, print_table, save
+from lab.show import arrows, error_bars, new_figure, of_seeds, print_table, save
 from outer_loop import evaluate, m_step, next_tasks, select
 from run import sample_edits
-from stats import mean_ci
 
 USUAL = "three seeds"
 PRODUCT = "inner product of gradients"
@@ -40,9 +38,7 @@ def learn(rule: str, seed: int) -> dict:
     # How many times the usual number of self-edits.
     times = 1 if rule == PRODUCT else RULES[rule][0]
     loops = 0.0
-    print(f"\n=== {rule}, seed {seed}", flush=True)
-    # Of the run's folder nothing is kept but the line.
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:       # of which only the line is kept
         run, train = start(seed, folder, times)
         cfg = run.cfg
         held_out = run.tasks(cfg.eval_data)[:cfg.eval_tasks]
@@ -59,8 +55,7 @@ def learn(rule: str, seed: int) -> dict:
             m_step(cfg, run, model, [(tasks[i], edits[i][j], 1.0) for i, j in kept], t)
             run.save(t + 1, model)
         evaluate(cfg, run, run.load(cfg.iterations), held_out, cfg.iterations)
-        held_out_rewards = [m["eval_reward"] for m in run.metrics.records]
-    return {"inner loops": loops, "reward": held_out_rewards}
+        return {"inner loops": loops, "reward": [m["eval_reward"] for m in run.metrics.records]}
 
 
 def show(rules: dict[str, list[dict]]):
@@ -72,7 +67,7 @@ def show(rules: dict[str, list[dict]]):
         rewards = np.mean([line["reward"] for line in lines], axis=0)
         gains = [gain(line) for line in lines]
         rows.append([rule, f"{loops:.0f}", arrows(rewards), of_seeds(gains, "+.3f"),
-                     of_seeds(more, "+.3f") if more else ""])
+                     of_seeds(more, "+.3f")])
     print_table(["rewards", "inner loops", "held-out reward, by round", "gain",
                  f"last round, against {USUAL}"], rows)
 
@@ -84,10 +79,8 @@ def draw(rules: dict[str, list[dict]], file):
     for rule, lines in rules.items():
         loops = [line["inner loops"] for line in lines]
         gains = [[gain(line)] for line in lines]
-        mean, half = mean_ci(gains)
         axes.plot(loops, gains, ".", color="#bbb")
-        axes.errorbar([np.mean(loops)], mean, np.nan_to_num(half), marker="o", capsize=3,
-                      label=rule)
+        error_bars(axes, [np.mean(loops)], gains, label=rule)
     axes.set_xlim(left=0)
     save(figure, file)
 

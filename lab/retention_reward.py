@@ -10,7 +10,6 @@ towns, from all true notes about them at once. So there is something to lose in 
 M-steps do not touch. Each self-edit is asked about its own town and these eight, under the same
 adapter. lambda 0 is SEAL. About 4 minutes for a lambda and a seed on one thread.
 """
-from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from data import tinyworld
 from files import cli, positive
 from lab.experiment import add_seeds, flags, measure_and_show
 from lab.lost import begin_round
-from lab.show import new_figure, over_seeds, print_table, save
+from lab.show import made_of, new_figure, over_seeds, print_table, save
 from lab.tiny import TINY, load
 from outer_loop import in_order, m_step, next_tasks, select
 from stats import mean_ci
@@ -41,16 +40,8 @@ def run_arm(weight: float, seed: int, n_train: int, n_eval: int) -> dict:
     record = {"learned": [], "lost": [], "known": [], "tokens": [], "made of": []}
     for t in range(ROUNDS + 1):
         this = begin_round(cfg, policy, tok, earlier, t)
-        # Held-out towns say what the policy has become.
-        edits, found = this.try_edits(held_out, "eval", cfg.eval_edits)
-        tokens = []
-        for row in edits:
-            tokens += [len(edit.token_ids) for edit in row]
-        record["learned"].append(float(found[..., 0].mean()))
-        record["lost"].append(float(found[..., 1].mean()))
-        record["known"].append(this.known)
-        record["tokens"].append(float(np.mean(tokens)))
-        record["made of"].append(tinyworld.describe(held_out, edits))
+        for name, value in this.of_policy(held_out).items():
+            record[name].append(value)
         if t == ROUNDS:
             return record
 
@@ -76,17 +67,9 @@ def show(arms: dict[float, list[dict]]):
             for line in lines:
                 learned, lost = line["learned"][t], line["lost"][t]
                 values.append([learned, lost, learned - lost])
-            rows.append([f"{weight:g}", t, *over_seeds(values), made_of(lines, t)])
+            shares = [line["made of"][t] for line in lines]
+            rows.append([f"{weight:g}", t, *over_seeds(values), made_of(shares)])
     print_table(["lambda", "round", "learned", "lost", "learned - lost", "made of"], rows)
-
-
-def made_of(lines: list[dict], t: int) -> str:
-    """The most frequent forms of the lines of self-edits after round t, with their shares."""
-    total = Counter()
-    for line in lines:
-        total.update(line["made of"][t])
-    shares = [(form, share / len(lines)) for form, share in total.most_common()]
-    return ", ".join(f"{form} {share:.0%}" for form, share in shares if share >= .05)
 
 
 def draw(arms: dict[float, list[dict]], file):

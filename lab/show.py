@@ -1,6 +1,7 @@
 """Tables and figures of the lab: means with 95 % intervals, over seeds or over passages."""
 import io
 import json
+from collections import Counter
 
 import numpy as np
 
@@ -22,7 +23,9 @@ def over_seeds(rows, form=".3f") -> list[str]:
 
 
 def of_seeds(values, form=".3f") -> str:
-    """The same for one value per seed."""
+    """The same for one value per seed; '' for none."""
+    if len(values) == 0:
+        return ""
     (text,) = over_seeds([[value] for value in values], form)
     return text
 
@@ -35,6 +38,15 @@ def over_passages(values, form=".3f") -> str:
 def arrows(values, form=".3f") -> str:
     """'0.602 -> 0.676 -> 0.760': a value per round, or a first and a last one."""
     return " -> ".join(format(value, form) for value in values)
+
+
+def made_of(shares: list[dict]) -> str:
+    """What lines of self-edits most frequently are, with mean shares: 'copy 60%, plain 12%'."""
+    total = Counter()
+    for one in shares:
+        total.update(one)
+    means = [(form, share / len(shares)) for form, share in total.most_common()]
+    return ", ".join(f"{form} {share:.0%}" for form, share in means if share >= .05)
 
 
 def print_table(head: list, rows: list[list], title=""):

@@ -10,29 +10,19 @@ and of theta_3, from which the stream began, are learned by the one and by the o
 are those of lab/forgetting.py. 4 minutes a seed for all arms, on one thread.
 """
 import random
-from dataclasses import dataclass
 
 import numpy as np
 
 from data import tinyworld
 from files import cli
 from lab.experiment import flags
-from lab.keeping import Arm, Stream, learn_town, write_all
+from lab.keeping import GENTLE, Arm, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
+from lab.study import Study, next_edit
 from lab.tiny import answer, load, score
 from progress import Meter
 from selfedit import seed_for
 
-
-@dataclass
-class Study:
-    """How a town of the stream is studied."""
-    merge: Arm
-    tries: int = 1          # self-edits, of which the best by an inner loop is learned
-    frozen: bool = False    # written by theta_3, which never changes
-
-
-GENTLE = Arm(scale=.5, layers=2)    # half of each merge, on half of the layers
 ARMS = {
     "plain merge": Study(Arm()),
     "plain merge, best of 2": Study(Arm(), tries=2),
@@ -70,20 +60,6 @@ def measure(name: str, seed: int, folders: dict, split: str) -> dict:
             learn_town(stream, study.merge, k)
             meter(k + 1, LENGTH)
     return found
-
-
-def next_edit(study: Study, stream: Stream, writer):
-    """The self-edit by which the stream's next town is learned."""
-    k = len(stream.edits)
-    edits = []
-    for j in range(study.tries):
-        seed = seed_for(stream.seed, k, j)
-        edits += write_all(writer, stream.tok, [stream.towns[k]], seed)
-    if study.tries == 1:
-        return edits[0]
-    town = [stream.towns[k]] * study.tries
-    rewards = score(stream.model, stream.tok, town, edits, seed_for(stream.seed, k))
-    return edits[int(np.argmax(rewards))]
 
 
 # ------------------------------------------------------------------------------- what came out

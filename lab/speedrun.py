@@ -8,8 +8,6 @@ imports aside. Whatever teaches the writer may be changed, and nothing of the mo
 of how a self-edit is learned or of the evaluation. The runs follow one another, with all cores
 each: five minutes and more an entry. The same command resumes.
 """
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,14 +15,12 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-import torch
-
 from config import add_flags
 from files import Lines, Parser, UserError, cli
+from lab.machine import ROOT, commit, machine
 from lab.show import print_table
 
 GOAL, SEEDS = 0.75, range(5)
-ROOT = Path(__file__).parent.parent
 # What an entry may not change: the task, how a self-edit is learned, and what a run is called.
 FIXED = ("--preset", "--model", "--domain", "--train-data", "--eval", "--inner", "--max-",
          "--directives", "--pad-to", "--stop", "--clip", "--weight-decay", "--temperature",
@@ -42,23 +38,6 @@ def measure(name: str, flags: list[str], seed: int) -> dict:
             "commit": commit(), "machine": machine(),
             "reward": [m["eval_reward"] for m in metrics],
             "seconds": [m["seconds"] for m in metrics]}
-
-
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
-                           capture_output=True)
-    return found.stdout.strip() or "unknown"
-
-
-def machine() -> str:
-    """The processor's name, and how many threads a run takes."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = names[0].partition(":")[2].strip() if names else name
-    threads = os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()
-    return f"{name}, {threads} threads"
 
 
 def time_to_goal(record: dict) -> float:

@@ -9,31 +9,19 @@ theta_0 learned towns by still work on theta_0 + v? Does a model write well that
 towns, once v is added? An arm is a model, which writes and learns. 2 minutes a seed for all arms,
 on one thread.
 """
-import itertools
-import random
-from functools import lru_cache
-
 import numpy as np
-import torch
 
-from data import tinyworld
 from files import cli
-from inner_loop import make_job
-from lab.changes import add, cosine, difference
+from lab.changes import add, adapters_of, cosines, difference, towns_of
 from lab.experiment import flags
-from lab.keeping import Arm, Stream, learn_town, write_all
+from lab.keeping import GENTLE, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, of_seeds, over_seeds, print_table, save
-from lab.tiny import RECIPE, answer, load, or_passage, score, verdicts
-from lora import Adapters
-from selfedit import Task, seed_for
-from sft import sft
+from lab.tiny import answer, load, score, verdicts
 
 SCALES = (0, .5, 1, 1.5, 2, 3)
 MEAN, STREAM, THEN = "mean of the runs' v", "a stream of towns", "a stream of towns, then v"
 # arm -> the scale of v
 ARMS = {f"{scale:g} v": scale for scale in SCALES} | {MEAN: 1, STREAM: 0, THEN: 1}
-GENTLE = Arm(scale=.5, layers=2)    # how the stream is learned: see lab/forgetting.py
-LENGTH, N_TOWNS = 32, 24            # towns of the stream, and towns that are written about
 
 
 # ------------------------------------------------------------------------------- an arm, a seed
@@ -50,7 +38,7 @@ def measure(arm: str, seed: int, folders: dict) -> dict:
     rows = []
     if arm in (STREAM, THEN):
         stream = Stream(model, tok, old, write_all(base, tok, old, seed), seed)
-        for k in range(LENGTH):
+        for k in range(len(old)):
             learn_town(stream, GENTLE, k)
     else:
         rows = adapters_of(seed)
@@ -67,39 +55,6 @@ def measure(arm: str, seed: int, folders: dict) -> dict:
     if arm == "1 v":
         found["cosines"] = cosines(vectors, seed, base, rows[:8])
     return found
-
-
-def towns_of(seed: int) -> tuple[list[Task], list[Task]]:
-    """(towns to write about, towns that are learned before)."""
-    towns = tinyworld.load("eval")
-    random.Random(seed_for(seed, "vector")).shuffle(towns)
-    return towns[:N_TOWNS], towns[N_TOWNS:N_TOWNS + LENGTH]
-
-
-@lru_cache(maxsize=1)       # the arms of a seed follow one another, and share them
-def adapters_of(seed: int) -> list[torch.Tensor]:
-    """The weights (P,) of an adapter for each old town, by theta_0 and its own self-edit."""
-    model, tok = load(0)
-    _, towns = towns_of(seed)
-    jobs = []
-    for i, (town, edit) in enumerate(zip(towns, write_all(model, tok, towns, seed))):
-        jobs.append(make_job(model, tok, or_passage(town, edit), seed_for(seed, i), RECIPE))
-    trained = dict(sft(model, jobs))
-    return [trained[i].weights for i in range(len(jobs))]
-
-
-def cosines(vectors: dict, seed: int, base, rows) -> dict[str, float]:
-    """How alike a run's v is to those of others, and to what the inner loop changes for a town."""
-    changes = []
-    for row in rows:
-        model, _ = load(0)
-        Adapters.stack(model, RECIPE.lora, [row]).merge(0)
-        changes.append(difference(model, base))
-    v = vectors[seed]
-    found = {"v of two runs": [cosine(v, w) for s, w in vectors.items() if s != seed],
-             "v and a town": [cosine(v, change) for change in changes],
-             "two towns": [cosine(*pair) for pair in itertools.combinations(changes, 2)]}
-    return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 
 # ------------------------------------------------------------------------------- what came out

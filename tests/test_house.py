@@ -13,12 +13,13 @@ FLOORS = ["files", "checkpoint", "push", "team", "progress", "device", "memory",
           "config", "run", "plan", "report", "page", "credit", "outer_loop", "speed", "suite",
           "eval", "bench", "lab.show", "lab.experiment", "lab.tiny", "lab.writers", "lab.curve",
           "lab.reliability", "lab.judges", "lab.recipe", "lab.paired", "lab.imitate",
-          "lab.line_kinds", "lab.lines", "lab.keeping", "lab.forgetting", "lab.skill",
+          "lab.line_kinds", "lab.lines", "lab.keeping", "lab.forgetting", "lab.study", "lab.skill",
           "lab.changes", "lab.vector", "lab.objectives", "lab.objective", "lab.lost",
-          "lab.retention_reward", "lab.crossing", "lab.diversity", "lab.together",
-          "lab.compute", "lab.credit", "lab.grpo", "lab.rules", "lab.outer_rate", "lab.update_rule",
-          "lab.halving", "lab.choosing", "lab.scores", "lab.race", "lab.ranking",
-          "lab.proxy", "lab.proxy_run", "lab.speedrun"]
+          "lab.retention_reward", "lab.crossing", "lab.diversity", "lab.together", "lab.compute",
+          "lab.truth", "lab.credit", "lab.grpo", "lab.rules", "lab.outer_rate", "lab.update_rule",
+          "lab.halving", "lab.judged", "lab.choosing", "lab.scores", "lab.race", "lab.ranking",
+          "lab.choosers", "lab.proxy", "lab.proxy_run", "lab.machine", "lab.speedrun",
+          "lab.teacher"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]
 
 

@@ -9,9 +9,10 @@ import torch
 import credit as credit_of_a_run
 from checkpoint import EMBEDDED
 from config import PRESETS, Config
+from credit import regress, subsets
 from files import UserError
 from data import tinyworld as world
-from lab import compute, credit, diversity, together, writers
+from lab import compute, credit, diversity, together, truth, writers
 from lab.crossing import crossing, crossings
 from lab.tiny import RECIPE
 from lora import Adapters
@@ -145,25 +146,25 @@ def test_the_same_text_teaches_the_same(finished_run, tmp_path, monkeypatch, cap
 def test_leaving_one_out_is_a_difference():
     scores = np.array([[.9, .2], [.1, .2], [.8, .1], [.9, .6]])
 
-    design = credit.subsets("leave one out", 3, seed=0)
+    design = subsets("leave one out", 3, seed=0)
 
     assert design.tolist() == [[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]]
-    np.testing.assert_allclose(credit.regress(design, scores), [[.8, 0], [.1, .1], [0, -.4]],
+    np.testing.assert_allclose(regress(design, scores), [[.8, 0], [.1, .1], [0, -.4]],
                                atol=1e-12)
 
 
 def test_random_halves_find_what_adds_up():
-    design = credit.subsets("random halves", 5, seed=1)
+    design = subsets("random halves", 5, seed=1)
     effects = np.arange(10).reshape(5, 2)
 
     assert (design.mean(axis=0) == 0.5).all()
-    np.testing.assert_allclose(credit.regress(design, 3 + design @ effects), effects, atol=1e-9)
+    np.testing.assert_allclose(regress(design, 3 + design @ effects), effects, atol=1e-9)
 
 
 def test_auc_by_hand():
     stated = np.array([[True, False], [False, False]])
 
-    assert credit.auc(np.array([[.5, .4], [.5, .9]]), stated) == pytest.approx(1.5 / 3)
+    assert truth.auc(np.array([[.5, .4], [.5, .9]]), stated) == pytest.approx(1.5 / 3)
 
 
 def test_subsets_are_learned_in_their_places(embedded):
@@ -171,7 +172,7 @@ def test_subsets_are_learned_in_their_places(embedded):
     edit = read_self_edit(task, "\n".join(writers.best_notes(town, random.Random(0))[:2]))
     design = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]])
 
-    adapters = credit.learn(model, tok, edit, design, RECIPE, seed=4)
+    adapters = credit_of_a_run.learn(model, tok, edit, design, RECIPE, seed=4)
 
     assert not adapters.flat[[0, 3]].any()
     for i, documents in ((1, edit.documents[:1]), (2, edit.documents), (4, edit.documents[2:])):
@@ -187,7 +188,7 @@ def test_the_probability_of_an_answer_is_that_of_its_tokens(embedded):
     adapters.init(1, seed=0)
     adapters.flat[1] += 0.02        # B as well: it changes something
 
-    found = credit.gold_probability(model, tok, task, adapters)
+    found = credit_of_a_run.gold_probability(model, tok, task, adapters)
 
     changed = load_pretrained(EMBEDDED, "cpu")
     other = Adapters(changed, RECIPE.lora, 2)
@@ -213,11 +214,11 @@ def test_credit_finds_the_line_that_states_the_answer(embedded):
 
     matrix = credit.credit(model, tok, task, edit, RECIPE)
 
-    stated = credit.truth(task, edit)
+    stated = truth.truth(task, edit)
     # Each line states one answer, the remark none; the last document is the passage.
     assert stated.sum(axis=1).tolist() == [1] * len(lines) + [0]
     assert matrix.shape == (len(lines) + 2, len(task.questions))
-    assert credit.auc(matrix[:-1], stated) > 0.9
+    assert truth.auc(matrix[:-1], stated) > 0.9
     assert matrix[:-1][stated].mean() > 0.3 > abs(matrix[len(lines)]).max() / 2
 
 

@@ -10,7 +10,7 @@ import torch
 
 from checkpoint import EMBEDDED
 from inner_loop import make_job
-from lab import changes, keeping, objective, objectives, skill, vector
+from lab import changes, keeping, objective, objectives, skill, study, vector
 from lab.tiny import RECIPE
 from model import load_pretrained
 from sft import Job, sft_one
@@ -123,12 +123,12 @@ def test_the_best_of_two_self_edits_is_learned(monkeypatch, towns):
         written.append((model, asked, seed))
         return [f"edit {len(written)}"]
 
-    monkeypatch.setattr(skill, "write_all", write_all)
-    monkeypatch.setattr(skill, "score", lambda model, tok, asked, edits, seed: [.2, .4])
+    monkeypatch.setattr(study, "write_all", write_all)
+    monkeypatch.setattr(study, "score", lambda model, tok, asked, edits, seed: [.2, .4])
     stream = SimpleNamespace(model="now", tok=None, towns=towns, edits=["an earlier one"], seed=0)
 
-    once = skill.next_edit(skill.Study(keeping.Arm()), stream, "writer")
-    best = skill.next_edit(skill.Study(keeping.Arm(), tries=2), stream, "writer")
+    once = study.next_edit(study.Study(keeping.Arm()), stream, "writer")
+    best = study.next_edit(study.Study(keeping.Arm(), tries=2), stream, "writer")
 
     assert once == "edit 1" and best == "edit 3"
     # The next town, by this writer; the first of two is what would have been written alone.
@@ -141,10 +141,12 @@ def test_the_best_of_two_self_edits_is_learned(monkeypatch, towns):
 def test_who_writes_and_who_learns(frozen, writer, monkeypatch):
     loaded = iter([("before", None), ("now", None)])
     monkeypatch.setattr(skill, "load", lambda t, folder: next(loaded))
-    monkeypatch.setattr(skill, "ARMS", {"arm": skill.Study(keeping.Arm(), frozen=frozen)})
+    monkeypatch.setattr(skill, "ARMS", {"arm": study.Study(keeping.Arm(), frozen=frozen)})
     monkeypatch.setattr(skill, "LENGTH", 1)
     monkeypatch.setattr(skill, "WHEN", (0, 1))
-    monkeypatch.setattr(skill, "write_all", lambda model, tok, towns, seed: [model] * len(towns))
+    for module in (skill, study):
+        monkeypatch.setattr(module, "write_all",
+                            lambda model, tok, towns, seed: [model] * len(towns))
     learned = []
     monkeypatch.setattr(skill, "learn_town", lambda stream, arm, k: learned.extend(stream.edits))
     worth = {("now", "now"): 1, ("before", "now"): 2, ("now", "before"): 3}
@@ -216,8 +218,8 @@ def test_a_vector_is_added(finished_run, tmp_path, monkeypatch, capsys):
     trained.save_pretrained(finished_run / "changed")
     shutil.rmtree(finished_run / "iter_3")
     (finished_run / "changed").rename(finished_run / "iter_3")
-    monkeypatch.setattr(vector, "LENGTH", 2)
-    monkeypatch.setattr(vector, "N_TOWNS", 3)
+    monkeypatch.setattr(changes, "LENGTH", 2)
+    monkeypatch.setattr(changes, "N_TOWNS", 3)
     out = tmp_path / "out.jsonl"
     command = [vector, finished_run, "--out", out]
 

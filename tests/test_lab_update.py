@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from config import Config, outer_recipe
-from lab import choosing, diversity, grpo, halving, outer_rate, race, rules, update_rule
+from lab import choosing, diversity, grpo, halving, judged, outer_rate, race, rules
+from lab import update_rule
 from lab.halving import Rung
 from lab.tiny import SETTINGS
 from lora import Adapters
@@ -281,16 +282,16 @@ def test_the_worth_of_a_choice_is_judged_by_other_seeds():
     whole = np.full((1, 4, 6), 0.5)
     whole[0, 2:] = [1.0, 0, 0, 0, 0, 0]
 
-    lucky = choosing.Tried(whole, whole[:, :, :0], keep=2, judges=3)
-    alike = choosing.Tried(np.full((1, 4, 6), 0.5), whole[:, :, :0], keep=2, judges=3)
+    lucky = judged.Tried(whole, whole[:, :, :0], keep=2, judges=3)
+    alike = judged.Tried(np.full((1, 4, 6), 0.5), whole[:, :, :0], keep=2, judges=3)
 
-    (value,), loops = choosing.worth([Rung(1, 3)], lucky, draws=400)
-    (all_equal,), _ = choosing.worth([Rung(1, 1)], alike, draws=2)
+    (value,), loops = judged.worth([Rung(1, 3)], lucky, draws=400)
+    (all_equal,), _ = judged.worth([Rung(1, 1)], alike, draws=2)
 
     # A lucky one has a mean of 1/3 by three seeds, so it is never chosen; nor by them judged.
     assert (value, loops) == (pytest.approx(0.5), 4 * 3)
     assert all_equal == 0.5
-    (by_one,), _ = choosing.worth([Rung(1, 1)], lucky, draws=400)
+    (by_one,), _ = judged.worth([Rung(1, 1)], lucky, draws=400)
     assert 0.3 < by_one < 0.5       # luck is chosen, and is not there when it is judged
 
 
@@ -301,7 +302,7 @@ def test_seeds_are_found_again_from_mean_and_deviation(tmp_path):
     record = {"questions": [{}] * 3, "released_edits": edits}
     (tmp_path / "file.json").write_text(json.dumps([record]))
 
-    assert choosing.released(tmp_path / "file.json")[0].tolist() == pytest.approx(np.array(values))
+    assert judged.released(tmp_path / "file.json")[0].tolist() == pytest.approx(np.array(values))
 
 
 def test_released_means_are_found_again(shared_data):
@@ -309,7 +310,7 @@ def test_released_means_are_found_again(shared_data):
     stated = [[edit["adapter_mean"] for edit in record["released_edits"]]
               for record in json.loads(file.read_text())]
 
-    assert np.allclose(choosing.released(file).mean(2), stated, atol=1e-3)
+    assert np.allclose(judged.released(file).mean(2), stated, atol=1e-3)
 
 
 def test_with_one_seed_for_all_a_race_is_the_outer_loop(few, tmp_path):

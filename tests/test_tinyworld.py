@@ -316,6 +316,23 @@ def first_steps(tmp_path_factory):
     return folder, pretrain(folder)
 
 
+@pytest.mark.parametrize("config", [pretrain_tiny.CONFIG, pretrain_tiny.PUZZLES])
+def test_a_model_of_another_width_has_as_many_heads(config):
+    half = pretrain_tiny.scaled(config, 64)
+
+    assert pretrain_tiny.scaled(config, 128) == config
+    assert half["hidden_size"] == half["head_dim"] * half["num_attention_heads"] == 64
+    assert half["intermediate_size"] == 172
+    assert {name for name in config if config[name] != half[name]} == {
+        "hidden_size", "head_dim", "intermediate_size"}
+
+
+def test_widths_that_can_not_be_had(tmp_path):
+    command = [sys.executable, "-m", "data.pretrain_tiny", "--dim", "50", "--out", tmp_path / "m"]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode and failed.stderr == "error: --dim must be a multiple of 16\n"
+
+
 @pytest.mark.slow
 def test_pretraining_learns(first_steps):
     _, losses = first_steps
