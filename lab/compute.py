@@ -13,7 +13,7 @@ import numpy as np
 from data import tinyworld
 from files import cli, positive
 from lab.crossing import where_passed
-from lab.experiment import flags
+from lab.experiment import Question, flags
 from lab.show import arrows, error_bars, new_figure, over_seeds, print_table, save
 from lab.tiny import answer, load
 from lab.together import learn
@@ -88,7 +88,7 @@ def draw(arms: dict[str, list[dict]], file):
 def main():
     ap = flags(__doc__)
     ap.add_argument("--towns", type=positive, default=12, help="held-out ones (default: 12)")
-    answer(ap, ARMS, measure, show, draw, settings=["towns"])
+    answer(ap, Question(ARMS, measure, show, draw, settings=["towns"]))
 
 
 if __name__ == "__main__":

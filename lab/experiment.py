@@ -6,8 +6,10 @@ command goes on where it was stopped. Several processes may share the work, each
 which `cat` joins.
 """
 import time
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -32,27 +34,39 @@ def each(kind: str, names, seeds) -> list[dict]:
     return [{kind: name, "seed": seed} for seed, name in product(seeds, names)]
 
 
-def measure_and_show(ap, args, kind: str, names, seeds, measure, show, draw, settings=(), part={}):
-    """The end of main: measure every arm with every seed, then show and draw what there is.
+@dataclass
+class Question:
+    """What is measured of every arm with every seed, and how that is shown.
 
-    kind: "arm", "rule", ...; names: of all that may be shown, or None for those that the file has;
-    args says which to measure.
-    measure(name, seed, *values of the settings) -> the rest of a line. show({name: its lines});
-    draw(the same, file). part: what else all these lines have, as others of the file may not."""
-    values = [getattr(args, name) for name in settings]
+    measure(arm, seed, *values of the settings) -> the rest of a line. show({arm: its lines}).
+    draw(the same, file). settings: names of flags that all lines of a file must share. part: what
+    else all lines of this question have, where a file has those of others, too."""
+    arms: Collection        # all that may be shown; if there are none, those that the file has
+    measure: Callable
+    show: Callable
+    draw: Callable
+    settings: Sequence[str] = ()
+    kind: str = "arm"       # what a line calls its arm; "arms" is the flag for those to measure
+    part: dict = field(default_factory=dict)
 
-    def measure_one(line):
-        print(f"\n=== {line[kind]}, seed {line['seed']}", flush=True)
-        return measure(line[kind], line["seed"], *values)
+    def answer(self, ap, args, seeds):
+        """The end of main: measure what the file has not, then show and draw what it has."""
+        values = [getattr(args, name) for name in self.settings]
 
-    wanted = [part | unit for unit in each(kind, getattr(args, kind + "s"), seeds)]
-    records = complete(ap, args, wanted, measure_one, settings)
-    records = where(records, **part)
-    names = names or sorted({line[kind] for line in records})
-    found = groups(records, kind, names)
-    show(found)
-    if args.svg:
-        draw(found, args.svg)
+        def measure_one(line):
+            arm, seed = line[self.kind], line["seed"]
+            print(f"\n=== {arm}, seed {seed}", flush=True)
+            return self.measure(arm, seed, *values)
+
+        wanted = each(self.kind, getattr(args, self.kind + "s"), seeds)
+        wanted = [self.part | unit for unit in wanted]
+        records = complete(ap, args, wanted, measure_one, self.settings)
+        records = where(records, **self.part)
+        arms = self.arms or sorted({line[self.kind] for line in records})
+        found = groups(records, self.kind, arms)
+        self.show(found)
+        if args.svg:
+            self.draw(found, args.svg)
 
 
 def complete(ap, args, wanted: list[dict], measure, settings=()) -> list[dict]:

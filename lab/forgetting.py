@@ -15,7 +15,7 @@ import numpy as np
 
 from data import tinyworld
 from files import cli
-from lab.experiment import flags
+from lab.experiment import Question, flags
 from lab.keeping import Arm, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
 from lab.tiny import answer, load, verdicts
@@ -89,7 +89,7 @@ def main():
     ap = flags(__doc__)
     ap.add_argument("--towns", choices=("eval", "tune"), default="eval",
                     help="tune: to choose settings by (default: eval)")
-    answer(ap, ARMS, learn_stream, show, draw, settings=["towns"])
+    answer(ap, Question(ARMS, learn_stream, show, draw, settings=["towns"]))
 
 
 if __name__ == "__main__":

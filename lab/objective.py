@@ -20,7 +20,7 @@ import numpy as np
 
 from data import tinyworld
 from files import cli, positive
-from lab.experiment import flags, mean_of
+from lab.experiment import Question, flags, mean_of
 from lab.objectives import MAKE, train
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
 from lab.tiny import RECIPE, answer, by_direction, load, or_passage, verdicts
@@ -93,7 +93,7 @@ def main():
                     help="of towns; tune: to choose settings by (default: eval)")
     ap.add_argument("--towns", type=positive, default=24, help="of the split (default: 24)")
     ap.add_argument("--lr", type=float, help="for all objectives (default: each has its own)")
-    answer(ap, ARMS, measure, show, draw, settings=["split", "towns", "lr"])
+    answer(ap, Question(ARMS, measure, show, draw, settings=["split", "towns", "lr"]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import tempfile
 import numpy as np
 
 from files import cli
-from lab.experiment import add_seeds, differences, flags, gain, last_reward, measure_and_show
+from lab.experiment import Question, add_seeds, differences, flags, gain, last_reward
 from lab.halving import RULES, race, start, trainer
 from lab.scores import products
 from lab.show import arrows, error_bars, new_figure, of_seeds, print_table, save
@@ -88,12 +88,12 @@ def draw(rules: dict[str, list[dict]], file):
 def main():
     ap = flags(__doc__)
     add_seeds(ap)
-    ap.add_argument("--rules", nargs="+", choices=[*RULES, PRODUCT],
-                    default=[USUAL, "one seed"], metavar="RULE",
-                    help=f"of lab/halving.py, or {PRODUCT!r} (default: three seeds, one seed)")
+    ap.add_argument("--rules", nargs="+", choices=[*RULES, PRODUCT], metavar="RULE",
+                    default=[USUAL, "one seed"],
+                    help=f"{', '.join([*RULES, PRODUCT])} (default: three seeds, one seed)")
     args = ap.parse_args()
-    measure_and_show(ap, args, "rule", [*RULES, PRODUCT], args.seeds, learn, show, draw,
-                     part={"part": "learning"})
+    question = Question([*RULES, PRODUCT], learn, show, draw, (), "rule", {"part": "learning"})
+    question.answer(ap, args, args.seeds)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 
 from data import tinyworld
 from files import cli, positive
-from lab.experiment import add_seeds, flags, measure_and_show
+from lab.experiment import Question, add_seeds, flags
 from lab.lost import begin_round
 from lab.show import made_of, new_figure, over_seeds, print_table, save
 from lab.tiny import TINY, load
@@ -92,8 +92,8 @@ def main():
     ap.add_argument("--eval-tasks", type=positive, default=24, help="held-out ones (default: 24)")
     args = ap.parse_args()
 
-    measure_and_show(ap, args, "lambda", None, args.seeds, run_arm, show, draw,
-                     settings=["tasks", "eval_tasks"])
+    question = Question((), run_arm, show, draw, ["tasks", "eval_tasks"], kind="lambda")
+    question.answer(ap, args, args.seeds)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 
 from data import tinyworld
 from files import cli
-from lab.experiment import flags
+from lab.experiment import Question, flags
 from lab.keeping import GENTLE, Arm, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
 from lab.study import Study, next_edit
@@ -88,7 +88,7 @@ def draw(arms: dict[str, list[dict]], file):
 def main():
     ap = flags(__doc__)
     ap.add_argument("--towns", choices=("eval", "tune"), default="eval", help="default: eval")
-    answer(ap, ARMS, measure, show, draw, settings=["towns"])
+    answer(ap, Question(ARMS, measure, show, draw, settings=["towns"]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 
 from config import PRESETS, Config
 from files import cli
-from lab.experiment import add_seeds, flags, measure_and_show
+from lab.experiment import Question, add_seeds, flags
 from lab.show import error_bars, new_figure, of_seeds, over_seeds, print_table, save
 from outer_loop import in_order, m_step, next_tasks, select
 from run import Run, sample_edits, score_edits
@@ -92,8 +92,8 @@ def main():
     ap.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     ap.add_argument("--towns", choices=("eval", "tune"), default="eval", help="default: eval")
     args = ap.parse_args()
-    measure_and_show(ap, args, "arm", ARMS, args.seeds, partial(learn, small=args.small), show,
-                     draw, ["towns"])
+    question = Question(ARMS, partial(learn, small=args.small), show, draw, ["towns"])
+    question.answer(ap, args, args.seeds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The tiny world as the questions of the lab use it: its settings, and models of finished runs."""
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import numpy as np
 from config import PRESETS, Config, inner_recipe
 from generate import Sampling
 from inner_loop import ask, grade_all, update_and_score
-from lab.experiment import measure_and_show
+from lab.experiment import Question
 from lora import Adapters
 from model import Transformer, load_pretrained
 from run import read_settings
@@ -33,21 +34,20 @@ def by_seed(folders) -> dict[int, Path]:
     return {read_settings(folder)["seed"]: Path(folder) for folder in folders}
 
 
-def answer(ap, arms, measure, show, draw, settings=()):
-    """The rest of main, of a question about the writers of finished runs: measure each arm with
-    each run, show and draw what there is, {arm: its lines}.
+def answer(ap, question: Question):
+    """The rest of main, of a question about the writers of finished runs.
 
-    measure(arm, seed, folders, *values of the settings) -> the rest of a line; folders: of all
-    runs, by their seeds. settings: names of flags that all lines of a file must share."""
+    question.measure(arm, seed, {seed: folder of its run}, *values of the settings)."""
     add_runs(ap)
-    ap.add_argument("--arms", nargs="+", choices=arms, default=list(arms), metavar="ARM")
+    ap.add_argument("--arms", nargs="+", choices=question.arms, default=list(question.arms),
+                    metavar="ARM")
     args = ap.parse_args()
     folders = by_seed(args.runs)
 
-    def measure_with(arm, seed, *values):
-        return measure(arm, seed, folders, *values)
+    def measure(arm, seed, *values):
+        return question.measure(arm, seed, folders, *values)
 
-    measure_and_show(ap, args, "arm", arms, sorted(folders), measure_with, show, draw, settings)
+    replace(question, measure=measure).answer(ap, args, sorted(folders))
 
 
 def load(t: int, folder=None) -> tuple[Transformer, Tokenizer]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from files import cli
 from lab.changes import add, adapters_of, cosines, difference, towns_of
-from lab.experiment import flags
+from lab.experiment import Question, flags
 from lab.keeping import GENTLE, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, of_seeds, over_seeds, print_table, save
 from lab.tiny import answer, load, score, verdicts
@@ -82,7 +82,7 @@ def draw(arms: dict[str, list[dict]], file):
 
 
 def main():
-    answer(flags(__doc__), ARMS, measure, show, draw)
+    answer(flags(__doc__), Question(ARMS, measure, show, draw))
 
 
 if __name__ == "__main__":
