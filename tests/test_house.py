@@ -19,7 +19,7 @@ FLOORS = ["files", "checkpoint", "push", "team", "progress", "device", "memory",
           "lab.truth", "lab.credit", "lab.grpo", "lab.rules", "lab.outer_rate", "lab.update_rule",
           "lab.halving", "lab.judged", "lab.choosing", "lab.scores", "lab.race", "lab.ranking",
           "lab.choosers", "lab.proxy", "lab.proxy_run", "lab.machine", "lab.speedrun",
-          "lab.teacher"]
+          "lab.students", "lab.teacher"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "sft", "lora", "model"]
 
 

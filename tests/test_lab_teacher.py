@@ -3,7 +3,7 @@ import pytest
 
 from checkpoint import EMBEDDED
 from config import PRESETS, Config
-from lab import teacher
+from lab import students, teacher
 from outer_loop import rest_em
 from run import Run
 from tests.helpers import read_lines
@@ -35,13 +35,13 @@ def test_who_teaches_itself_is_the_outer_loop(few, arm, tmp_path):
 
 def test_the_student_is_what_is_rewarded_and_the_teacher_what_is_trained(few, monkeypatch):
     scored, trained = [], []
-    score_edits = teacher.score_edits
+    score_edits = students.score_edits
 
     def spy_on_scores(run, model, tasks, edits, t, split, *rest, arm):
         scored.append((split, arm, run.folder.name, model))
         return score_edits(run, model, tasks, edits, t, split, *rest, arm=arm)
 
-    monkeypatch.setattr(teacher, "score_edits", spy_on_scores)
+    monkeypatch.setattr(students, "score_edits", spy_on_scores)
     monkeypatch.setattr(teacher, "m_step", lambda cfg, run, model, *rest: trained.append(model))
 
     teacher.learn("large teaches small", 0, "tune", str(EMBEDDED))
@@ -49,10 +49,10 @@ def test_the_student_is_what_is_rewarded_and_the_teacher_what_is_trained(few, mo
     for split, arm, folder, _ in scored:
         assert arm == folder        # who learns, and whose tokenizer and recipe
     rewarded = [(arm, model) for split, arm, _, model in scored if split == "train"]
-    students = {arm: model for split, arm, _, model in scored if split == "eval"}
-    assert rewarded == [("small", students["small"])]
+    fixed = {arm: model for split, arm, _, model in scored if split == "eval"}
+    assert rewarded == [("small", fixed["small"])]
     (policy,) = trained
-    assert policy is not students["small"] and policy is not students["large"]
+    assert policy is not fixed["small"] and policy is not fixed["large"]
 
 
 @pytest.mark.slow
