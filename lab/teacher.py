@@ -73,10 +73,12 @@ def show(arms: dict[str, list[dict]]):
 
 
 def draw(arms: dict[str, list[dict]], file):
+    """What the small student learns, or in SEAL the small teacher."""
     figure, axes = new_figure("round", "learned by the small one (95 % interval over seeds)")
     for arm, lines in arms.items():
-        rewards = [line["reward"]["small"] for line in lines]
-        error_bars(axes, range(len(rewards[0])), rewards, label=arm)
+        who = "itself" if ARMS[arm] == ("small", "itself") else "small"
+        rewards = [line["reward"][who] for line in lines]
+        error_bars(axes, [str(t) for t in range(len(rewards[0]))], rewards, label=arm)
     save(figure, file)
 
 
