@@ -18,7 +18,22 @@ def free_memory(device):
     if not hasattr(os, "sysconf"):      # Windows
         return 4 * 2 ** 30
     free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS
-    return min(os.sysconf(free) * os.sysconf("SC_PAGE_SIZE"), free_in_container())
+    pages = os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
+    return min(max(pages, available()), free_in_container())
+
+
+def available(file="/proc/meminfo"):
+    """Bytes that Linux would give: free ones, and those in which it only caches files (0: unknown).
+
+    Free ones alone are few on any machine that has just read a model from its disk."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return 0
 
 
 def free_in_container(folder="/sys/fs/cgroup"):

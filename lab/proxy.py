@@ -17,6 +17,7 @@ from lab.show import new_figure, over_passages, print_table, save
 from selfedit import seed_for
 from stats import bootstrap_ci
 
+
 def measure(seed: int) -> dict:
     """A line: scores (towns, K) of the self-edits that try_often tries."""
     run, model, tasks, edits = written(seed)

@@ -90,10 +90,10 @@ def main():
     add_seeds(ap)
     ap.add_argument("--rules", nargs="+", choices=[*RULES, PRODUCT], metavar="RULE",
                     default=[USUAL, "one seed"],
-                    help=f"{', '.join([*RULES, PRODUCT])} (default: three seeds, one seed)")
+                    help=f"of lab/halving.py, or {PRODUCT!r} (default: three seeds, one seed)")
     args = ap.parse_args()
-    question = Question([*RULES, PRODUCT], learn, show, draw, (), "rule", {"part": "learning"})
-    question.answer(ap, args, args.seeds)
+    Question([*RULES, PRODUCT], learn, show, draw, kind="rule",
+             part={"part": "learning"}).answer(ap, args, args.seeds)
 
 
 if __name__ == "__main__":

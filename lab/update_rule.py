@@ -42,8 +42,7 @@ def show(rules: dict):
         # A run that diverged has no last round: then its last one that there was.
         kinds = np.mean([[line["distinct"][0], line["distinct"][-1]] for line in lines], axis=0)
         rows.append([arm, f"{lr:g}", arrows(rewards), of_seeds(gains, "+.3f"),
-                     of_seeds(more, "+.3f"), f"{spread:.3f}",
-                     f"{min(gains):+.3f}"])
+                     of_seeds(more, "+.3f"), f"{spread:.3f}", f"{min(gains):+.3f}"])
         for what in ("inner steps", "outer steps"):
             rows[-1].append(f"{np.mean([line[what] for line in lines]):.0f}")
         rows[-1].append(arrows(kinds, ".0f"))

@@ -304,6 +304,16 @@ def physical_memory():
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def test_what_only_caches_files_is_available(tmp_path):
+    file = tmp_path / "meminfo"
+    file.write_text("MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable:   700 kB\nCached: 600 kB\n")
+
+    assert memory.available(file) == 700 * 1024
+    # Kernels before 3.14, and systems other than Linux.
+    file.write_text("MemTotal: 900 kB\nMemFree: 100 kB\n")
+    assert memory.available(file) == memory.available(tmp_path / "nowhere") == 0
+
+
 def test_free_memory_is_part_of_what_there_is():
     assert 0 < free_memory(torch.device("cpu")) < physical_memory()
 
