@@ -22,12 +22,22 @@ from data.judges import each  # noqa: E402
 from model import load_pretrained  # noqa: E402
 from tests.helpers import SMALL, even_length  # noqa: E402
 from tests.make_checkpoint import make_checkpoint  # noqa: E402
+from tests.strict import StrictPatch  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture()
+def monkeypatch():
+    """pytest's own, but a patch in vain is an error (tests/strict.py)."""
+    patch = StrictPatch()
+    yield patch
+    patch.undo()
+    patch.check()
 
 
 @pytest.fixture(scope="session")
