@@ -24,7 +24,6 @@ from lora import Adapters, Lora, PROJECTIONS
 from memory import auto_answering, in_halves
 from model import load_pretrained
 from progress import Meter
-from push import push
 from reward import Outcome, reward
 from selfedit import DIRECTIVES, EMPTY, SelfEdit, Task
 from selfedit import read_self_edit, sample_self_edits, seed_for
@@ -248,8 +247,6 @@ def learn_texts(args, model, tok):
               f'{args.save} --ask "..."')
     else:
         print("nothing is kept without --save DIR")
-    if args.push:
-        push(args.save, args.push)
 
 
 def own_questions(model, tok, texts) -> list[str]:
@@ -308,11 +305,8 @@ def main():
     ap.add_argument("--edits", type=positive, default=2, help="of each passage (default: 2)")
     ap.add_argument("--save", "--save-adapter", metavar="DIR",
                     help="write the adapter in PEFT's layout")
-    ap.add_argument("--push", metavar="OWNER/NAME", help="upload what was saved to the hub")
     ap.add_argument("--adapter", metavar="DIR", help="one that was saved: --ask it")
     args = ap.parse_args()
-    if args.push and not (args.learn and args.save):
-        raise UserError("--push goes with --learn and --save")
     if args.learn or args.adapter:
         if args.task or args.data or args.self_edit:
             raise UserError("--learn and --adapter go without --task, --data and --self-edit")

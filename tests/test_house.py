@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A file may import from those before it, in its functions as well.
-FLOORS = ["files", "checkpoint", "push", "team", "progress", "device", "memory", "stats",
+FLOORS = ["files", "checkpoint", "team", "progress", "device", "memory", "stats",
           "tokenizer", "ribbon", "model", "generate", "lora", "padding", "packing", "update",
           "sft", "selfedit", "remember", "reward", "data.judges", "data.knowledge", "data.text",
           "data.arc", "data.tinyworld", "data.tinyarc", "data.pretrain_tiny", "inner_loop",

@@ -125,21 +125,6 @@ def test_the_embedded_model_cannot_learn_it(call, words):
         call(*words, model=None)
 
 
-def test_what_was_saved_is_pushed(call, notes, tmp_path, monkeypatch):
-    pushed = []
-    monkeypatch.setattr(inner_loop, "push", lambda *words: pushed.append(words))
-    saved = str(tmp_path / "saved")
-
-    call("--learn", notes, "--ask", "Who?", "--save", saved, "--push", "me/notes")
-
-    assert pushed == [(saved, "me/notes")]
-
-
-def test_there_is_something_to_push(call, notes):
-    with pytest.raises(UserError, match="--push goes with"):
-        call("--learn", notes, "--push", "me/notes")
-
-
 # ------------------------------------------------------------------------------- one's own notes
 
 def test_one_s_own_self_edit_is_scored(capsys, monkeypatch, tmp_path):
