@@ -21,25 +21,24 @@ from itertools import chain
 from pathlib import Path
 
 # Before what takes long to import, so that Ctrl-C is a line from here on.
-from files import Lines, Parser, UserError, cli, positive, read_json, replace_file
+from support.files import Lines, Parser, UserError, cli, positive, read_json, replace_file
 
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-import page
-import team
 from data.arc import picture
-from generate import Sampling
+from engine.decode import Sampling
+from engine.train import Job, sft
 from inner_loop import ask, grade_all, in_prompt, make_job
 from lora import Adapters
-from config import add_flags, read_flags
-from progress import Meter
-from remember import EARLIER, SCALE, last_layers, recall, scaled, with_old
-from run import Run, print_of_data, print_of_model
-from run import sample_edits, score_edits, unadapted, verdicts
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
-from sft import Job, sft
-from stats import bootstrap_ci, forgetting, share_changed, with_interval
+from support import page
+from support import ranks
+from support.config import add_flags, read_flags
+from support.progress import Meter
+from support.run import Run, print_of_data, print_of_model
+from support.run import sample_edits, score_edits, unadapted, verdicts
+from support.stats import bootstrap_ci, forgetting, share_changed, with_interval
 
 # ------------------------------------------------------------------------------- rows of a table
 
@@ -117,7 +116,7 @@ def print_table(table: Table, name: str, reference: dict):
             line += f" {row['documents']:5.1f} {row['tokens']:7.0f} {row['seconds']:10.1f}"
         run.log(line)
     path = run.folder / f"{name}.json"
-    if team.RANK == 0:
+    if ranks.RANK == 0:
         replace_file(path, json.dumps(
             {"command": sys.argv, "seed": run.cfg.seed, "rows": table.rows}, indent=1))
         page.refresh(run)
@@ -274,7 +273,7 @@ def arc(args, run: Run):
     if args.run:
         table.add_rounds(args.run, cfg.eval_edits)
     print_table(table, "arc", reference)
-    if team.RANK:
+    if ranks.RANK:
         return
     for i, task in enumerate(tasks):
         attempts = {}
@@ -297,7 +296,7 @@ def continual(args, run: Run):
         raise UserError("--weight-decay: it would shrink what the earlier edits have taught")
     if length > len(tasks):
         raise UserError(f"--length {length}: there are {len(tasks)} passages")
-    run.settle("eval continual", streams=args.streams, length=length, remember=args.remember)
+    run.settle("eval continual", streams=args.streams, length=length)
     streams = []
     for s in range(args.streams):
         rng = random.Random(seed_for(cfg.seed, s, "stream"))
@@ -318,7 +317,7 @@ def continual(args, run: Run):
     if k > 0:
         learned.flat.copy_(load_file(run.folder / f"after_{k}.safetensors")["flat"])
     for k in range(k, length):
-        texts = learn_next(run, model, learned, streams, k, args.remember)
+        texts = learn_next(run, model, learned, streams, k)
         accuracy = ask_groups(run, model, [row[:k + 1] for row in streams], learned)
         save_file({"flat": learned.flat}, run.folder / f"after_{k + 1}.safetensors")
         done.add({"edit": k + 1, "accuracy": accuracy, "texts": texts})
@@ -338,10 +337,10 @@ def continual(args, run: Run):
     page.refresh(run)
 
 
-def learn_next(run, model, learned: Adapters, streams: list[list[Task]], k: int,
-               remember: bool) -> list[str]:
+def learn_next(run, model, learned: Adapters, streams: list[list[Task]],
+               k: int) -> list[str]:
     """Each stream's k-th edit: it writes a self-edit of its k-th passage and is trained on it, all
-    that it learned before being fixed. remember: see remember.py. Returns the texts."""
+    that it learned before being fixed. Returns the texts."""
     cfg = run.cfg
     length, tasks = len(streams[0]), [row[k] for row in streams]
     rank = run.recipe.lora.rank
@@ -353,10 +352,6 @@ def learn_next(run, model, learned: Adapters, streams: list[list[Task]], k: int,
     free = learned.part(k * rank, (k + 1) * rank)
     fresh = Adapters(model, learned.lora, 1)
     recipe = replace(run.recipe, lora=learned.lora)
-    remembered = [[] for _ in streams]
-    if remember:
-        free &= last_layers(learned, model.config.n_layer // 2)
-        remembered = rehearsed(run, model, learned, streams, k, sampling)
     jobs, owner = [], []
     for s, (edit,) in enumerate(edits):
         seed = seed_for(cfg.seed, s, k, "adapter")
@@ -364,34 +359,13 @@ def learn_next(run, model, learned: Adapters, streams: list[list[Task]], k: int,
             job = make_job(model, run.tok, edit, seed, recipe)
         except ValueError:
             continue        # nothing to learn: the stream stays as it is
-        if remembered[s]:
-            # The bounds are for what a single self-edit asks for.
-            unbounded = replace(recipe, max_steps=0, max_tokens=0)
-            together = SelfEdit(documents=remembered[s])
-            job = with_old(job, make_job(model, run.tok, together, seed, unbounded).examples)
         fresh.init(0, seed)
         jobs.append(replace(job, start=learned.flat[s] + fresh.flat[0] * free, free=free))
         owner.append(s)
     for j, trained in sft(model, jobs, Meter(f"steps of edit {k + 1} of {length}")):
         if not trained.diverged:
             learned.flat[owner[j]] = trained.weights
-            if remember:
-                learned.flat[owner[j], free] = scaled(trained.weights[free], SCALE)
     return [edit.text for edit, in edits]
-
-
-def rehearsed(run, model, learned: Adapters, streams: list[list[Task]], k: int,
-              sampling: Sampling) -> list[list[str]]:
-    """Documents that each stream writes about some of its first k passages, from memory."""
-    seed, n = run.cfg.seed, min(k, EARLIER)
-    if n == 0:
-        return [[] for _ in streams]
-    groups, seeds = [], []
-    for s, row in enumerate(streams):
-        groups.append(random.Random(seed_for(seed, s, k, "earlier")).sample(row[:k], n))
-        seeds += [seed_for(seed, s, k, i, "recall") for i in range(n)]
-    edits = recall(model, run.tok, groups, sampling, seeds, learned)
-    return [list(chain.from_iterable(edit.documents for edit in row)) for row in edits]
 
 
 def ask_groups(run, model, groups: list[list[Task]], adapters: Adapters) -> list[list[float]]:
@@ -488,13 +462,11 @@ def main():
         if command is continual:
             own.add_argument("--streams", type=positive, default=8, help="sequences (default: 8)")
             own.add_argument("--length", type=positive, default=8, help="passages each (default 8)")
-            own.add_argument("--remember", action="store_true",
-                             help="learn so that earlier passages stay known (remember.py)")
         add_flags(parser)
         preset = "tiny-arc" if command is arc else "tiny"
         parser.set_defaults(command=command, preset=preset, folder=command.__name__)
     args = ap.parse_args()
-    if team.SIZE > 1 and args.command in (cpt, continual):
+    if ranks.SIZE > 1 and args.command in (cpt, continual):
         raise UserError(f"{args.table} runs on one GPU: without torchrun")
     args.command(args, Run(read_flags(args, needed=("model", "eval_data"))))
 

@@ -16,19 +16,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Iterable, Iterator
 
-from checkpoint import EMBEDDED
-from files import Parser, UserError, at_least, cli, positive, printable, read_text
 from data import knowledge, text, tinyworld     # for the command line only
-from generate import Sampling, quiet, split_into, write
+from engine.decode import Sampling, quiet, split_into, write
+from engine.memory import auto_answering, in_halves
+from engine.train import Job, Recipe, Trained, dialogue, sft
 from lora import Adapters, Lora, PROJECTIONS
-from memory import auto_answering, in_halves
 from model import load_pretrained
-from progress import Meter
 from reward import Outcome, reward
 from selfedit import DIRECTIVES, EMPTY, SelfEdit, Task
 from selfedit import read_self_edit, sample_self_edits, seed_for
-from sft import Job, Recipe, Trained, dialogue, sft
-from tokenizer import Tokenizer
+from support.checkpoint import EMBEDDED
+from support.files import Parser, UserError, at_least, cli, positive, printable, read_text
+from support.progress import Meter
+from support.tokenizer import Tokenizer
 
 ANSWERS = Sampling(max_new=64, newline_stops=True)
 

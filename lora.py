@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from checkpoint import EMBEDDED, read_adapter
-from files import Parser, UserError, cli, positive, printable
-from device import to_device
-from generate import Sampling, generate
-from memory import on_host_if_full
+from engine.decode import Sampling, generate
+from engine.gpu import to_device
+from engine.memory import on_host_if_full
 from model import Linear, load_pretrained
-from tokenizer import Tokenizer
+from support.checkpoint import EMBEDDED, read_adapter
+from support.files import Parser, UserError, cli, positive, printable
+from support.tokenizer import Tokenizer
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

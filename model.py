@@ -22,12 +22,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import (EMBEDDED, check_layers, fetch, read_adapter, read_config, read_weights,
-                        write_checkpoint)
-from device import cpu_has_bfloat16, fused
-from files import Parser, UserError, cli, positive, printable
-from ribbon import Ribbon
-from tokenizer import Tokenizer
+from engine.gpu import cpu_has_bfloat16, fused
+from engine.ribbon import Ribbon
+from support.checkpoint import (EMBEDDED, check_layers, fetch, read_adapter, read_config,
+                                read_weights, write_checkpoint)
+from support.files import Parser, UserError, cli, positive, printable
+from support.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------- configuration
 

@@ -15,24 +15,24 @@ import random
 import time
 
 # Before what takes long to import, so that Ctrl-C is a line from here on.
-from files import Parser, UserError, cli
+from support.files import Parser, UserError, cli
 
 import numpy as np
 
-import page
-import team
-from config import Config, add_flags, outer_recipe, read_flags
+from engine.memory import peak_memory
+from engine.train import Job, dialogue, sft
 from inner_loop import in_prompt
 from lora import Adapters
-from memory import peak_memory
-from plan import plan
-from progress import Meter
-from report import curve, examples, iteration_line, opening, round_line, summary
-from run import Run
-from run import sample_edits, score_edits, unadapted
 from selfedit import SelfEdit, Task, seed_for
-from sft import Job, dialogue, sft
-from stats import bootstrap_ci
+from support import page
+from support import ranks
+from support.config import Config, add_flags, outer_recipe, read_flags
+from support.progress import Meter
+from support.report import curve, examples, iteration_line, opening, round_line, summary
+from support.run import Run
+from support.run import sample_edits, score_edits, unadapted
+from support.stats import bootstrap_ci
+from tools.plan import plan
 
 
 def rest_em(cfg: Config, run: Run, learn=None) -> list[Task]:
@@ -71,14 +71,14 @@ def rest_em(cfg: Config, run: Run, learn=None) -> list[Task]:
         run.log(round_line(t, scores, without, learned))
         # NOTE(paper): a round goes on from the last one, as in the official code. ReST-EM as Singh
         # et al. describe it starts from the base model every time: --restart.
-        if team.RANK == 0:      # the others read the result from disk
+        if ranks.RANK == 0:      # the others read the result from disk
             if cfg.restart and learned:
                 del model       # never two copies of the weights
                 model = run.load(0)
             learn(cfg, run, model, [(tasks[i], edits[i][j], w) for i, j, w in learned], t)
             run.save(t + 1, model)                                      # theta_t+1
         del model
-        team.wait()
+        ranks.wait()
 
     evaluate(cfg, run, run.load(cfg.iterations), held_out, cfg.iterations)
     return held_out
@@ -210,7 +210,7 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
         "train_reward": float(np.mean(last_round)) if last_round else None,
         "made_of": run.domain.describe(tasks, edits),
         "seconds": round(time.time() - run.begin, 1)}
-    if team.RANK == 0:
+    if ranks.RANK == 0:
         run.metrics.add(metrics)
         page.refresh(run)               # report.html, to look at
     else:

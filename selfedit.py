@@ -14,11 +14,11 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Callable
 
-from checkpoint import EMBEDDED
-from files import Parser, UserError, at_least, cli, positive, printable, read_json
-from generate import Sampling, quiet, write
+from engine.decode import Sampling, quiet, write
 from model import load_pretrained
-from tokenizer import Tokenizer
+from support.checkpoint import EMBEDDED
+from support.files import Parser, UserError, at_least, cli, positive, printable, read_json
+from support.tokenizer import Tokenizer
 
 
 @dataclass

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from files import Parser, UserError, cli, printable, read_json
 from data.judges import each
-from generate import split_into
+from engine.decode import split_into
 from selfedit import PUZZLE_PROMPT, TOOLS, SelfEdit, Task, seed_for
 from selfedit import read_json_edit, read_self_edit, write_json_edit
+from support.files import Parser, UserError, cli, printable, read_json
 
 PAPER = {
     "paper-train": ("44f52bb0 4be741c5 5582e5ca 5614dbcf 5bd6f4ac 6150a2bd 67e8384a 6d0aefbc "

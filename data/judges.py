@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 import torch
 
-from files import Lines, UserError, printable
-from device import to_device
-from memory import in_halves
-from ribbon import Ribbon
+from engine.gpu import to_device
+from engine.memory import in_halves
+from engine.ribbon import Ribbon
+from support.files import Lines, UserError, printable
 
 # ------------------------------------------------------------------------------- rules
 

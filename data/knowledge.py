@@ -10,9 +10,9 @@ import random
 import urllib.request
 from pathlib import Path
 
-from files import Parser, UserError, cli, positive, printable, read_json, replace_file
 from data.judges import RULES, normalise
 from selfedit import EMPTY, QUERY, SelfEdit, Task, fill, split_documents
+from support.files import Parser, UserError, cli, positive, printable, read_json, replace_file
 
 MAX_CHARACTERS = 1_000_000      # of a text: a tokenizer may overflow its stack on more
 A_TEXT = f"a string of 1 to {MAX_CHARACTERS:,} characters, not only blanks"

@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 
-from files import Parser, UserError, cli, positive
 from data import arc, tinyarc, tinyworld as world
+from engine.ribbon import Ribbon
 from model import ModelConfig, Transformer
-from ribbon import Ribbon
 from selfedit import NOTES, NOTES_DIRECTED, PUZZLE_PROMPT, TOOLS, write_json_edit
-from tokenizer import Tokenizer
+from support.files import Parser, UserError, cli, positive
+from support.tokenizer import Tokenizer
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
           "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -2,8 +2,8 @@
 import re
 from pathlib import Path
 
-from files import UserError, read_text
 from selfedit import QUERY, SelfEdit, Task, fill, split_documents
+from support.files import UserError, read_text
 
 LONGEST = 150   # words of a passage
 

@@ -11,8 +11,8 @@ import random
 
 import numpy as np
 
-from files import UserError
 from data.arc import arc_task, describe  # noqa: F401 (the same statistics)
+from support.files import UserError
 
 # which seeds; hyper-parameters were chosen on 'tune'
 SPLITS = {"train": (0, 200), "eval": (200, 300), "tune": (300, 400)}

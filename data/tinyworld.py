@@ -17,9 +17,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from files import UserError
 from data.judges import each
 from selfedit import EMPTY, NOTES, NOTES_DIRECTED, SelfEdit, Task, split_documents
+from support.files import UserError
 
 # ------------------------------------------------------------------------------- names and values
 

@@ -15,7 +15,7 @@ import matplotlib                                                           # no
 import torch                                                                # noqa: E402
 from matplotlib.figure import Figure                                        # noqa: E402
 from matplotlib.patches import FancyBboxPatch                               # noqa: E402
-from packing import Example, pack                                           # noqa: E402
+from engine.packing import Example, pack                                           # noqa: E402
 
 GREY, BLUE, ORANGE, GREEN = COLOURS = ("#707070", "#2f6db3", "#c96a10", "#2f8a4c")
 LIGHT = dict(zip(COLOURS, ("#f1f3f5", "#d3e3f5", "#fbdfc3", "#cfead6")))
@@ -60,7 +60,7 @@ def loops(axes):
         (4, 21, BLUE, "policy θₜ reads C and\nwrites K self-edits", "selfedit.sample_self_edits"),
         (4, 36.5, ORANGE, "M-step: SFT on the kept:\nC is read, SE learned", "outer_loop.m_step"),
         (4, 50.8, ORANGE, "keep the best of each task", "outer_loop.select"),
-        (58, 23, GREEN, "θ′ ← SFT(θₜ, SE)\na LoRA adapter, θₜ is frozen", "sft.sft"),
+        (58, 23, GREEN, "θ′ ← SFT(θₜ, SE)\na LoRA adapter, θₜ is frozen", "train.sft"),
         (58, 35.2, GREEN, "θ′ is asked the questions τ\nwithout the passage", "inner_loop.ask"),
         (58, 47.4, GREEN, "reward r: the share\nof right answers", "reward.reward"),
     ]:

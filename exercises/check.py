@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.train import Engine, Job, Recipe, dialogue
 from exercises import tiny
 from inner_loop import ask, grade_all
 from lora import PROJECTIONS, Adapters, Lora
 from selfedit import Task, read_self_edit
-from sft import Engine, Job, Recipe, dialogue
 
 
 class Test01Notes:

@@ -8,17 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import generate
 import lora
 import outer_loop
-import packing
-import sft
-import stats
-import update
-from config import Config
 from data import tinyworld
+from engine import decode
+from engine import packing
+from engine import train
+from engine import update
 from model import Linear
 from selfedit import NOTES, SelfEdit, Task
+from support import stats
+from support.config import Config
 
 
 # 1: a question has the direction of the test's question, so that both are asked for in both.
@@ -80,7 +80,7 @@ def lay_out(slots):
 
 # 7
 def m_step_example(prompt, edit):
-    return sft.dialogue(prompt, edit, completion_only=True)
+    return train.dialogue(prompt, edit, completion_only=True)
 
 
 # 8
@@ -112,7 +112,7 @@ def merge(W, A, B, scale):
 
 # 10
 def sample(logits, temperature, top_p, u):
-    return generate.sample(logits, temperature, top_p, u)
+    return decode.sample(logits, temperature, top_p, u)
 
 
 # 11: the project has no such domain.

@@ -5,14 +5,14 @@ from functools import cache
 
 import torch
 
-from checkpoint import EMBEDDED
-from config import PRESETS, Config, inner_recipe
 from data import tinyworld
-from generate import Sampling
+from engine.decode import Sampling
 from inner_loop import update_and_score
 from model import load_pretrained
 from selfedit import read_self_edit
-from tokenizer import Tokenizer
+from support.checkpoint import EMBEDDED
+from support.config import PRESETS, Config, inner_recipe
+from support.tokenizer import Tokenizer
 
 CONFIG = Config(**PRESETS["tiny"])
 RECIPE = inner_recipe(CONFIG)

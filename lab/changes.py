@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from data import tinyworld
+from engine.train import sft
 from inner_loop import make_job
 from lab.keeping import write_all
 from lab.tiny import RECIPE, load, or_passage
 from lora import Adapters
 from selfedit import Task, seed_for
-from sft import sft
 
 LENGTH, N_TOWNS = 32, 24            # towns that are learned before, and towns to write about
 

@@ -14,13 +14,13 @@ import tempfile
 
 import numpy as np
 
-from files import cli
 from lab.experiment import add_seeds, complete, flags, where
 from lab.halving import RULES, Rung, start, trainer
 from lab.judged import Tried, released, worth
 from lab.show import over_passages, print_table
 from outer_loop import next_tasks
-from run import sample_edits
+from support.files import cli
+from support.run import sample_edits
 
 SEEDS = 6       # three to choose by, three to judge by
 

@@ -11,13 +11,13 @@ a seed on one thread.
 import numpy as np
 
 from data import tinyworld
-from files import cli, positive
 from lab.crossing import where_passed
 from lab.experiment import Question, flags
 from lab.show import arrows, error_bars, new_figure, over_seeds, print_table, save
 from lab.tiny import answer, load
 from lab.together import learn
 from lab.writers import best_notes, one_form, rephrased, write
+from support.files import cli, positive
 
 KS = (1, 2, 4, 8, 16, 32)
 # arm -> (who writes, t of the theta_t that learns)

@@ -13,15 +13,15 @@ from itertools import product
 
 import numpy as np
 
-from credit import DESIGNS, credit
 from data import tinyworld as world
-from files import at_least, cli, positive
+from lab.credit_of_run import DESIGNS, credit
 from lab.experiment import complete, each, flags, groups, mean_of
 from lab.show import of_seeds, print_table, pyplot, save
 from lab.tiny import RECIPE, add_runs, by_seed, load
 from lab.truth import SCORES, judge_credit, truth
 from lab.writers import write
 from selfedit import seed_for
+from support.files import at_least, cli, positive
 
 WRITERS = {"untrained": 0, "round 3": 3}    # t of the theta_t that writes; theta_0 learns
 

@@ -1,7 +1,7 @@
 """From where on is one curve above another? For lab/compute.py, over numbers of self-edits."""
 import numpy as np
 
-from stats import mean_ci, with_interval
+from support.stats import mean_ci, with_interval
 
 
 def crossing(ks, curve, other) -> float | None:

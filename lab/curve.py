@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from files import Lines, Parser, UserError, cli, printable
 from lab.show import error_bars, new_figure, of_seeds, over_seeds, save
-from run import read_settings
+from support.files import Lines, Parser, UserError, cli, printable
+from support.run import read_settings
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 # What settings mean, in a figure's legend.

@@ -13,8 +13,8 @@ from typing import Callable, Collection, Sequence
 
 import numpy as np
 
-from config import flag
-from files import Lines, Parser, UserError
+from support.config import flag
+from support.files import Lines, Parser, UserError
 
 
 def flags(doc: str) -> Parser:

@@ -14,13 +14,13 @@ import random
 import numpy as np
 
 from data import tinyworld
-from files import cli
 from lab.experiment import Question, flags
 from lab.keeping import Arm, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
 from lab.tiny import answer, load, verdicts
-from progress import Meter
 from selfedit import seed_for
+from support.files import cli
+from support.progress import Meter
 
 ARMS = {
     "plain merge": Arm(),

@@ -15,11 +15,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from config import outer_recipe
-from files import UserError
+from engine.train import Job, dialogue
 from lora import Adapters
 from selfedit import seed_for
-from sft import Job, dialogue
+from support.config import outer_recipe
+from support.files import UserError
 
 
 def log_probs(model, adapter, example) -> torch.Tensor:

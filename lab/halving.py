@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from config import Config
 from inner_loop import update_and_score
 from lab.tiny import SETTINGS
 from outer_loop import in_order
-from progress import Meter
-from run import Run
 from selfedit import seed_for
+from support.config import Config
+from support.progress import Meter
+from support.run import Run
 
 
 @dataclass

@@ -16,14 +16,14 @@ from types import SimpleNamespace
 
 import torch
 
-from config import Config
 from data import knowledge
 from data.judges import RULES
-from files import Parser, UserError, cli, positive, printable, read_json
 from model import load_pretrained
 from outer_loop import m_step
 from selfedit import SelfEdit, Task, read_self_edit
-from tokenizer import Tokenizer
+from support.config import Config
+from support.files import Parser, UserError, cli, positive, printable, read_json
+from support.tokenizer import Tokenizer
 
 
 def best_edits(record: dict, keep: int) -> list[str]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from files import read_json
 from lab.halving import Rung, race
 from selfedit import seed_for
+from support.files import read_json
 
 
 def released(file) -> np.ndarray:

@@ -8,12 +8,12 @@ of --judge openai.
 """
 import numpy as np
 
-from files import Parser, UserError, positive, cli, printable, read_json
 from data.judges import RULES, check_openai, model_judge, openai
 from lab.show import over_passages
 from model import load_pretrained
-from stats import agreement, share_changed
-from tokenizer import Tokenizer
+from support.files import Parser, UserError, positive, cli, printable, read_json
+from support.stats import agreement, share_changed
+from support.tokenizer import Tokenizer
 
 
 def read_records(file):

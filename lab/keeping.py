@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data import tinyworld
+from engine.train import Job, dialogue, sft
 from inner_loop import make_job
+from lab.remember import last_layers, recall, scaled, with_old
 from lab.tiny import RECIPE, WRITING, or_passage
 from lora import Adapters
 from model import Transformer
-from remember import last_layers, recall, scaled, with_old
 from selfedit import SelfEdit, Task, sample_self_edits, seed_for
-from sft import Job, dialogue, sft
-from tokenizer import Tokenizer
+from support.tokenizer import Tokenizer
 
 GRID = [1, .7, .5, .35, .25, 0]     # scales that a gate chooses among
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from data import knowledge
 from data.judges import RULES
-from files import Lines, Parser, UserError, at_least, cli, printable, read_json
 from lab.line_kinds import KINDS, classify, plain
 from lab.show import over_passages, print_table, save_numbers
-from run import read_settings
 from selfedit import Task, read_self_edit
+from support.files import Lines, Parser, UserError, at_least, cli, printable, read_json
+from support.run import read_settings
 
 
 class Edits(Lines):

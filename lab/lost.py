@@ -5,16 +5,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from config import Config
 from data import tinyworld
+from engine.train import sft
 from inner_loop import make_job, update_and_score
 from lab.tiny import ANSWERING, RECIPE, WRITING, verdicts
 from lora import Adapters
 from model import Transformer
-from progress import Meter
 from selfedit import SelfEdit, Task, sample_self_edits, seed_for
-from sft import sft
-from tokenizer import Tokenizer
+from support.config import Config
+from support.progress import Meter
+from support.tokenizer import Tokenizer
 
 
 @dataclass

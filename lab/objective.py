@@ -19,14 +19,14 @@ from itertools import product
 import numpy as np
 
 from data import tinyworld
-from files import cli, positive
+from engine.train import Job
 from lab.experiment import Question, flags, mean_of
 from lab.objectives import MAKE, train
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
 from lab.tiny import RECIPE, answer, by_direction, load, or_passage, verdicts
 from lab.writers import write
 from selfedit import seed_for
-from sft import Job
+from support.files import cli, positive
 
 # text -> t of the theta_t whose self-edit stands beside the passage
 TEXTS = {"the passage": None, "and untrained notes": 0, "and notes of round 3": 3}

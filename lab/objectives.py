@@ -10,9 +10,9 @@ the usual one if q has the token itself only, else KL(q || p) up to a constant.
 import torch
 import torch.nn.functional as F
 
+from engine.ribbon import Ribbon
+from engine.train import Job, dialogue
 from lora import Adapters
-from ribbon import Ribbon
-from sft import Job, dialogue
 
 MASKINGS, SHARE = 4, 0.3        # of each document, and of the words that are missing in each
 

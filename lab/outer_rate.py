@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from files import cli
 from lab.experiment import complete, each, flags, where
 from lab.rules import CLIPPED, RULES, USUAL, measure
+from support.files import cli
 
 GRID = (2e-3, 4e-3, 8e-3)
 # rule -> a factor. Two rules take four times as many steps, with nothing to hold them back, so that

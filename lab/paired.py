@@ -16,8 +16,8 @@ import numpy as np
 
 from data.judges import RULES
 from data.text import sentences
-from files import Lines, Parser, UserError, cli, read_json
 from lab.show import over_passages, print_table, save_numbers
+from support.files import Lines, Parser, UserError, cli, read_json
 
 
 def collect(folders) -> dict[str, dict[str, list[float]]]:

@@ -7,7 +7,6 @@ lab/scores.py choose as well? The judges are the six inner loops that lab/choosi
 of 16 self-edits of a town, by the untrained model. If its lines are in --out, they are not measured
 again, which spares 5 of the 7 minutes per seed, on one thread.
 """
-from files import cli
 from lab.choosers import COSTS, LOOP, choosers
 from lab.choosing import try_often, written
 from lab.experiment import complete, each, flags
@@ -15,7 +14,8 @@ from lab.ranking import KEEP, correlation, worth
 from lab.scores import SCORES, score
 from lab.show import new_figure, over_passages, print_table, save
 from selfedit import seed_for
-from stats import bootstrap_ci
+from support.files import cli
+from support.stats import bootstrap_ci
 
 
 def measure(seed: int) -> dict:

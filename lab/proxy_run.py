@@ -12,16 +12,16 @@ from dataclasses import fields
 
 import numpy as np
 
-from config import Config
-from files import cli
 from lab.experiment import complete, flags
 from lab.ranking import correlation, others, worth
 from lab.reliability import accuracy_of, read_groups
 from lab.scores import products
 from lab.show import over_passages, print_table
 from outer_loop import in_order, next_tasks
-from run import Run, read_settings
 from selfedit import read_self_edit
+from support.config import Config
+from support.files import cli
+from support.run import Run, read_settings
 
 
 def measure(run: Run, model, task, rollouts: list[dict]) -> dict:

@@ -10,13 +10,13 @@ import tempfile
 
 import numpy as np
 
-from files import cli
 from lab.experiment import Question, add_seeds, differences, flags, gain, last_reward
 from lab.halving import RULES, race, start, trainer
 from lab.scores import products
 from lab.show import arrows, error_bars, new_figure, of_seeds, print_table, save
 from outer_loop import evaluate, m_step, next_tasks, select
-from run import sample_edits
+from support.files import cli
+from support.run import sample_edits
 
 USUAL = "three seeds"
 PRODUCT = "inner product of gradients"

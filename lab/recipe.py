@@ -16,15 +16,15 @@ import torch
 
 from data import knowledge
 from data.text import sentences
-from files import Lines, Parser, UserError, cli, positive, read_json
+from engine.train import Recipe
 from inner_loop import SMALL, update_and_score
 from lab.show import over_passages
 from lora import PROJECTIONS, Lora
 from model import load_pretrained
-from progress import Meter
 from selfedit import SelfEdit, read_self_edit, seed_for
-from sft import Recipe
-from tokenizer import Tokenizer
+from support.files import Lines, Parser, UserError, cli, positive, read_json
+from support.progress import Meter
+from support.tokenizer import Tokenizer
 
 FEW = ["q_proj", "v_proj"]
 BASE = Recipe(Lora(rank=32, alpha=64, targets=PROJECTIONS), lr=1e-3, epochs=10, batch=1)

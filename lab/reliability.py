@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from files import Lines, Parser, UserError, cli
-from stats import variance_components
+from support.files import Lines, Parser, UserError, cli
+from support.stats import variance_components
 
 
 class Rollouts(Lines):

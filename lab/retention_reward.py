@@ -16,13 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 
 from data import tinyworld
-from files import cli, positive
 from lab.experiment import Question, add_seeds, flags
 from lab.lost import begin_round
 from lab.show import made_of, new_figure, over_seeds, print_table, save
 from lab.tiny import TINY, load
 from outer_loop import in_order, m_step, next_tasks, select
-from stats import mean_ci
+from support.files import cli, positive
+from support.stats import mean_ci
 
 ROUNDS = 3
 EARLIER = 8     # towns learned before

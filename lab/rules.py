@@ -8,13 +8,13 @@ import re
 import time
 from pathlib import Path
 
-from config import Config
-from files import Lines, UserError
 from lab.diversity import of_run
 from lab.grpo import clipped_m_step
 from lab.tiny import SETTINGS
 from outer_loop import m_step, rest_em
-from run import Run
+from support.config import Config
+from support.files import Lines, UserError
+from support.run import Run
 
 # name -> (how it differs from lab.tiny.SETTINGS, which keep the 2 best of 8 for 4 epochs; its outer
 # learning rate). All K of a rule share the rate of K = 8. One epoch of 160 self-edits is as many

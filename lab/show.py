@@ -5,8 +5,8 @@ from collections import Counter
 
 import numpy as np
 
-from files import UserError, replace_file
-from stats import bootstrap_ci, mean_ci, with_interval
+from support.files import UserError, replace_file
+from support.stats import bootstrap_ci, mean_ci, with_interval
 
 
 # ------------------------------------------------------------------------------- words

@@ -15,10 +15,10 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-from config import add_flags
-from files import Lines, Parser, UserError, cli
 from lab.machine import ROOT, commit, machine
 from lab.show import print_table
+from support.config import add_flags
+from support.files import Lines, Parser, UserError, cli
 
 GOAL, SEEDS = 0.75, range(5)
 # What an entry may not change: the task, how a self-edit is learned, and what a run is called.

@@ -1,6 +1,6 @@
 """Models that learn what another one writes. For lab/teacher.py."""
-from config import PRESETS, Config
-from run import Run, score_edits
+from support.config import PRESETS, Config
+from support.run import Run, score_edits
 
 
 def students(small, seed: int, split: str, folder) -> dict:

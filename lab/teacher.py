@@ -12,12 +12,12 @@ import tempfile
 
 import numpy as np
 
-from files import cli
 from lab.experiment import Question, add_seeds, flags
 from lab.show import error_bars, new_figure, of_seeds, over_seeds, print_table, save
 from lab.students import students, worth
 from outer_loop import in_order, m_step, next_tasks, select
-from run import sample_edits
+from support.files import cli
+from support.run import sample_edits
 
 # arm -> (who writes, who learns what is to be rewarded); in SEAL the writer, as it is by then
 ARMS = {"small teaches itself (SEAL)": ("small", "itself"),

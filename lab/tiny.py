@@ -4,15 +4,15 @@ from pathlib import Path
 
 import numpy as np
 
-from config import PRESETS, Config, inner_recipe
-from generate import Sampling
+from engine.decode import Sampling
 from inner_loop import ask, grade_all, update_and_score
 from lab.experiment import Question
 from lora import Adapters
 from model import Transformer, load_pretrained
-from run import read_settings
 from selfedit import SelfEdit, Task, seed_for
-from tokenizer import Tokenizer
+from support.config import PRESETS, Config, inner_recipe
+from support.run import read_settings
+from support.tokenizer import Tokenizer
 
 # Written, learned and answered as in `python outer_loop.py`, with the three rounds that it had
 # until 2026-11-27. What lab/update_rule.py found made them two, at twice the outer learning rate.

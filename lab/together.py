@@ -2,13 +2,13 @@
 from collections import Counter
 from dataclasses import replace
 
+from engine.train import Job, sft
 from inner_loop import answer_each, grade_all
 from lab.diversity import of_town
 from lab.experiment import mean_of
 from lab.tiny import ANSWERING, RECIPE, by_direction
-from progress import Meter
 from selfedit import SelfEdit, Task, seed_for
-from sft import Job, sft
+from support.progress import Meter
 
 # As in the tiny preset, but for all documents in every step.
 ALL_AT_ONCE = replace(RECIPE, batch=10_000)

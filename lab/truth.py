@@ -2,9 +2,9 @@
 well credit agrees with it. For lab/credit.py."""
 import numpy as np
 
-from credit import DESIGNS, gold_probability, learn, regress, subsets
 from data import tinyworld as world
 from inner_loop import ask, grade_all
+from lab.credit_of_run import DESIGNS, gold_probability, learn, regress, subsets
 from lab.tiny import ANSWERING, RECIPE
 from selfedit import SelfEdit, Task
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from files import cli
 from lab.experiment import add_seeds, complete, differences, each, flags, gain
 from lab.experiment import last_reward, where
 from lab.rules import RULES, USUAL, measure
 from lab.show import arrows, new_figure, of_seeds, print_table, save
-from stats import mean_ci
+from support.files import cli
+from support.stats import mean_ci
 
 
 def measured_rules(records: list[dict]) -> dict:

@@ -11,12 +11,12 @@ on one thread.
 """
 import numpy as np
 
-from files import cli
 from lab.changes import add, adapters_of, cosines, difference, towns_of
 from lab.experiment import Question, flags
 from lab.keeping import GENTLE, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, of_seeds, over_seeds, print_table, save
 from lab.tiny import answer, load, score, verdicts
+from support.files import cli
 
 SCALES = (0, .5, 1, 1.5, 2, 3)
 MEAN, STREAM, THEN = "mean of the runs' v", "a stream of towns", "a stream of towns, then v"

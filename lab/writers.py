@@ -3,10 +3,10 @@ import random
 from dataclasses import replace
 
 from data import tinyworld as world
-from generate import split_into
+from engine.decode import split_into
 from lab.tiny import WRITING, load
-from progress import Meter
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
+from support.progress import Meter
 
 # A writer is one of these three functions, t for theta_t, or "begun".
 

@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from checkpoint import EMBEDDED  # noqa: E402
 from data import judges, tinyworld  # noqa: E402
 from data.judges import each  # noqa: E402
 from model import load_pretrained  # noqa: E402
+from support.checkpoint import EMBEDDED  # noqa: E402
+from support.tokenizer import Tokenizer  # noqa: E402
 from tests.helpers import SMALL, even_length  # noqa: E402
 from tests.make_checkpoint import make_checkpoint  # noqa: E402
 from tests.strict import StrictPatch  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,11 @@ import torch
 from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
                           Qwen3ForCausalLM)
 
+from engine.train import Job, Recipe
 from lora import Lora
 from outer_loop import rest_em
-from config import add_flags, read_flags
-from run import Run
-from sft import Job, Recipe
+from support.config import add_flags, read_flags
+from support.run import Run
 
 # ------------------------------------------------------------------------------- models
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import cli  # noqa: E402
-from files import UserError
 from model import ModelConfig, Transformer  # noqa: E402
-from tokenizer import byte_alphabet  # noqa: E402
+from support.files import UserError
+from support.files import cli  # noqa: E402
+from support.tokenizer import byte_alphabet  # noqa: E402
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 264,
           "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,

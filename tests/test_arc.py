@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import outer_loop
-import run as runs
-from files import UserError
 from data import arc
 from data.judges import each
 from eval import main as eval_main
 from inner_loop import grade_all
-from run import Run
 from selfedit import TOOLS, SelfEdit, Task, read_self_edit, write_json_edit
+from support import run as runs
+from support.files import UserError
+from support.run import Run
 from tests.helpers import parse, read_lines
 from tests.make_checkpoint import make_checkpoint
 

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-import bench
-import speed
-import suite
-from files import UserError
 from lora import Adapters
-from config import PRESETS
+from support.config import PRESETS
+from support.files import UserError
+from tools import bench
+from tools import speed
+from tools import suite
 
 FEW = "--jobs 2 --repeats 1 --scaling 2 8 --n-new 2".split()
 CPU = torch.device("cpu")
@@ -210,7 +210,7 @@ def test_a_model_and_a_shape_are_one_too_many(monkeypatch):
 
 @pytest.mark.slow
 def test_bench_prints_a_table():
-    command = [sys.executable, "bench.py", *FEW]
+    command = [sys.executable, "-m", "tools.bench", *FEW]
 
     done = subprocess.run(command, capture_output=True, text=True)
 

@@ -13,11 +13,11 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import model
-from checkpoint import fetch, read_config
-from files import UserError, cli, read_json, replace_file
 from model import load_pretrained
+from support import checkpoint
+from support.checkpoint import fetch, read_config
+from support.files import UserError, cli, read_json, replace_file
 from tests.helpers import CASES, LLAMA3_ROPE
 from tests.make_checkpoint import CONFIG
 
@@ -63,7 +63,7 @@ def test_programs_print_no_traceback():
                           "(a hub id looks like owner/name)\n")
 
 
-@pytest.mark.parametrize("name", ["model", "generate", "lora", "tokenizer"])
+@pytest.mark.parametrize("name", ["model", "engine.decode", "lora", "support.tokenizer"])
 def test_every_small_program_refuses_a_folder_that_is_not_there(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--model", "/nowhere"])
 

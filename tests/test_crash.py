@@ -11,12 +11,11 @@ import pytest
 import torch
 
 import data.judges
-import generate
-import sft
-from files import UserError, cli
+from engine import decode, train
 from lora import Adapters
 from model import Transformer
-from run import Run
+from support.files import UserError, cli
+from support.run import Run
 from tests.conftest import ROOT
 from tests.helpers import read_lines, run_it
 from tests.test_team import what_was_computed
@@ -27,7 +26,7 @@ import torch
 torch.set_num_threads(1)
 from data import judges
 from data.judges import each
-from files import cli
+from support.files import cli
 from tests.helpers import even_length, run_it
 from tests.test_team import assert_same
 from pathlib import Path
@@ -142,12 +141,12 @@ KINDS = {"cuda": torch.OutOfMemoryError("CUDA out of memory"), "python": MemoryE
                              "memory: you tried to allocate 99 bytes")}
 # Where memory may run out, and whether the run goes on by itself then.
 PLACES = {
-    "training": (sft, "pack", True), "an adapter's update": (sft, "adamw_all", True),
+    "training": (train, "pack", True), "an adapter's update": (train, "adamw_all", True),
     "stacking adapters": (Adapters, "stack", True), "routes": (Adapters, "route", True),
-    "rows": (generate, "Rows", True), "a step of decoding": (generate.Rows, "step", True),
-    "prefill": (generate.Rows, "prefill", True),
-    "growing the cache": (generate.Cache, "keep", True),
-    "drawing tokens": (generate, "sample", True), "merging": (Adapters, "merge", False),
+    "rows": (decode, "Rows", True), "a step of decoding": (decode.Rows, "step", True),
+    "prefill": (decode.Rows, "prefill", True),
+    "growing the cache": (decode.Cache, "keep", True),
+    "drawing tokens": (decode, "sample", True), "merging": (Adapters, "merge", False),
     "loading": (Run, "read_model", False), "saving": (Transformer, "save_pretrained", False)}
 
 

@@ -9,17 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-import generate
-from device import compiled
-from generate import Sampling
+from engine import decode
+from engine.decode import Sampling
+from engine.gpu import compiled
+from engine.memory import step_memory
+from engine.ribbon import Ribbon
+from engine.train import Job, Recipe, sft
+from engine.update import adamw_
 from lora import PROJECTIONS, Adapters, Lora
-from memory import step_memory
 from model import load_pretrained
-from ribbon import Ribbon
-from sft import Job, Recipe, sft
 from tests.helpers import mixed_jobs
 from tests.make_checkpoint import make_checkpoint
-from update import adamw_
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -195,8 +195,8 @@ def test_graphs_change_nothing(model, monkeypatch, case):
     else:
         groups, adapters = [PROMPTS[:5], PROMPTS[5:]], random_adapters(model, 2)
         sampling = Sampling(60, stop=STOP, max_rows=6)
-    with_graphs = generate.generate(model, groups, sampling, range(20), adapters)
+    with_graphs = decode.generate(model, groups, sampling, range(20), adapters)
 
-    monkeypatch.setattr(generate, "has_graphs", lambda device: False)
+    monkeypatch.setattr(decode, "has_graphs", lambda device: False)
 
-    assert generate.generate(model, groups, sampling, range(20), adapters) == with_graphs
+    assert decode.generate(model, groups, sampling, range(20), adapters) == with_graphs

@@ -7,17 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import generate
 import lora
 import model as transformer
-import ribbon as ribbon_file
-import update
-from device import flash_attention, fused, has_flash
-from generate import Sampling
+from engine import decode
+from engine import ribbon as ribbon_file
+from engine import update
+from engine.decode import Sampling
+from engine.gpu import flash_attention, fused, has_flash
+from engine.ribbon import Ribbon
+from engine.train import sft
 from lora import Adapters, Lora
 from model import load_pretrained
-from ribbon import Ribbon
-from sft import sft
 from tests.helpers import ALL, CASES, mixed_jobs
 from tests.strict import may_stay_unused
 
@@ -81,9 +81,9 @@ def test_few_graphs_serve_all_grids_of_a_decoding(tiny_folder, traced):
     sampling = Sampling(40, stop=stop, max_rows=16)
     with pytest.MonkeyPatch.context() as plain:
         plain.setattr(transformer, "fused", lambda function, x: function)
-        expected = generate.generate(model, groups, sampling, adapters=adapters)
+        expected = decode.generate(model, groups, sampling, adapters=adapters)
 
-    written = generate.generate(model, groups, sampling, adapters=adapters)
+    written = decode.generate(model, groups, sampling, adapters=adapters)
 
     assert written == expected
     # rotate and swiglu, of one row and of many.
@@ -187,7 +187,7 @@ def test_a_cpu_has_no_flash_attention():
 
 
 def test_imitated_pads_are_masked_and_no_flash_attention(tiny, monkeypatch):
-    from padding import PaddedRibbon
+    from engine.padding import PaddedRibbon
     monkeypatch.setattr(ribbon_file, "has_flash", lambda x: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", None)
     ribbon = PaddedRibbon([5, 7], [2, 0], torch.arange(12), "cpu")

@@ -14,13 +14,13 @@ import torch
 
 import eval as tables
 import inner_loop
-from files import UserError
 from data import judges
 from data.judges import each
+from engine.decode import quiet
 from eval import cpt_row, imported, row_of
-from generate import quiet
 from lora import Lora
-from run import Run
+from support.files import UserError
+from support.run import Run
 from tests.helpers import SMALL, even_length, parse, read_lines, run_it
 from tests.strict import may_stay_unused
 
@@ -372,40 +372,17 @@ def test_continual_edits_are_trained_by_the_inner_loops_flags(flags, monkeypatch
     assert (jobs[0][0].free & jobs[1][0].free).sum() == 0
 
 
-@pytest.mark.parametrize("words", [[], ["--remember"]])
-def test_continual_edits_resume_to_the_same_result(words, flags, tmp_path, varied_rewards):
+def test_continual_edits_resume_to_the_same_result(flags, tmp_path, varied_rewards):
     """As if killed after the first edit: what came later is done again, and ends the same."""
-    whole = evaluate("continual", *flags, *STREAMS, *words)
+    whole = evaluate("continual", *flags, *STREAMS)
     path = tmp_path / "run" / "continual.jsonl"
     records = path.read_text().splitlines()
     path.write_text("\n".join(records[:2]) + "\n")
 
-    again = evaluate("continual", *flags, *STREAMS, *words)
+    again = evaluate("continual", *flags, *STREAMS)
 
     assert path.read_text().splitlines() == records
     assert again.splitlines()[-8:] == whole.splitlines()[-8:]
-
-
-def test_what_is_kept_is_rehearsed_in_the_last_layers_and_merged_by_half(flags, monkeypatch):
-    jobs = spy_on_jobs(monkeypatch)
-    results = spy_on_results(monkeypatch)
-
-    evaluate("continual", *flags, *STREAMS, "--remember")
-
-    for k, streams in enumerate(jobs):
-        for s, job in enumerate(streams):
-            # One of two layers, in one of three edits.
-            assert job.free.float().mean() == pytest.approx(1 / 6)
-            # Beside the new passage's examples stand those of k earlier ones, as it remembers them.
-            new = [ids for ids, learn in job.examples if learn[0] is True]
-            assert (len(job.examples) > len(new)) == (k > 0)
-            weights = [sum(map(float, learn)) for _, learn in job.examples]
-            if k > 0:
-                assert sum(weights[len(new):]) == pytest.approx(sum(weights[:len(new)]))
-                # The last edit is in the weights that this one begins with, by half.
-                before = jobs[k - 1][s].free
-                half = results[k - 1][s][before] * .5 ** .5
-                torch.testing.assert_close(job.start[before], half)
 
 
 # ------------------------------------------------------------------------------- errors

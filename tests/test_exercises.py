@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import torch
 
 import outer_loop
+from engine.decode import Sampling
 from exercises import bugs, tiny
-from generate import Sampling
 from inner_loop import ask, grade_all
 from lora import PROJECTIONS, Adapters, Lora
 from outer_loop import m_step, rest_em
-from run import Run
 from selfedit import SelfEdit, sample_self_edits
+from support.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 

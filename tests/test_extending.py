@@ -131,9 +131,9 @@ def test_an_update_rule(tmp_path):
     # Two readable ones and one that isn't; a task of which none can be read.
     weights = changed.ask("""
 import json
-from config import Config
 from outer_loop import weigh
 from selfedit import SelfEdit
+from support.config import Config
 
 good, bad = SelfEdit(documents=["a"]), SelfEdit()
 cfg = Config(update="softmax")

@@ -8,14 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import generate
-from files import UserError
-from generate import Reply, Sampling, sample, tries_for, write
+from engine import decode
+from engine.decode import Reply, Sampling, sample, tries_for, write
 from lora import Adapters, Lora
 from model import complete, load_pretrained
+from support.files import UserError
+from support.tokenizer import GPT2, Tokenizer
 from tests.helpers import CASES
 from tests.make_checkpoint import make_checkpoint
-from tokenizer import GPT2, Tokenizer
 
 LORA = Lora(rank=8, alpha=16, targets=["q_proj", "up_proj"])
 STOP = frozenset(range(0, 264, 12))     # one id in twelve: rows end at different times
@@ -23,7 +23,7 @@ STOP = frozenset(range(0, 264, 12))     # one id in twelve: rows end at differen
 
 def written(model, prompts, sampling, seeds=None):
     """The rows of one group of prompts, without adapters."""
-    (rows,) = generate.generate(model, [prompts], sampling, seeds)
+    (rows,) = decode.generate(model, [prompts], sampling, seeds)
     return rows
 
 
@@ -37,12 +37,12 @@ def random_adapters(model, n):
 def widths(monkeypatch):
     """How many rows each step of decoding has, in a list that grows."""
     counts = []
-    forward = generate.Rows.forward
+    forward = decode.Rows.forward
 
     def counted(rows):
         counts.append(len(rows.text))
         forward(rows)
-    monkeypatch.setattr(generate.Rows, "forward", counted)
+    monkeypatch.setattr(decode.Rows, "forward", counted)
     return counts
 
 
@@ -56,7 +56,7 @@ def dictate(monkeypatch):
 
         def choose(sampler, logits, text, age):
             return ids[text, age]
-        monkeypatch.setattr(generate.Sampler, "choose", choose)
+        monkeypatch.setattr(decode.Sampler, "choose", choose)
     return script
 
 
@@ -133,10 +133,10 @@ def test_an_empty_prompt_is_refused(tiny):
 def test_rows_come_back_in_the_groups_of_their_prompts(tiny):
     flat = written(tiny, [[1], [2, 3], [4]], Sampling(6, n=2))
 
-    groups = generate.generate(tiny, [[[1], [2, 3]], [], [[4]]], Sampling(6, n=2))
+    groups = decode.generate(tiny, [[[1], [2, 3]], [], [[4]]], Sampling(6, n=2))
 
     assert groups == [flat[:4], [], flat[4:]]
-    assert generate.generate(tiny, [[], []], Sampling(6)) == [[], []]
+    assert decode.generate(tiny, [[], []], Sampling(6)) == [[], []]
 
 
 def test_progress_hears_how_many_rows_have_ended(tiny):
@@ -148,7 +148,7 @@ def test_progress_hears_how_many_rows_have_ended(tiny):
     prompts = [[i, 7] for i in range(6)]
     sampling = Sampling(30, n=2, temperature=1.0, max_rows=4, stop=STOP)
 
-    generate.generate(tiny, [prompts], sampling, range(12), progress=progress)
+    decode.generate(tiny, [prompts], sampling, range(12), progress=progress)
 
     assert heard == sorted(heard)
     assert heard[0][0] < 12
@@ -192,15 +192,15 @@ def test_questions_of_many_adapters_in_few_rows(tiny):
         [[5, 5, 45], [6, 5, 54]]]
     sampling = Sampling(40, max_rows=8, stop=STOP)
 
-    together = generate.generate(tiny, groups, sampling, adapters=adapters)
+    together = decode.generate(tiny, groups, sampling, adapters=adapters)
 
     for weights, prompts, rows in zip(adapters.flat, groups, together):
         own = Adapters.stack(tiny, LORA, [weights])
         assert len(rows) == len(prompts)
         for prompt, row in zip(prompts, rows):
-            alone = generate.generate(tiny, [[prompt]], sampling, adapters=own)
+            alone = decode.generate(tiny, [[prompt]], sampling, adapters=own)
             assert alone == [[row]]
-    assert together != generate.generate(tiny, groups, sampling)
+    assert together != decode.generate(tiny, groups, sampling)
 
 
 # ------------------------------------------------------------------------------- little memory
@@ -209,13 +209,13 @@ def test_questions_of_many_adapters_in_few_rows(tiny):
 def room_for(monkeypatch):
     """A function: from then on the device is full when more rows than that take a step."""
     def limit(most, error=torch.OutOfMemoryError("CUDA out of memory")):
-        forward = generate.Rows.forward
+        forward = decode.Rows.forward
 
         def limited(rows):
             if len(rows.text) > most:
                 raise error
             forward(rows)
-        monkeypatch.setattr(generate.Rows, "forward", limited)
+        monkeypatch.setattr(decode.Rows, "forward", limited)
     return limit
 
 
@@ -226,7 +226,7 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing(tiny, room_for, capsy
 
     room_for(4)
     heard = []
-    (rows,) = generate.generate(tiny, [prompts], sampling, range(24),
+    (rows,) = decode.generate(tiny, [prompts], sampling, range(24),
                                 progress=lambda done, total: heard.append((done, total)))
 
     assert rows == expected
@@ -243,7 +243,7 @@ def test_what_has_ended_is_not_written_again(tiny, monkeypatch):
     expected = written(tiny, prompts, sampling)
     ended = sum(len(row) < 18 for row in expected)
     steps, read = [], []
-    forward, prefill = generate.Rows.forward, generate.Rows.prefill
+    forward, prefill = decode.Rows.forward, decode.Rows.prefill
 
     def full_once(rows):
         steps.append(1)
@@ -254,8 +254,8 @@ def test_what_has_ended_is_not_written_again(tiny, monkeypatch):
     def counted(rows, some, places, texts):
         read.append(len(some))
         prefill(rows, some, places, texts)
-    monkeypatch.setattr(generate.Rows, "forward", full_once)
-    monkeypatch.setattr(generate.Rows, "prefill", counted)
+    monkeypatch.setattr(decode.Rows, "forward", full_once)
+    monkeypatch.setattr(decode.Rows, "prefill", counted)
 
     assert written(tiny, prompts, sampling) == expected
     assert ended > 2
@@ -266,11 +266,11 @@ def test_adapters_with_little_memory_answer_the_same(tiny, room_for):
     adapters = random_adapters(tiny, 3)
     groups = [[[1, 2], [3, 4]], [[5, 6]], [[7, 8], [9, 1]]]
     sampling = Sampling(20, stop=STOP, max_rows=6)
-    expected = generate.generate(tiny, groups, sampling, adapters=adapters)
+    expected = decode.generate(tiny, groups, sampling, adapters=adapters)
 
     room_for(3)
 
-    assert generate.generate(tiny, groups, sampling, adapters=adapters) == expected
+    assert decode.generate(tiny, groups, sampling, adapters=adapters) == expected
 
 
 def test_no_room_for_a_single_text_is_one_line(tiny, room_for):
@@ -325,7 +325,7 @@ def recorded_steps():
     """As if the CPU had CUDA graphs."""
     Recorded.made = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "has_graphs", lambda device: True)
+        patch.setattr(decode, "has_graphs", lambda device: True)
         patch.setattr(torch.cuda, "CUDAGraph", Recorded)
         patch.setattr(torch.cuda, "graph", lambda graph: graph)     # itself a context
         yield
@@ -354,10 +354,10 @@ def test_a_step_of_many_adapters_can_be_a_graph(tiny):
     groups = [prompts[:5], prompts[5:]]
     adapters = random_adapters(tiny, 2)
     sampling = Sampling(50, max_rows=6, stop=STOP)
-    expected = generate.generate(tiny, groups, sampling, adapters=adapters)
+    expected = decode.generate(tiny, groups, sampling, adapters=adapters)
 
     with recorded_steps():
-        rows = generate.generate(tiny, groups, sampling, adapters=adapters)
+        rows = decode.generate(tiny, groups, sampling, adapters=adapters)
 
     assert rows == expected
     assert Recorded.made > 1
@@ -572,7 +572,7 @@ def test_written_ids_are_those_of_generate(tmp_path):
         [tok.chat([("user", "When?")])]]
     filled = replace(sampling, stop=frozenset(tok.stop), late_stop=frozenset(tok.newlines()),
                      banned=tok.banned(model))
-    expected = generate.generate(model, prompts, filled, range(6), adapters)
+    expected = decode.generate(model, prompts, filled, range(6), adapters)
     for group, rows in zip(replies, expected, strict=True):
         assert [reply.token_ids for reply in group] == rows
 
@@ -594,7 +594,7 @@ def test_the_program_writes_the_same_both_ways(tiny_folder, monkeypatch, capsys)
     words = ["--model", str(tiny_folder), "--rows", "3", "--max-new", "8"]
     monkeypatch.setattr(sys, "argv", ["generate.py", *words])
 
-    generate.main()
+    decode.main()
 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "3 texts of 8 tokens"

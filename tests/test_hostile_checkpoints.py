@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from files import UserError
 from model import load_pretrained
+from support.files import UserError
+from support.tokenizer import Tokenizer
 from tests.make_checkpoint import make_checkpoint
-from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------- the property
 

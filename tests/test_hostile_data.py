@@ -10,8 +10,8 @@ import pytest
 
 from data import arc, knowledge, tinyworld
 from eval import imported
-from files import UserError
 from selfedit import TOOLS, read_json_edit, split_documents, write_json_edit
+from support.files import UserError
 
 # ------------------------------------------------------------------------------- damaged files
 

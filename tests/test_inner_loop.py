@@ -8,19 +8,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import inner_loop
-from files import UserError
 from data.judges import each
-from generate import Sampling
+from engine.decode import Sampling
+from engine.train import Trained, sft
 from inner_loop import Answers, ask, grade_all, in_prompt, make_job, update_and_score
-from reward import Outcome, reward
 from lora import Adapters
 from model import load_pretrained
+from reward import Outcome, reward
 from selfedit import SelfEdit, Task
-from sft import Trained, sft
+from support.files import UserError
+from support.tokenizer import Tokenizer
 from tests.helpers import RECIPE, even_length, mixed_jobs
 from tests.make_checkpoint import make_checkpoint
 from tests.strict import must_not_be_called
-from tokenizer import Tokenizer
 
 GREEDY = Sampling(max_new=10)
 

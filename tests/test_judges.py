@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from files import Lines, UserError
 from data import judges, knowledge
 from data.judges import (GRADING, RULES, Remembered, check_openai, each, gist, model_judge, openai,
                          openai_judge, openai_verdicts, post, recall, substring, yes_or_no)
 from inner_loop import grade_all
+from support.files import Lines, UserError
 from tests.helpers import read_lines
 
 # ------------------------------------------------------------------------------- rules
@@ -622,7 +622,7 @@ def test_what_was_answered_before_a_failure_is_in_the_file(serve, tmp_path):
 HANGING = """
 import signal
 from data import judges
-from files import cli
+from support.files import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job ignores it
 cli(lambda: judges.openai([("q", "gold", str(i)) for i in range(40)]))
 """

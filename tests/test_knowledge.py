@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from files import UserError, cli
 from data import judges, knowledge
 from selfedit import EMPTY, read_self_edit
+from support.files import UserError, cli
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "data"
 # The first passage of the fixture `passages`.

@@ -6,10 +6,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from files import UserError
 from data import judges as rules
 from data.judges import each
 from lab import curve, experiment, judges, paired, recipe, reliability, show
+from support.files import UserError
 from tests.helpers import SMALL, even_length, read_lines, run_it
 
 

@@ -6,24 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-import credit as credit_of_a_run
-from checkpoint import EMBEDDED
-from config import PRESETS, Config
-from credit import regress, subsets
-from files import UserError
 from data import tinyworld as world
+from engine.train import sft
 from lab import compute, credit, diversity, together, truth, writers
+from lab import credit_of_run as credit_of_a_run
+from lab.credit_of_run import regress, subsets
 from lab.crossing import crossing, crossings
 from lab.tiny import RECIPE
 from lora import Adapters
 from model import load_pretrained
 from outer_loop import rest_em
-from run import Run
 from selfedit import read_self_edit
-from sft import sft
+from support.checkpoint import EMBEDDED
+from support.config import PRESETS, Config
+from support.files import UserError
+from support.run import Run
+from support.tokenizer import Tokenizer
 from tests.helpers import read_lines
 from tests.test_lab import call
-from tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_credit_finds_the_line_that_states_the_answer(embedded):
 
 @pytest.mark.slow
 def test_credit_is_judged_and_drawn(finished_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("credit.PAIRS", 8)
+    monkeypatch.setattr("lab.credit_of_run.PAIRS", 8)
     out = tmp_path / "out.jsonl"
 
     call(credit, finished_run, "--out", out, "--towns", 1, "--svg", tmp_path / "figure.svg",
@@ -251,7 +251,7 @@ def small_run(tmp_path_factory):
 
 
 def test_a_page_shows_the_credit_that_was_asked_for(small_run, monkeypatch, capsys):
-    monkeypatch.setattr("credit.PAIRS", 4)
+    monkeypatch.setattr("lab.credit_of_run.PAIRS", 4)
     folder = small_run
 
     call(credit_of_a_run, folder, "--task", 1)

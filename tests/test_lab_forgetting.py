@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checkpoint import EMBEDDED
 from data import tinyworld
-from files import UserError
+from engine.train import sft
 from inner_loop import make_job
-from remember import scaled
 from lab import forgetting, keeping, lost, retention_reward
+from lab.remember import scaled
 from lab.tiny import RECIPE
 from lora import Adapters
 from model import load_pretrained
-from sft import sft
+from support.checkpoint import EMBEDDED
+from support.files import UserError
 from tests.helpers import read_lines
 from tests.test_lab import call
 

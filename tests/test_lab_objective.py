@@ -8,12 +8,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from checkpoint import EMBEDDED
+from engine.train import Job, sft_one
 from inner_loop import make_job
 from lab import changes, keeping, objective, objectives, skill, study, vector
 from lab.tiny import RECIPE
 from model import load_pretrained
-from sft import Job, sft_one
+from support.checkpoint import EMBEDDED
 from tests.helpers import read_lines
 from tests.test_lab import call
 

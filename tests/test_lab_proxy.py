@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import EMBEDDED
 from data import judges
 from data.judges import each
+from engine.train import Job, sft
 from lab import proxy, proxy_run, ranking, scores
 from lab.tiny import RECIPE
 from lora import Adapters
 from model import load_pretrained
 from selfedit import SelfEdit, read_self_edit
-from sft import Job, sft
+from support.checkpoint import EMBEDDED
 from tests.helpers import SMALL, even_length, read_lines, run_it
 from tests.test_lab import call
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from files import UserError
 from lab import speedrun
+from support.files import UserError
 
 
 def entry(name, seed, reward, seconds, flags=("--iterations", "2")):

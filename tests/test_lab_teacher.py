@@ -1,11 +1,11 @@
 """lab/teacher.py: who writes, who learns, and who is trained, on a few towns of the tiny world."""
 import pytest
 
-from checkpoint import EMBEDDED
-from config import PRESETS, Config
 from lab import students, teacher
 from outer_loop import rest_em
-from run import Run
+from support.checkpoint import EMBEDDED
+from support.config import PRESETS, Config
+from support.run import Run
 from tests.helpers import read_lines
 from tests.test_lab import call
 

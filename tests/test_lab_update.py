@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import Config, outer_recipe
+from engine.train import dialogue
 from lab import choosing, diversity, grpo, halving, judged, outer_rate, race, rules
 from lab import update_rule
 from lab.halving import Rung
@@ -17,11 +17,11 @@ from lab.tiny import SETTINGS
 from lora import Adapters
 from model import load_pretrained
 from outer_loop import m_step, rest_em
-from run import Run
 from selfedit import SelfEdit
-from sft import dialogue
+from support.config import Config, outer_recipe
+from support.run import Run
+from support.tokenizer import Tokenizer
 from tests.helpers import read_lines
-from tokenizer import Tokenizer
 
 FEW = dict(tasks=2, edits=4, eval_tasks=2, eval_edits=1, iterations=1, inner_epochs=4,
            outer_epochs=2, max_edit_tokens=48)

@@ -5,17 +5,17 @@ import json
 import pytest
 import torch
 
-from config import Config, outer_recipe
-from files import UserError
-from generate import Sampling, write
+from engine.decode import Sampling, write
+from engine.train import Job, dialogue, sft_one
 from lab import imitate, line_kinds, lines
 from lora import Adapters
 from model import load_pretrained
 from selfedit import fill, seed_for
-from sft import Job, dialogue, sft_one
+from support.config import Config, outer_recipe
+from support.files import UserError
+from support.tokenizer import Tokenizer
 from tests.helpers import SMALL, read_lines, run_it
 from tests.test_lab import call
-from tokenizer import Tokenizer
 
 
 # ------------------------------------------------------------------------------- imitate

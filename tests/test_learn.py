@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 import inner_loop
 import model as transformer
-from checkpoint import read_adapter
-from config import PRESETS, Config, inner_recipe
 from data import text
-from files import UserError
 from lora import Adapters, Lora
 from model import add_adapter, load_pretrained
+from support.checkpoint import read_adapter
+from support.config import PRESETS, Config, inner_recipe
+from support.files import UserError
 from tests.helpers import ALL, CASES
 
 NOTES = "The Brindle Cup is a race. It was founded by Ludo.\n\nThe winner gets a kettle of jam."

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lora as program
-from files import UserError
+from engine.memory import on_host_if_full
+from engine.ribbon import Ribbon
 from lora import Adapters, Lora, Segments, low_rank
-from memory import on_host_if_full
 from model import load_pretrained
-from ribbon import Ribbon
+from support.files import UserError
 from tests.helpers import ALL, CASES
 
 LORA = Lora(rank=4, alpha=8, targets=ALL)

@@ -8,18 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-import memory
-from files import UserError
-import sft as engine
-from generate import Cache
+from engine import memory
+from engine import train as engine
+from engine.decode import Cache
+from engine.memory import activation_memory, in_halves, on_host_if_full, step_memory
+from engine.memory import auto_answering, auto_rows, auto_slots, free_memory
+from engine.ribbon import Ribbon
+from engine.train import Engine, Job, sft
 from lora import Adapters, Lora
-from memory import activation_memory, in_halves, on_host_if_full, step_memory
-from memory import auto_answering, auto_rows, auto_slots, free_memory
 from model import ModelConfig, Transformer, load_pretrained
-from ribbon import Ribbon
-from plan import write_shape
-from sft import Engine, Job, sft
+from support.files import UserError
 from tests.helpers import ALL, CASES, RECIPE, mixed_jobs
+from tools.plan import write_shape
 
 CPU = torch.device("cpu")
 SOME = ["q_proj", "v_proj"]

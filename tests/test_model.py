@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import model as program
-from checkpoint import TOKENIZER_FILES
-from files import UserError
+from engine.ribbon import Ribbon, attention, like_lengths
 from model import complete, load_pretrained
-from ribbon import Ribbon, attention, like_lengths
+from support.checkpoint import TOKENIZER_FILES
+from support.files import UserError
 from tests.helpers import CASES
 from tests.make_checkpoint import make_checkpoint
 

@@ -13,22 +13,22 @@ import torch.nn.functional as F
 
 import inner_loop
 import outer_loop
-import run as run_module
-from config import PRESETS, Config
-from files import UserError
 from data import judges, knowledge
 from data.judges import each
-from generate import Sampling, quiet
+from engine.decode import Sampling, quiet
+from engine.train import Recipe, sft
 from inner_loop import ANSWERS, ask, grade_all, make_job
 from lora import PROJECTIONS, Adapters, Lora
 from model import load_pretrained
 from outer_loop import by_kind, m_step, next_tasks, rest_em, select, weigh
-from report import curve, in_brackets, opening, summary, typical_task
-from run import Records, Run
 from selfedit import SelfEdit, read_self_edit, sample_self_edits
-from sft import Recipe, sft
+from support import run as run_module
+from support.config import PRESETS, Config
+from support.files import UserError
+from support.report import curve, in_brackets, opening, summary, typical_task
+from support.run import Records, Run
+from support.tokenizer import Tokenizer
 from tests.helpers import SMALL, even_length, parse, read_lines, run_it
-from tokenizer import Tokenizer
 
 UP = "model.layers.0.mlp.up_proj.weight"    # a weight that every M-step changes
 
@@ -620,8 +620,8 @@ def test_the_program_prints_a_summary_and_with_verbose_its_settings(words, setti
 
 @pytest.mark.parametrize("command", [
     "model.py --model MODEL --max-new 3",
-    "generate.py --model MODEL --max-new 3 --rows 2",
-    "tokenizer.py --model MODEL",
+    "-m engine.decode --model MODEL --max-new 3 --rows 2",
+    "-m support.tokenizer --model MODEL",
     "lora.py --model MODEL --steps 2",
     "selfedit.py --model MODEL --data data/example_eval.json --max-new 9",
     "inner_loop.py --model MODEL --data data/example_eval.json --max-new 9"])

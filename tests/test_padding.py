@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-import padding
+from engine import padding
+from engine.packing import Example, pack
+from engine.train import Running, sft
+from engine.update import FrozenHeadLoss
 from lora import Adapters, Lora, Route
 from model import load_pretrained
-from packing import Example, pack
-from sft import Running, sft
 from tests.helpers import CASES, mixed_jobs
-from update import FrozenHeadLoss
 
 LORA = Lora(rank=8, alpha=16, targets=["q_proj", "v_proj"])
 EOS = 2

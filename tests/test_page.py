@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-import page
-from config import Config
-from files import UserError
+from support import page
+from support.config import Config
+from support.files import UserError
 
 HOSTILE = "</pre><script>alert(1)</script>\"'><img src=x onerror=alert(2)>\x00\x1b[31m\ud800&amp;"
 
@@ -180,8 +180,8 @@ def test_command_line(tmp_path):
     # A run that is being written: its last line is torn, and is left so.
     with (tmp_path / "r" / "rollouts.jsonl").open("a") as f:
         f.write('{"iteration": 1, "spl')
-    root = Path(page.__file__).parent
-    done = subprocess.run([sys.executable, "-m", "page", tmp_path / "r"], cwd=root,
+    root = Path(page.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-m", "support.page", tmp_path / "r"], cwd=root,
                           capture_output=True, text=True)
     assert done.stdout.strip() == str(tmp_path / "r" / "report.html"), done.stderr
     assert (tmp_path / "r" / "rollouts.jsonl").read_text().endswith('"spl')

@@ -4,13 +4,13 @@ import sys
 
 import pytest
 
-import memory
 import outer_loop
-import plan as program
-from files import UserError
-from plan import CARDS, GIB, hardware_table, plan, planner
-from config import Config, inner_recipe
+from engine import memory
+from support.config import Config, inner_recipe
+from support.files import UserError
 from tests.conftest import ROOT
+from tools import plan as program
+from tools.plan import CARDS, GIB, hardware_table, plan, planner
 
 KNOWLEDGE = Config(model="qwen2.5-7b")
 

@@ -4,15 +4,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from checkpoint import EMBEDDED
-from files import UserError
-from generate import Sampling
+from engine.decode import Sampling
+from engine.train import Job, sft
 from inner_loop import TINY, make_job
-from remember import first_words, last_layers, recall, scaled, with_old
+from lab.remember import first_words, last_layers, recall, scaled, with_old
 from lora import Adapters
 from model import load_pretrained
 from selfedit import SelfEdit
-from sft import Job, sft
+from support.checkpoint import EMBEDDED
+from support.files import UserError
 
 WRITING = Sampling(max_new=100, temperature=.8, top_p=.95)
 

@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file
 
 import inner_loop
 import outer_loop
-from config import PRESETS, Config, flag
 from data import judges
 from data.judges import each
-from files import UserError, cli
-from generate import quiet
+from engine.decode import quiet
+from engine.train import Recipe
 from inner_loop import Answers
 from lora import PROJECTIONS, Lora
 from model import load_pretrained
-from progress import Meter
-from run import Lines, Records, Run, score_edits, unadapted
-from sft import Recipe
+from support.config import PRESETS, Config, flag
+from support.files import UserError, cli
+from support.progress import Meter
+from support.run import Lines, Records, Run, score_edits, unadapted
 from tests.conftest import ROOT
 from tests.helpers import SMALL, even_length, parse, read_lines, run_it
 
@@ -295,7 +295,7 @@ def test_the_flags_of_both_loops_reach_their_jobs(argv, varied_rewards, monkeypa
 
 def test_without_a_terminal_progress_is_a_line_every_ten_seconds(monkeypatch, capsys):
     clock = SimpleNamespace(now=0)
-    monkeypatch.setattr("progress.time", SimpleNamespace(time=lambda: clock.now))
+    monkeypatch.setattr("support.progress.time", SimpleNamespace(time=lambda: clock.now))
     meter = Meter("steps")
 
     for now, done in ((11, 1), (19, 2), (22, 3), (40, 4)):
@@ -534,7 +534,7 @@ def test_an_m_step_whose_weights_were_not_saved_is_made_again(argv, whole, varie
 
 def test_a_run_that_has_ended_computes_nothing_again(argv, varied_rewards, monkeypatch):
     before = content(run_it(argv))
-    monkeypatch.setattr("run.ask", None)
+    monkeypatch.setattr("support.run.ask", None)
     monkeypatch.setattr("inner_loop.sft", None)
     monkeypatch.setattr("outer_loop.sft", None)
 
@@ -683,7 +683,7 @@ def test_a_mistaken_first_command_blocks_nothing(argv):
 
 
 def test_two_processes_do_not_share_a_folder(argv):
-    program = ("import sys; from files import cli; from tests.helpers import run_it; "
+    program = ("import sys; from support.files import cli; from tests.helpers import run_it; "
                "cli(lambda: run_it(sys.argv[1:]))")
     run = Run(parse(argv))
 
@@ -810,7 +810,7 @@ def test_a_judge_without_room_on_the_device_is_on_the_host(argv, monkeypatch, ca
 @pytest.mark.parametrize("judge, right", [("rule", [True, True]), ("substring", [True, False])])
 def test_the_verdicts_of_a_run_are_its_judges(judge, right, argv, monkeypatch):
     monkeypatch.setattr("inner_loop.ask", answer_backwards)
-    monkeypatch.setattr("run.ask", answer_backwards)
+    monkeypatch.setattr("support.run.ask", answer_backwards)
 
     run = run_it([*argv, "--judge", judge, "--iterations", "1"])
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from data import knowledge, tinyarc
-from generate import Sampling
+from engine.decode import Sampling
 from selfedit import (PROMPTS, QUERY, TOOLS, read_json_edit, read_self_edit, sample_self_edits,
                       seed_for, split_documents, write_json_edit)
 

@@ -14,15 +14,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoModelForCausalLM, get_cosine_schedule_with_warmup,
                           get_linear_schedule_with_warmup)
 
-import sft as engine
-import update
-from files import UserError
+from engine import train as engine
+from engine import update
+from engine.packing import next_size
+from engine.train import Job, sft, sft_one
+from engine.update import FrozenHeadLoss, adamw_
 from lora import Adapters, Lora, can_group
 from model import load_pretrained
-from packing import next_size
-from sft import Job, sft, sft_one
+from support.files import UserError
 from tests.helpers import ALL, CASES, RECIPE, mixed_jobs
-from update import FrozenHeadLoss, adamw_
 
 SOME = ["q_proj", "v_proj"]
 SCHEDULES = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}

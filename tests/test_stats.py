@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from stats import (agreement, bootstrap_ci, forgetting, mean_ci, over_streams, share_changed,
-                   variance_components)
+from support.stats import (agreement, bootstrap_ci, forgetting, mean_ci, over_streams,
+                           share_changed, variance_components)
 
 # ------------------------------------------------------------------------------- intervals
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import team
-from files import Lines
+from support import ranks
+from support.files import Lines
+from support.ranks import SharedLines, share_of
 from tests.conftest import ROOT
 from tests.helpers import read_lines
-from team import SharedLines, share_of
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 PROGRAM = """
@@ -27,7 +27,7 @@ from data.judges import each
 from tests.helpers import even_length
 judges.RULES["rule"] = each(even_length)    # rewards that differ on a random model
 import {program}
-from files import cli
+from support.files import cli
 cli({program}.main)
 """
 
@@ -86,10 +86,10 @@ def in_folder(argv, folder):
 
 def test_the_shares_are_a_partition_of_like_costs(monkeypatch):
     costs = [7.0, 1.0, 5.0, 3.0, 3.0, 5.0]
-    monkeypatch.setattr(team, "SIZE", 3)
+    monkeypatch.setattr(ranks, "SIZE", 3)
     shares = []
     for rank in range(3):
-        monkeypatch.setattr(team, "RANK", rank)
+        monkeypatch.setattr(ranks, "RANK", rank)
         shares.append(share_of(costs))
 
     assert sorted(chain(*shares)) == list(range(6))
@@ -97,15 +97,15 @@ def test_the_shares_are_a_partition_of_like_costs(monkeypatch):
 
 
 def test_more_ranks_than_work(monkeypatch):
-    monkeypatch.setattr(team, "SIZE", 3)
-    monkeypatch.setattr(team, "RANK", 2)
+    monkeypatch.setattr(ranks, "SIZE", 3)
+    monkeypatch.setattr(ranks, "RANK", 2)
 
     assert share_of([1.0, 1.0]) == []
 
 
 def test_alone_there_is_nobody_to_wait_for():
     assert share_of([1.0, 5.0, 2.0]) == [0, 1, 2]
-    assert team.gather("x") == ["x"]
+    assert ranks.gather("x") == ["x"]
 
 
 def test_what_a_killed_rank_had_finished_is_taken_in(tmp_path):

@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoint import EMBEDDED
-from files import UserError
 from data import arc, pretrain_tiny, tinyarc
-from generate import Sampling
+from engine.decode import Sampling
 from model import load_pretrained
 from outer_loop import rest_em
-from run import Run, score_edits, unadapted
 from selfedit import read_self_edit, sample_self_edits, write_json_edit
+from support.checkpoint import EMBEDDED
+from support.files import UserError
+from support.run import Run, score_edits, unadapted
+from support.tokenizer import Tokenizer
 from tests.helpers import parse
-from tokenizer import Tokenizer
 
 FOLDER = EMBEDDED.with_name("tiny-arc")
 

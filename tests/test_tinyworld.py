@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoint import EMBEDDED
-from files import UserError
 from data import pretrain_tiny, tinyworld as world
 from inner_loop import grade_all
 from model import load_pretrained
 from outer_loop import baselines, rest_em, summary
-from run import Run, unadapted
 from selfedit import EMPTY, SelfEdit, read_self_edit
+from support.checkpoint import EMBEDDED
+from support.files import UserError
+from support.run import Run, unadapted
+from support.tokenizer import Tokenizer
 from tests.helpers import parse, read_lines
-from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 

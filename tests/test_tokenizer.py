@@ -12,9 +12,9 @@ import tokenizers
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from files import UserError
+from support.files import UserError
+from support.tokenizer import LLAMA3, LONGEST, Tokenizer, pieces
 from tests.make_checkpoint import make_checkpoint
-from tokenizer import LLAMA3, LONGEST, Tokenizer, pieces
 
 # ------------------------------------------------------------------------------- texts
 

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from device import flash_attention, has_flash, to_device
+from engine.gpu import flash_attention, has_flash, to_device
 
 
 class Ribbon:

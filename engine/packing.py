@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-import padding
-from device import to_device
-from generate import round_up
+from engine import padding
+from engine.decode import round_up
+from engine.gpu import to_device
+from engine.ribbon import Ribbon
 from lora import Segments
-from ribbon import Ribbon
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """A Hugging Face vocabulary as a tiktoken encoding, and the chat templates of Llama-3 and ChatML.
 
-    python tokenizer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --text "Hello, world"
+    python -m support.tokenizer --model HuggingFaceTB/SmolLM2-135M-Instruct --text "Hello, world"
 
 tiktoken merges the pair whose union has the lowest rank, and in these vocabularies a token's id
 *is* its rank: so the vocabulary {bytes: id} and the pre-tokenizer's regular expression are all we
@@ -15,8 +15,8 @@ import unicodedata
 import tiktoken
 import torch
 
-from checkpoint import EMBEDDED, fetch, number, read_object
-from files import Parser, UserError, cli
+from support.checkpoint import EMBEDDED, fetch, number, read_object
+from support.files import Parser, UserError, cli
 
 GPT2 = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
         r"|\s+(?!\S)|\s+")

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import EMBEDDED, fetch
-from files import Parser, UserError, cli
+from engine.memory import auto_answering, auto_rows, auto_slots, row_memory, step_memory
+from engine.train import Job
 from lora import Lora
-from memory import auto_answering, auto_rows, auto_slots, row_memory, step_memory
 from model import ModelConfig, Transformer
-from config import Config, inner_recipe, outer_recipe
-from sft import Job
+from support.checkpoint import EMBEDDED, fetch
+from support.config import Config, inner_recipe, outer_recipe
+from support.files import Parser, UserError, cli
 
 GIB = 2 ** 30
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from files import UserError
+from support.files import UserError
 
 
 def free_memory(device):

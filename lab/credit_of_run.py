@@ -1,6 +1,6 @@
 """Which line of a self-edit taught which answer?
 
-    python credit.py RUN_DIR [--iteration 3 --task 5]       # of any run about passages
+    python -m lab.credit_of_run RUN_DIR [--iteration 3 --task 5]       # of any run about passages
 
 A self-edit is learned again from random halves of its documents, all side by side, and how likely
 the gold answers become is regressed on which documents were there. The result is a table of
@@ -12,20 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 
 # Before what takes long to import, so that Ctrl-C is a line from here on.
-from files import Parser, UserError, at_least, cli, replace_file
+from support.files import Parser, UserError, at_least, cli, replace_file
 
 import numpy as np
 import torch
 
-import page
-from config import Config
+from engine.ribbon import Ribbon
+from engine.train import Recipe, sft
 from inner_loop import make_job
 from lora import Adapters
-from progress import Meter
-from ribbon import Ribbon
-from run import Run, read_settings
 from selfedit import SelfEdit, Task, read_self_edit, seed_for
-from sft import Recipe, sft
+from support import page
+from support.config import Config
+from support.progress import Meter
+from support.run import Run, read_settings
 
 DESIGNS = ("leave one out", "only one", "random halves")
 PAIRS = 20      # of random halves: on 8 towns of the tiny world 10 of them order lines as well

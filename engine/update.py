@@ -5,7 +5,7 @@ step number and clipping. sft.py calls them; its sft_one uses torch's own.
 """
 import torch
 
-from device import fused
+from engine.gpu import fused
 
 PIECE = 2 ** 16     # values of an adapter that are updated together on a CPU: .25 MiB each
 

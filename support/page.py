@@ -1,6 +1,6 @@
 """A run as one HTML file, report.html in its folder: no script, nothing loaded from elsewhere.
 
-    python -m page RUN_DIR      # of any run, finished or not: it reads files, and needs no weights
+    python -m support.page RUN_DIR      # of any run, finished or not: it reads files, not weights
 """
 import base64
 import html
@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from config import PRESETS, Config, flag
-from files import Lines, Parser, UserError, cli, printable, read_json, replace_file
-from report import arrows, iteration_line, typical_task
-from run import Metrics, Records, place_of, read_settings
+from support.config import PRESETS, Config, flag
+from support.files import Lines, Parser, UserError, cli, printable, read_json, replace_file
+from support.report import arrows, iteration_line, typical_task
+from support.run import Metrics, Records, place_of, read_settings
 
 # Mid-tones that can be told apart, also by the colour-blind, on white and on black.
 COLOURS = "#3b82c4 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8c6bb1 #8a8a8a #a6761d #66a61e".split()

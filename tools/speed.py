@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import EMBEDDED
-from generate import Sampling, generate
+from engine.decode import Sampling, generate
+from engine.memory import peak_memory
+from engine.train import Job, Recipe, sft
 from inner_loop import batched
 from lora import Adapters, Lora
-from memory import peak_memory
 from model import ModelConfig, Transformer
-from plan import token_flops, write_shape
-from sft import Job, Recipe, sft
+from support.checkpoint import EMBEDDED
+from tools.plan import token_flops, write_shape
 
 LENGTHS = json.loads(EMBEDDED.with_name("lengths.json").read_text())   # per self-edit
 RECIPE = Recipe(Lora(rank=32, alpha=64, targets=["q_proj", "v_proj"]), lr=1e-3, epochs=1, batch=1)

@@ -21,13 +21,13 @@ from typing import Iterator
 import torch
 import torch.nn.functional as F
 
-from device import Recorded, has_flash, has_graphs, to_device
-from generate import quiet
+from engine.decode import quiet
+from engine.gpu import Recorded, has_flash, has_graphs, to_device
+from engine.memory import (activation_memory, auto_slots, free_memory, give_back_memory,
+                           is_out_of_memory, less_memory, recompute_if_short, tokens_per_step)
+from engine.packing import Example, Packed, Room, pack
+from engine.update import FrozenHeadLoss, adamw_all
 from lora import Adapters, Lora, Route
-from memory import activation_memory, auto_slots, free_memory, give_back_memory, recompute_if_short
-from memory import is_out_of_memory, less_memory, tokens_per_step
-from packing import Example, Packed, Room, pack
-from update import FrozenHeadLoss, adamw_all
 
 
 @dataclass

@@ -3,7 +3,7 @@ import time
 
 from tqdm import tqdm
 
-import team
+from support import ranks
 
 
 class Meter:
@@ -13,7 +13,7 @@ class Meter:
     def __init__(self, what):
         self.what = what
         self.begin = self.said = time.time()
-        self.shown = team.RANK == 0
+        self.shown = ranks.RANK == 0
         self.bar = tqdm(desc=what, disable=None if self.shown else True, leave=False,
                         mininterval=0.5)
 

@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import team
-from checkpoint import fetch
-from config import DOMAINS, FREE, Config, inner_recipe
 from data import judges, knowledge, tinyworld
-from files import Lines, UserError, fingerprint, lock, printable, read_json, replace_file
-from generate import Sampling
+from engine.decode import Sampling
+from engine.memory import is_out_of_memory
 from inner_loop import ask, grade_all, update_and_score
-from memory import is_out_of_memory
 from model import ModelConfig, Transformer, load_pretrained
-from progress import Meter
 from selfedit import SelfEdit, Task, read_self_edit, room_for_self_edit, sample_self_edits, seed_for
-from team import SharedLines
-from tokenizer import Tokenizer
+from support import ranks
+from support.checkpoint import fetch
+from support.config import DOMAINS, FREE, Config, inner_recipe
+from support.files import Lines, UserError, fingerprint, lock, printable, read_json, replace_file
+from support.progress import Meter
+from support.ranks import SharedLines
+from support.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------- records
 
@@ -88,11 +88,11 @@ class Run:
         self.begin = time.time()
         if cfg.judge == "openai":
             judges.check_openai()
-        team.join(cfg.device)
+        ranks.join(cfg.device)
         self.folder = Path(cfg.run_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         # No other process works here meanwhile; of several ranks the first one holds the lock.
-        self.lock = lock(self.folder) if team.RANK == 0 else None
+        self.lock = lock(self.folder) if ranks.RANK == 0 else None
         self.edits = Records(self.folder / "edits.jsonl")
         self.rollouts = Records(self.folder / "rollouts.jsonl")
         self.metrics = Metrics(self.folder / "metrics.jsonl")
@@ -106,7 +106,7 @@ class Run:
 
     def log(self, line):
         """Print a line, without tearing a progress bar. Of several ranks the first one does."""
-        if team.RANK == 0:
+        if ranks.RANK == 0:
             tqdm.write(line)
 
     def exchange(self):
@@ -134,8 +134,8 @@ class Run:
             if differ:
                 raise UserError(f"{self.folder} holds a run with other settings "
                                 f"({', '.join(differ)}); use the same, or another --run-dir")
-        team.wait()     # until all have compared
-        if team.RANK == 0:
+        ranks.wait()     # until all have compared
+        if ranks.RANK == 0:
             replace_file(path, json.dumps(mine, indent=2))
 
     # Weights.
@@ -280,7 +280,7 @@ def sample_edits(run: Run, model, tasks: list[Task], t: int, split: str,
         room = room_for_self_edit(model, run.tok, tasks)
         sampling = Sampling(min(cfg.max_edit_tokens, room), k, cfg.temperature, cfg.top_p,
                             max_rows=cfg.rows)
-        mine = [missing[n] for n in team.share_of([len(tasks[i].prompt) for i in missing])]
+        mine = [missing[n] for n in ranks.share_of([len(tasks[i].prompt) for i in missing])]
         seeds = [[seed_for(cfg.seed, t, split, i, j, "edit") for j in range(k)] for i in mine]
 
         def keep(n, row):
@@ -304,12 +304,12 @@ def sample_edits(run: Run, model, tasks: list[Task], t: int, split: str,
 
 def verdicts(run: Run, model, tasks: list[Task], adapter=None) -> list[list[bool]]:
     """Which questions the model, as it is or under one adapter, answers correctly, per task."""
-    mine = team.share_of([len(task.queries) for task in tasks])
+    mine = ranks.share_of([len(task.queries) for task in tasks])
     own_tasks = [tasks[i] for i in mine]
     (answers,) = ask(model, run.tok, [own_tasks], run.answering, adapter)
     right = grade_all(own_tasks, [answer.texts for answer in answers])
     found = {}
-    for part in team.gather(dict(zip(mine, right))):
+    for part in ranks.gather(dict(zip(mine, right))):
         found |= part
     return [found[i] for i in range(len(tasks))]
 
@@ -336,7 +336,7 @@ def score_edits(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]],
 
     # Outcomes come in the order in which trainings end. Each is written down at once.
     begin = time.time()
-    mine = [todo[n] for n in team.share_of([training_cost(edits[i][j]) for i, j in todo])]
+    mine = [todo[n] for n in ranks.share_of([training_cost(edits[i][j]) for i, j in todo])]
     seeds = [[seed_for(run.cfg.seed, t, split, i, j, s, "adapter") for s in range(n_seeds)]
              for i, j in mine]
     outcomes = update_and_score(

@@ -1,11 +1,11 @@
 """What a run shows, in words: what `python outer_loop.py` prints."""
 import numpy as np
 
-from config import Config
-from files import printable
-from run import Run
 from selfedit import SelfEdit, Task
-from stats import with_interval
+from support.config import Config
+from support.files import printable
+from support.run import Run
+from support.stats import with_interval
 
 
 def opening(cfg: Config) -> str:

@@ -13,12 +13,12 @@ from functools import cache
 
 import torch
 
-from checkpoint import EMBEDDED
 from data import arc, judges, knowledge, tinyarc, tinyworld
-from files import UserError, fingerprint, read_text
+from engine.train import Recipe
 from lora import PROJECTIONS, Lora
 from selfedit import PROMPTS
-from sft import Recipe
+from support.checkpoint import EMBEDDED
+from support.files import UserError, fingerprint, read_text
 
 # ------------------------------------------------------------------------------- settings
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files import UserError, read_json, sync
+from support.files import UserError, read_json, sync
 
-EMBEDDED = Path(__file__).resolve().parent / "data" / "tiny"    # ships with the project
+EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "tiny"    # ships with the project
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                    "special_tokens_map.json", "generation_config.json", "chat_template.jinja")

@@ -1,7 +1,7 @@
 """The first hour on a GPU: is it right there, how fast is it, does a run go through?
 
-    python bench.py --suite                                     # about 25 minutes on an H100
-    python bench.py --suite --model DIR --train-data FILE --eval-data FILE
+    python -m tools.bench --suite                                     # about 25 minutes on an H100
+    python -m tools.bench --suite --model DIR --train-data FILE --eval-data FILE
 
 Every figure goes into one Markdown file, beside its target, as soon as it is known; a part that
 fails is named, and the next one runs. Targets are for one H100, and were computed before anything
@@ -20,19 +20,19 @@ from pathlib import Path
 
 import torch
 
-import generate
-from files import UserError
-from generate import Sampling, sample, tries_for
+from engine import decode
+from engine.decode import Sampling, sample, tries_for
+from engine.memory import give_back_memory, peak_memory, step_memory
+from engine.ribbon import Ribbon
+from engine.update import adamw_all
 from lora import Adapters, Segments, low_rank
-from memory import give_back_memory, peak_memory, step_memory
 from model import Transformer
-from ribbon import Ribbon
 from outer_loop import rest_em
-from plan import CARDS
-from config import PRESETS, Config
-from run import Run
-from speed import LENGTHS, RECIPE, Floor, Peer, make_jobs, matmul_rate, shaped, timed, train
-from update import adamw_all
+from support.config import PRESETS, Config
+from support.files import UserError
+from support.run import Run
+from tools.plan import CARDS
+from tools.speed import LENGTHS, RECIPE, Floor, Peer, make_jobs, matmul_rate, shaped, timed, train
 
 SHAPES = ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b"]
 # Thousands of tokens a second in training, pass and aim; the same, over PEFT's loop.
@@ -96,7 +96,7 @@ def name_of(device):
 def commit():
     """Of this checkout."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                          cwd=Path(__file__).parent)
+                          cwd=Path(__file__).parent.parent)
     return done.stdout.strip() or "unknown"
 
 
@@ -121,7 +121,7 @@ def tests():
         yield "tests/test_cuda.py", "no pytest (requirements-dev.txt)", "all pass"
         return
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "-s", "tests/test_cuda.py"],
-                          capture_output=True, text=True, cwd=Path(__file__).parent)
+                          capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     lines = done.stdout.strip().splitlines() or [done.stderr[-200:]]
     for line in lines:
         if line.startswith(("peak ", "waits at")):
@@ -240,9 +240,9 @@ def decoding(shape, device, dtype):
         answers = Sampling(tokens, max_rows=rows)
         texts = Sampling(tokens, temperature=1.0, top_p=0.95, max_rows=rows)
         arms = {f"{rows} answers under {n_adapters} adapters":
-                lambda: generate.generate(model, groups, answers, adapters=adapters),
+                lambda: decode.generate(model, groups, answers, adapters=adapters),
                 f"{rows} texts from the nucleus":
-                lambda: generate.generate(model, [prompts], texts, seeds=range(rows))}
+                lambda: decode.generate(model, [prompts], texts, seeds=range(rows))}
         # Read in every step: the weights (of a tied output once), and the adapters.
         read = least_bytes(model)
         read_adapters = adapters.flat.numel() * dtype.itemsize
@@ -266,11 +266,11 @@ def least_bytes(model: Transformer):
 
 @contextmanager
 def without_graphs():
-    has_graphs, generate.has_graphs = generate.has_graphs, lambda device: False
+    has_graphs, decode.has_graphs = decode.has_graphs, lambda device: False
     try:
         yield
     finally:
-        generate.has_graphs = has_graphs
+        decode.has_graphs = has_graphs
 
 
 # ------------------------------------------------------------------------------- a run

@@ -1,6 +1,6 @@
 """Many texts written at once: a KV cache, nucleus sampling, continuous batching, CUDA graphs.
 
-    python generate.py --model HuggingFaceTB/SmolLM2-135M-Instruct     # beside model.complete
+    python -m engine.decode --model HuggingFaceTB/SmolLM2-135M-Instruct     # beside model.complete
 
 A prompt is read once (the *prefill*), however many texts continue it, and its keys and values are
 kept. Then every step reads one token per row. The rows of many adapters are decoded together, and
@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from checkpoint import EMBEDDED
-from files import Parser, UserError, cli, positive
-from device import has_graphs, to_device
-from memory import auto_rows, give_back_memory, is_out_of_memory
+from engine.gpu import has_graphs, to_device
+from engine.memory import auto_rows, give_back_memory, is_out_of_memory
+from engine.ribbon import Ribbon, attention
 from model import PROMPT, complete, load_pretrained
-from ribbon import Ribbon, attention
-from tokenizer import Tokenizer
+from support.checkpoint import EMBEDDED
+from support.files import Parser, UserError, cli, positive
+from support.tokenizer import Tokenizer
 
 
 @dataclass

@@ -15,11 +15,11 @@ from itertools import chain
 
 import torch
 
-from files import UserError
-from generate import Sampling, write
+from engine.decode import Sampling, write
+from engine.train import Job
 from lora import Adapters
 from selfedit import SelfEdit, Task, read_self_edit, room_for_self_edit
-from sft import Job
+from support.files import UserError
 
 SCALE = .5          # of a merge
 EARLIER = 8         # passages to rehearse, at most

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from device import to_device
-from ribbon import Ribbon, like_lengths
+from engine.gpu import to_device
+from engine.ribbon import Ribbon, like_lengths
 
 
 def with_pads(example, pad_to, n_pads=8):

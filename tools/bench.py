@@ -1,9 +1,9 @@
 """How fast the engine is, beside what one would use instead, in one run.
 
-    python bench.py                                     # the embedded checkpoint, minutes on a CPU
-    python bench.py --model DIR_OR_HUB_ID --dtype bfloat16
-    python bench.py --shape qwen2.5-7b --jobs 256       # random weights of a known shape
-    python bench.py --suite                             # the first hour on a GPU (suite.py)
+    python -m tools.bench                           # the embedded checkpoint, minutes on a CPU
+    python -m tools.bench --model DIR_OR_HUB_ID --dtype bfloat16
+    python -m tools.bench --shape qwen2.5-7b --jobs 256       # random weights of a known shape
+    python -m tools.bench --suite                             # the first hour on a GPU (suite.py)
 
 Every arm does the same work in turn, A B C A B C; medians are shown. speed.py says what the work
 is. An arm whose library is missing is named and left out.
@@ -14,15 +14,15 @@ from dataclasses import replace
 
 import torch
 
-from checkpoint import EMBEDDED
-from files import Parser, UserError, at_least, cli, positive
+from engine.memory import auto_slots, step_memory
 from lora import Adapters
-from memory import auto_slots, step_memory
 from model import load_pretrained
-from plan import SHAPES
-from speed import (LENGTHS, N_ADAPTERS, N_QUESTIONS, RECIPE, Floor, Peer, answer, compare,
+from support.checkpoint import EMBEDDED
+from support.files import Parser, UserError, at_least, cli, positive
+from tools.plan import SHAPES
+from tools.speed import (LENGTHS, N_ADAPTERS, N_QUESTIONS, RECIPE, Floor, Peer, answer, compare,
                    make_jobs, make_questions, one_round, shaped, show, timed, train)
-from suite import suite
+from tools.suite import suite
 
 
 def bench_training(args, model, peer, floor, lengths):
