@@ -21,23 +21,24 @@ from itertools import chain
 from pathlib import Path
 
 # Before what takes long to import, so that Ctrl-C is a line from here on.
-from support.files import Lines, Parser, UserError, cli, positive, read_json, replace_file
+from support.files import Parser, UserError, cli, positive, read_json, replace_file
+from support.records import Lines
 
 import numpy as np
 from safetensors.torch import load_file, save_file
 
 from data.arc import picture
-from engine.decode import Sampling
+from engine.decode import Sampling, collect
 from engine.train import Job, sft
 from inner_loop import ask, grade_all, in_prompt, make_job
 from lora import Adapters
+from outer_loop import sample, score, unadapted, verdicts
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from support import page
 from support import ranks
 from support.config import add_flags, read_flags
 from support.progress import Meter
 from support.run import Run, print_of_data, print_of_model
-from support.run import sample_edits, score_edits, unadapted, verdicts
 from support.stats import bootstrap_ci, forgetting, share_changed, with_interval
 
 # ------------------------------------------------------------------------------- rows of a table
@@ -57,7 +58,7 @@ class Table:
         run, model = self.run, self.run.load(t, folder)
         if self.steps:
             edits = [[for_steps(model, run, edit, self.steps) for edit in row] for row in edits]
-        score_edits(run, model, self.tasks, edits, t, "eval", self.without, run.cfg.seeds, arm=name)
+        score(run, model, self.tasks, edits, t, "eval", self.without, run.cfg.seeds, arm=name)
         self.rows.append(row_of(name, run.rollouts.of(t, "eval", name), self.base))
         return self.rows[-1]
 
@@ -66,7 +67,7 @@ class Table:
         rounds = len(list(Path(folder).glob("iter_*[0-9]")))
         for t in range(1, rounds + 1):
             model = self.run.load(t, folder)
-            edits = sample_edits(self.run, model, self.tasks, t, "eval", k)
+            edits = sample(self.run, model, self.tasks, t, "eval", k)
             self.add(f"self-edits after round {t}", edits, t, folder)
 
 
@@ -150,7 +151,7 @@ def single(args, run: Run):
                run=prints_of_rounds(run, args.run), equal_steps=args.equal_steps)
     table = Table(run, tasks, steps=args.equal_steps)
     model = run.load(0)
-    own_edits = sample_edits(run, model, tasks, 0, "eval", 1)
+    own_edits = sample(run, model, tasks, 0, "eval", 1)
     passage = [[task.references["passage only"]] for task in tasks]
     reference = table.add("passage only", passage)
 
@@ -266,7 +267,7 @@ def arc(args, run: Run):
         raise UserError("this experiment is about puzzles; for passages: python eval.py single")
     run.settle("eval arc", run=prints_of_rounds(run, args.run))
     table = Table(run, tasks, first_row="in-context learning")
-    own_edits = sample_edits(run, run.load(0), tasks, 0, "eval", cfg.eval_edits)
+    own_edits = sample(run, run.load(0), tasks, 0, "eval", cfg.eval_edits)
     reference = table.add("its own self-edits", own_edits)
     for name in tasks[0].references:
         table.add(name, [[task.references[name]] for task in tasks])
@@ -346,7 +347,8 @@ def learn_next(run, model, learned: Adapters, streams: list[list[Task]],
     rank = run.recipe.lora.rank
     sampling = Sampling(cfg.max_edit_tokens, 1, cfg.temperature, cfg.top_p)
     seeds = [[seed_for(cfg.seed, s, k, "edit")] for s in range(len(tasks))]
-    edits = sample_self_edits(model, run.tok, tasks, sampling, seeds, learned, Meter("self-edits"))
+    edits = collect(sample_self_edits(model, run.tok, tasks, sampling, seeds, learned,
+                                       Meter("self-edits")))
 
     # Only the k-th part of the adapter is free. It begins as a fresh adapter does.
     free = learned.part(k * rank, (k + 1) * rank)
@@ -387,7 +389,7 @@ def cpt(args, run: Run):
     given = imported(args.edits_from, tasks)
     run.settle("eval cpt", edits_from=prints(args.edits_from))
     model = run.load(0)
-    edits = sample_edits(run, model, tasks, 0, "eval", cfg.edits)
+    edits = sample(run, model, tasks, 0, "eval", cfg.edits)
     contexts = [text for task in tasks for text in task.context]
     own_texts = [edit.text for row in edits for edit in row if edit.text]
     corpora = {"passages": contexts, "passages and its own self-edits": contexts + own_texts}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 from data import knowledge, text, tinyworld     # for the command line only
-from engine.decode import Sampling, quiet, split_into, write
+from engine.decode import Sampling, collect, quiet, split_into, write
 from engine.memory import auto_answering, in_halves
 from engine.train import Job, Recipe, Trained, dialogue, sft
 from lora import Adapters, Lora, PROJECTIONS
@@ -221,7 +221,8 @@ def learn_texts(args, model, tok):
     print(f"{', '.join(args.learn)}: {len(texts)} passages, {tokens} tokens")
     writing = Sampling(args.max_new, args.edits, temperature=0.5, top_p=0.95)
     seeds = [[seed_for(i, j) for j in range(args.edits)] for i in range(len(tasks))]
-    edits = sample_self_edits(model, tok, tasks, writing, seeds, progress=Meter("self-edits"))
+    edits = collect(
+        sample_self_edits(model, tok, tasks, writing, seeds, progress=Meter("self-edits")))
     print(printable(f"a self-edit of the first passage:\n{edits[0][0].text}\n"))
 
     questions = args.ask or own_questions(model, tok, texts)
@@ -256,7 +257,7 @@ def own_questions(model, tok, texts) -> list[str]:
     sampling = Sampling(100, temperature=0.3, top_p=0.95)
     found = []
     seeds = [[seed_for("questions", i)] for i in range(len(tasks))]
-    for (edit,) in sample_self_edits(model, tok, tasks, sampling, seeds):
+    for (edit,) in collect(sample_self_edits(model, tok, tasks, sampling, seeds)):
         found += re.findall(r"^(?:Question \d+:)?\s*(\S[^\n]*\?)", edit.text, re.MULTILINE)[:2]
     return found or [f"What is {texts[0][0]}?"]
 
@@ -329,7 +330,7 @@ def main():
     recipe = TINY if args.model == EMBEDDED else SMALL
     if not args.self_edit:
         writing = Sampling(args.max_new, temperature=0.8, top_p=0.95)
-        ((edit,),) = sample_self_edits(model, tok, [task], writing, [[seed_for(0)]])
+        ((_, (edit,)),) = sample_self_edits(model, tok, [task], writing, [[seed_for(0)]])
     else:
         edit = read_self_edit(task, written)
     print(printable(f"{task.context[0]}\n\n--- self-edit\n{edit.text}\n"))

@@ -19,18 +19,17 @@ from support.files import Parser, UserError, cli
 
 import numpy as np
 
+from engine.decode import Sampling
 from engine.memory import peak_memory
 from engine.train import Job, dialogue, sft
-from inner_loop import in_prompt
+from inner_loop import ask, grade_all, in_prompt, update_and_score
 from lora import Adapters
-from selfedit import SelfEdit, Task, seed_for
-from support import page
+from selfedit import (SelfEdit, Task, read_self_edit, room_for_self_edit, sample_self_edits,
+                      seed_for)
 from support import ranks
 from support.config import Config, add_flags, outer_recipe, read_flags
-from support.progress import Meter
-from support.report import curve, examples, iteration_line, opening, round_line, summary
+from support.report import examples, opening, round_line, self_edit_line, summary
 from support.run import Run
-from support.run import sample_edits, score_edits, unadapted
 from support.stats import bootstrap_ci
 from tools.plan import plan
 
@@ -55,30 +54,25 @@ def rest_em(cfg: Config, run: Run, learn=None) -> list[Task]:
         model = run.load(t)                                             # theta_t
         evaluate(cfg, run, model, held_out, t)
 
-        # E-step: sample self-edits, and measure the model that each of them makes. These functions
-        # of run.py call selfedit.sample_self_edits, inner_loop.ask and inner_loop.update_and_score,
-        # and keep on disk what those return.
+        # E-step: sample self-edits, and measure the model that each of them makes.
         run.log(f"\nRound {t + 1}: the E-step, on {cfg.tasks} tasks to learn from")
         tasks = next_tasks(train, t, cfg.tasks)                         # (C, tau) ~ D
-        edits = sample_edits(run, model, tasks, t, "train", cfg.edits)  # SE ~ LM_theta_t(. | C)
+        edits = sample(run, model, tasks, t, "train", cfg.edits)        # SE ~ LM_theta_t(. | C)
         without = unadapted(run, model, tasks)
-        # For each: theta'_t <- SFT(theta_t, SE); Ans ~ LM_theta'_t(. | tau); r <- r(Ans, tau).
-        scores = score_edits(run, model, tasks, edits, t, "train", without, cfg.seeds)
+        # theta'_t <- SFT(theta_t, SE); Ans ~ LM_theta'_t(. | tau); r <- r(Ans, tau)
+        rewards = score(run, model, tasks, edits, t, "train", without, cfg.seeds)
 
         # M-step: fine-tune the model on the self-edits, weighed by what they were worth.
-        learned = weigh(cfg, scores, edits, without, t)
-        run.log(examples(tasks[0], edits[0], scores[0]))
-        run.log(round_line(t, scores, without, learned))
+        learned = weigh(cfg, rewards, edits, without, t)
+        run.keep_weights(t, learned)
+        run.log(examples(tasks[0].name, edits[0], rewards[0]))
+        run.log(round_line(t, rewards, without, learned))
+        kept = [(tasks[i], edits[i][j], weight) for i, j, weight in learned]
         # NOTE(paper): a round goes on from the last one, as in the official code. ReST-EM as Singh
         # et al. describe it starts from the base model every time: --restart.
-        if ranks.RANK == 0:      # the others read the result from disk
-            if cfg.restart and learned:
-                del model       # never two copies of the weights
-                model = run.load(0)
-            learn(cfg, run, model, [(tasks[i], edits[i][j], w) for i, j, w in learned], t)
-            run.save(t + 1, model)                                      # theta_t+1
-        del model
-        ranks.wait()
+        start = 0 if cfg.restart and kept else t
+        del model                               # never two copies of the weights
+        run.make(t + 1, start, lambda theta: learn(cfg, run, theta, kept, t))   # theta_t+1
 
     evaluate(cfg, run, run.load(cfg.iterations), held_out, cfg.iterations)
     return held_out
@@ -95,6 +89,109 @@ def next_tasks(train: list[Task], t: int, n: int) -> list[Task]:
     """Round t's tasks: the next n, in turn."""
     return [train[i % len(train)] for i in range(t * n, (t + 1) * n)]
 
+
+# ------------------------------------------------------------------------------- the E-step
+
+def sample(run: Run, model, tasks: list[Task], t: int, split: str, k: int) -> list[list[SelfEdit]]:
+    """SE ~ LM_theta_t(. | C): k self-edits of each task."""
+    # As long as the longest of all prompts leaves room for, whoever else is sampled beside it.
+    cfg = run.cfg
+    room = room_for_self_edit(model, run.tok, tasks)
+    sampling = Sampling(min(cfg.max_edit_tokens, room), k, cfg.temperature, cfg.top_p,
+                        max_rows=cfg.rows)
+
+    def write(numbers):
+        own = [tasks[i] for i in numbers]
+        seeds = []
+        for i in numbers:
+            seeds.append([seed_for(cfg.seed, t, split, i, j, "edit") for j in range(k)])
+        written = sample_self_edits(model, run.tok, own, sampling, seeds,
+                                    progress=run.meter("self-edits"))
+        for n, edits in written:
+            yield numbers[n], [{"text": edit.text, "token_ids": edit.token_ids} for edit in edits]
+
+    # All k of a task are written together.
+    groups = [[(i, j) for j in range(k)] for i in range(len(tasks))]
+    costs = [len(task.prompt) for task in tasks]
+    found = run.remember(run.edits, (t, split, ""), groups, costs, write)
+    edits = []
+    for task, group in zip(tasks, groups):
+        records = [found[place] for place in group]
+        edits.append([read_self_edit(task, r["text"], r["token_ids"]) for r in records])
+    return edits
+
+
+def score(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: int, split: str,
+          without: list[float], n_seeds: int, arm="") -> list[list[float]]:
+    """r(SE, tau, theta_t) of every self-edit, each by inner loops of its own, one for each seed.
+
+    without: the un-adapted accuracies, for the record. arm names the self-edits if they are not the
+    model's own. No draw depends on it: all arms begin from the same adapters, so that they differ
+    in what they are trained on alone."""
+    cfg = run.cfg
+
+    def try_out(numbers):
+        own = [places[number] for number in numbers]
+        seeds = []
+        for i, j in own:
+            seeds.append([seed_for(cfg.seed, t, split, i, j, s, "adapter") for s in range(n_seeds)])
+        # theta' <- SFT(theta_t, SE);  Ans ~ LM_theta'(. | tau);  r <- r(Ans, tau)
+        outcomes = update_and_score(
+            model, run.tok, [tasks[i] for i, _ in own], [edits[i][j] for i, j in own], seeds,
+            run.recipe, run.answering, run.meter("optimiser steps"))
+        for n, outcome in outcomes:
+            i, j = own[n]
+            record = {"unadapted": without[i]} | rollout(tasks[i], edits[i][j], outcome)
+            if cfg.verbose:
+                run.log(self_edit_line(i, j, record))
+            yield numbers[n], [record]
+
+    places = []
+    for i, row in enumerate(edits):
+        places += [(i, j) for j in range(len(row))]
+    costs = [training_cost(edits[i][j]) for i, j in places]
+    found = run.remember(run.rollouts, (t, split, arm), [[place] for place in places], costs,
+                         try_out)
+    rewards = []
+    for i, row in enumerate(edits):
+        rewards.append([found[i, j]["reward"] for j in range(len(row))])
+    return rewards
+
+
+def verdicts(run: Run, model, tasks: list[Task], adapter=None) -> list[list[bool]]:
+    """Which questions the model, as it is or under one adapter, answers correctly, per task."""
+    mine = ranks.share_of([len(task.queries) for task in tasks])
+    own_tasks = [tasks[i] for i in mine]
+    (answers,) = ask(model, run.tok, [own_tasks], run.answering, adapter)
+    right = grade_all(own_tasks, [answer.texts for answer in answers])
+    found = {}
+    for part in ranks.gather(dict(zip(mine, right))):
+        found |= part
+    return [found[i] for i in range(len(tasks))]
+
+
+def unadapted(run: Run, model, tasks: list[Task]) -> list[float]:
+    """Accuracy of the model as it is, on each task."""
+    return [float(np.mean(right)) for right in verdicts(run, model, tasks)]
+
+
+def training_cost(edit: SelfEdit) -> int:
+    """Characters to train on, over all epochs: what to share out over ranks by."""
+    characters = sum(len("".join(document)) for document in edit.documents)
+    return characters * edit.directives.get("epochs", 1)
+
+
+def rollout(task, edit, outcome):
+    """A line of rollouts.jsonl, but for where it belongs."""
+    return {"title": task.name, "reward": outcome.reward, "text": edit.text,
+            "token_ids": edit.token_ids, "directives": edit.directives, "tools": edit.tools,
+            "documents": len(edit.documents), "questions": task.questions, "gold": task.answers,
+            "answers": outcome.answers, "right": outcome.right, "losses": outcome.losses,
+            "cut": outcome.cut, "replies": len(outcome.right) * len(task.queries),
+            "seconds": round(outcome.seconds, 2), "note": outcome.note}
+
+
+# ------------------------------------------------------------------------------- the M-step
 
 def weigh(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
           without: list[float], t: int) -> list[tuple[int, int, float]]:
@@ -168,7 +265,7 @@ def m_step(cfg: Config, run: Run, model, learned: list[tuple[Task, SelfEdit, flo
         prompt = run.tok.prompt(task.prompt)
         examples.append(dialogue(prompt, edit.token_ids, weight=weight))
     job = Job(examples, seed_for(cfg.seed, t, "M-step"), recipe)
-    ((_, trained),) = sft(model, [job], Meter("steps of the M-step"))
+    ((_, trained),) = sft(model, [job], run.meter("steps of the M-step"))
     # W <- W + (alpha / r) B A, once, in float32: the next round begins from these weights.
     Adapters.stack(model, recipe.lora, [trained.weights]).merge(0)
     # To guess at random costs ln V a token. A model that does twice as badly is broken.
@@ -188,12 +285,12 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
     if any(m["iteration"] == t for m in run.metrics.records):
         return
     run.log(f"\nHeld-out tasks after round {t}: {len(tasks)}")
-    edits = sample_edits(run, model, tasks, t, "eval", cfg.eval_edits)
+    edits = sample(run, model, tasks, t, "eval", cfg.eval_edits)
     without = unadapted(run, model, tasks)
     arms = []
     if cfg.baselines and t == 0:
         arms = baselines(run, model, tasks, without)
-    scores = score_edits(run, model, tasks, edits, t, "eval", without, n_seeds=1)
+    scores = score(run, model, tasks, edits, t, "eval", without, n_seeds=1)
 
     # The mean over tasks, with a bootstrap interval over tasks, not over self-edits: more
     # self-edits of one task say nothing about other tasks.
@@ -210,14 +307,7 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
         "train_reward": float(np.mean(last_round)) if last_round else None,
         "made_of": run.domain.describe(tasks, edits),
         "seconds": round(time.time() - run.begin, 1)}
-    if ranks.RANK == 0:
-        run.metrics.add(metrics)
-        page.refresh(run)               # report.html, to look at
-    else:
-        run.metrics.records.append(metrics)
-    run.log(iteration_line(metrics))
-    if t > 0:
-        run.log(curve(run.metrics.records))
+    run.record(metrics)
 
 
 def baselines(run: Run, model, tasks: list[Task], without: list[float]) -> list[dict]:
@@ -231,7 +321,7 @@ def baselines(run: Run, model, tasks: list[Task], without: list[float]) -> list[
     # All tasks of a domain have references of the same names.
     for name in tasks[0].references:
         edits = [[task.references[name]] for task in tasks]
-        scores = score_edits(run, model, tasks, edits, 0, "eval", without, n_seeds=1, arm=name)
+        scores = score(run, model, tasks, edits, 0, "eval", without, n_seeds=1, arm=name)
         arms.append({"name": name, "reward": float(np.mean(scores)),
                      "by_kind": by_kind(tasks, run.rollouts.of(0, "eval", name))})
     return arms

@@ -12,9 +12,9 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field, replace
-from typing import Callable
+from typing import Callable, Iterator
 
-from engine.decode import Sampling, quiet, write
+from engine.decode import Sampling, quiet, write, write_each
 from model import load_pretrained
 from support.checkpoint import EMBEDDED
 from support.files import Parser, UserError, at_least, cli, positive, printable, read_json
@@ -232,26 +232,19 @@ def room_for_self_edit(model, tok, tasks: list[Task]) -> int:
 
 
 def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: list[list[int]],
-                      adapters=None, progress=quiet, keep=None) -> list[list[SelfEdit]]:
-    """SE ~ LM_theta(. | C): sampling.n self-edits of each task; those of task i are drawn with
-    seeds[i]. With `adapters`, task i's are written under adapter i. keep: hears of a task's number
-    and its self-edits as soon as all of these are written."""
+                      adapters=None, progress=quiet) -> Iterator[tuple[int, list[SelfEdit]]]:
+    """SE ~ LM_theta(. | C): yields (a task's number, its sampling.n self-edits) as they end.
+
+    seeds[i] are those of task i's draws, one for each self-edit. With `adapters`, adapter i writes
+    task i's."""
     if not tasks:
-        return []
+        return
     room = room_for_self_edit(model, tok, tasks)
     sampling = replace(sampling, max_new=min(sampling.max_new, room))
     flat_seeds = [seed for row in seeds for seed in row]
     prompts = [[task.prompt] for task in tasks]     # a group per task: adapter i for task i
-
-    def read(task, replies):
-        return [read_self_edit(task, reply.text, reply.token_ids) for reply in replies]
-
-    def keep_edits(i, replies):
-        keep(i, read(tasks[i], replies))
-
-    written = write(model, tok, prompts, sampling, flat_seeds, adapters, progress,
-                    keep_edits if keep else None)
-    return [read(task, replies) for task, replies in zip(tasks, written)]
+    for i, replies in write_each(model, tok, prompts, sampling, flat_seeds, adapters, progress):
+        yield i, [read_self_edit(tasks[i], reply.text, reply.token_ids) for reply in replies]
 
 
 # ------------------------------------------------------------------------------- command line

@@ -21,7 +21,8 @@ import torch
 from engine.gpu import to_device
 from engine.memory import in_halves
 from engine.ribbon import Ribbon
-from support.files import Lines, UserError, printable
+from support.files import UserError, printable
+from support.records import Lines
 
 # ------------------------------------------------------------------------------- rules
 

@@ -13,6 +13,8 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -53,12 +55,11 @@ def quiet(done: int, total: int):
     """No progress is shown."""
 
 
-def write(model, tok, groups: list[list[str]], sampling: Sampling, seeds=None, adapters=None,
-          progress=quiet, keep=None) -> list[list[Reply]]:
-    """Continue texts: groups of prompts in, groups of replies out, n in a row for each prompt.
+def write_each(model, tok, groups: list[list[str]], sampling: Sampling, seeds=None, adapters=None,
+               progress=quiet) -> Iterator[tuple[int, list[Reply]]]:
+    """Continue texts, given in groups: yields (a prompt's number, its n replies) as they end.
 
-    seeds, one per reply: of its draws. With `adapters`, group i is written under adapter i. keep:
-    hears of a prompt's number and its replies as soon as all of these are written."""
+    seeds: one for each reply, of its draws. With `adapters`, adapter i writes group i."""
     late_stop = frozenset(tok.newlines()) if sampling.newline_stops else frozenset()
     sampling = replace(sampling, stop=frozenset(tok.stop), late_stop=late_stop,
                        banned=tok.banned(model))
@@ -73,12 +74,28 @@ def write(model, tok, groups: list[list[str]], sampling: Sampling, seeds=None, a
         ended = ids[-1] in tok.stop or ids[-1] in late_stop
         return Reply(text, ids, cut=len(ids) == sampling.max_new and not ended)
 
-    def keep_replies(prompt, rows):
-        keep(prompt, [reply(ids) for ids in rows])
+    for prompt, rows in generate_each(model, prompts, sampling, seeds, adapters, progress):
+        yield prompt, [reply(ids) for ids in rows]
 
-    written = generate(model, prompts, sampling, seeds, adapters, progress,
-                       keep_replies if keep else None)
-    return [[reply(ids) for ids in group] for group in written]
+
+def write(model, tok, groups, sampling: Sampling, seeds=None, adapters=None) -> list[list[Reply]]:
+    """What `write_each` yields, all at once: groups of replies, n in a row for each prompt."""
+    return in_groups(write_each(model, tok, groups, sampling, seeds, adapters), groups)
+
+
+def in_groups(each, groups) -> list[list]:
+    """What comes for each prompt, in the groups and the order of the prompts."""
+    replies = collect(each)
+    collected = []
+    for own in split_into(replies, [len(group) for group in groups]):
+        collected.append(list(chain.from_iterable(own)))
+    return collected
+
+
+def collect(pairs) -> list:
+    """The results of a generator of (number, result), in the order of the numbers."""
+    found = dict(pairs)
+    return [found[number] for number in sorted(found)]
 
 
 # ------------------------------------------------------------------------------- the cache
@@ -387,21 +404,21 @@ class Grid:
 
 
 @torch.inference_mode()
-def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=None, adapters=None,
-             progress=quiet, keep=None) -> list[list[list[int]]]:
-    """Continue prompts (lists of ids), in groups: for each group n rows of new ids per prompt.
+def generate_each(model, groups: list[list[list[int]]], sampling: Sampling, seeds=None,
+                  adapters=None, progress=quiet) -> Iterator[tuple[int, list[list[int]]]]:
+    """Continue prompts (lists of ids), given in groups: yields (a prompt's number, its n rows of
+    new ids) as they end.
 
     Row i of all draws from its own generator, seeded seeds[i]. With `adapters` (lora.Adapters),
-    group i is read under adapter i. `progress` hears how many rows have ended, `keep` of a prompt's
-    number and its rows when all have. When memory runs out, it goes on with half the rows: those
-    under way begin again, and end the same."""
+    group i is read under adapter i. `progress` hears how many rows have ended. When memory runs
+    out, it goes on with half the rows: those under way begin again, and end the same."""
     prompts, owner = [], []         # owner: whose adapter reads a prompt
     for i, group in enumerate(groups):
         prompts += group
         owner += [i if adapters else 0] * len(group)
     assert all(prompts), "empty prompt"
     if not prompts:
-        return [[] for _ in groups]
+        return
 
     n, total = sampling.n, len(prompts) * sampling.n
     sampler = Sampler(model, sampling, total, seeds)
@@ -412,10 +429,10 @@ def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=Non
         try:
             for unfinished, left in decode(model, prompts, pending, owner, sampler, adapters,
                                            max_rows):
-                if keep and len(unfinished) < len(pending):
-                    for prompt in sorted(set(pending) - set(unfinished)):
-                        keep(prompt, sampler.texts(prompt * n, prompt * n + n))
+                ended = sorted(set(pending) - set(unfinished))
                 pending = unfinished
+                for prompt in ended:
+                    yield prompt, sampler.texts(prompt * n, prompt * n + n)
                 if left < total:
                     progress(total - left, total)
         except (RuntimeError, MemoryError) as e:
@@ -431,7 +448,11 @@ def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=Non
             for prompt in pending:
                 sampler.forget(range(prompt * n, prompt * n + n))
             give_back_memory(model.device)
-    return split_into(sampler.texts(0, total), [n * len(group) for group in groups])
+
+
+def generate(model, groups, sampling: Sampling, seeds=None, adapters=None):
+    """What `generate_each` yields, all at once: for each group n rows of new ids per prompt."""
+    return in_groups(generate_each(model, groups, sampling, seeds, adapters), groups)
 
 
 def decode(model, prompts, pending, owner, sampler, adapters, max_rows):

@@ -66,15 +66,15 @@ def merge_in_bfloat16():
 @contextmanager
 def stale_policy():
     """Self-edits are always sampled from the model that the run began with."""
-    sample_edits = outer_loop.sample_edits
+    sample = outer_loop.sample
     first = []
 
     def stale(run, model, *args):
         if not first:
             first.append(copy.deepcopy(model))
-        return sample_edits(run, first[0], *args)
+        return sample(run, first[0], *args)
 
-    with patch.object(outer_loop, "sample_edits", stale):
+    with patch.object(outer_loop, "sample", stale):
         yield
 
 

@@ -19,8 +19,8 @@ from lab.halving import RULES, Rung, start, trainer
 from lab.judged import Tried, released, worth
 from lab.show import over_passages, print_table
 from outer_loop import next_tasks
+from outer_loop import sample
 from support.files import cli
-from support.run import sample_edits
 
 SEEDS = 6       # three to choose by, three to judge by
 
@@ -32,7 +32,7 @@ def written(seed: int) -> tuple:
     with tempfile.TemporaryDirectory() as folder:
         run, train = start(seed, folder, times=2)
         tasks, model = next_tasks(train, 0, run.cfg.tasks), run.load(0)
-        return run, model, tasks, sample_edits(run, model, tasks, 0, "train", run.cfg.edits)
+        return run, model, tasks, sample(run, model, tasks, 0, "train", run.cfg.edits)
 
 
 def try_often(seed: int) -> dict:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 # Before what takes long to import, so that Ctrl-C is a line from here on.
-from support.files import Parser, UserError, at_least, cli, replace_file
+from support.files import Parser, UserError, at_least, cli, read_json, replace_file
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from selfedit import SelfEdit, Task, read_self_edit, seed_for
 from support import page
 from support.config import Config
 from support.progress import Meter
-from support.run import Run, read_settings
+from support.run import Run
 
 DESIGNS = ("leave one out", "only one", "random halves")
 PAIRS = 20      # of random halves: on 8 towns of the tiny world 10 of them order lines as well
@@ -103,7 +103,7 @@ def credit(model, tok, task: Task, edit: SelfEdit, recipe: Recipe, seed=0,
 
 def of_run(folder, t: int | None, i: int) -> dict:
     """The credit in the first held-out self-edit of task i by theta_t, which learns it again."""
-    settings = read_settings(folder)
+    settings = read_json(Path(folder) / "config.json")
     names = {f.name for f in dataclasses.fields(Config)}
     run = Run(Config(**{name: settings[name] for name in settings.keys() & names}
                      | {"run_dir": str(folder)}))

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from lab.show import error_bars, new_figure, of_seeds, over_seeds, save
-from support.files import Lines, Parser, UserError, cli, printable
-from support.run import read_settings
+from support.files import Parser, UserError, cli, printable, read_json
+from support.records import Lines
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 # What settings mean, in a figure's legend.
@@ -42,7 +42,7 @@ def read_runs(folders):
     """{what sets these runs apart: [metrics of each run, a dict per iteration]}."""
     configs, metrics = [], []
     for folder in map(Path, folders):
-        config = read_settings(folder)
+        config = read_json(Path(folder) / "config.json")
         if not isinstance(config, dict) or type(config.get("iterations")) is not int:
             raise UserError(f"{folder / 'config.json'}: not the settings of a run (no whole number "
                             "of iterations); restore it")

@@ -14,7 +14,8 @@ from typing import Callable, Collection, Sequence
 import numpy as np
 
 from support.config import flag
-from support.files import Lines, Parser, UserError
+from support.files import Parser, UserError
+from support.records import Lines
 
 
 def flags(doc: str) -> Parser:

@@ -81,7 +81,7 @@ def start(seed: int, folder, times=1):
 
 
 def trainer(run: Run, model, tasks, edits, t: int):
-    """run_rung for `race`: inner loops, with the seeds that run.score_edits would use."""
+    """run_rung for `race`: inner loops, with the seeds that outer_loop.score would use."""
     def run_rung(pairs, rung, first):
         recipe = replace(run.recipe, epochs=round(run.recipe.epochs * rung.steps))
         asked, learned, seeds = [], [], []

@@ -23,6 +23,7 @@ from outer_loop import m_step
 from selfedit import SelfEdit, Task, read_self_edit
 from support.config import Config
 from support.files import Parser, UserError, cli, positive, printable, read_json
+from support.progress import Meter
 from support.tokenizer import Tokenizer
 
 
@@ -87,7 +88,7 @@ def main():
 
     # Of a run the M-step needs no more than this. Every self-edit counts alike.
     begin = time.time()
-    run = SimpleNamespace(tok=tok, log=print)
+    run = SimpleNamespace(tok=tok, log=print, meter=Meter)
     try:
         m_step(cfg, run, model, [(task, edit, 1.0) for task, edit in pairs], t=0)
     except UserError:

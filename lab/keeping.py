@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data import tinyworld
+from engine.decode import collect
 from engine.train import Job, dialogue, sft
 from inner_loop import make_job
 from lab.remember import last_layers, recall, scaled, with_old
@@ -48,7 +49,7 @@ GENTLE = Arm(scale=.5, layers=2)    # half of each merge, on half of the layers
 def write_all(model, tok, towns, seed: int) -> list[SelfEdit]:
     """A self-edit of each town."""
     seeds = [[seed_for(seed, i, "edit")] for i in range(len(towns))]
-    return [edit for (edit,) in sample_self_edits(model, tok, towns, WRITING, seeds)]
+    return [edit for (edit,) in collect(sample_self_edits(model, tok, towns, WRITING, seeds))]
 
 
 def learn_town(stream: Stream, arm: Arm, k: int) -> dict[str, float]:
@@ -106,7 +107,7 @@ def own_texts(model, tok, n: int, seed: int) -> list:
     # Samples of the model's own distribution, which neither temperature nor a nucleus changes.
     as_it_is = replace(WRITING, temperature=1, top_p=1)
     examples = []
-    for town, (edit,) in zip(towns, sample_self_edits(model, tok, towns, as_it_is, seeds)):
+    for town, (edit,) in zip(towns, collect(sample_self_edits(model, tok, towns, as_it_is, seeds))):
         examples.append(dialogue(tok.prompt(town.prompt), edit.token_ids))
     return examples
 

@@ -17,8 +17,8 @@ from data.judges import RULES
 from lab.line_kinds import KINDS, classify, plain
 from lab.show import over_passages, print_table, save_numbers
 from selfedit import Task, read_self_edit
-from support.files import Lines, Parser, UserError, at_least, cli, printable, read_json
-from support.run import read_settings
+from support.files import Parser, UserError, at_least, cli, printable, read_json
+from support.records import Lines
 
 
 class Edits(Lines):
@@ -36,7 +36,7 @@ def read_groups(folder, arms=(), data=None) -> dict[str, list[dict]]:
     """{group: its held-out self-edits}: by iteration what a run sampled, by arm what it was given.
 
     data: a file of the passages, if it is elsewhere now."""
-    config = read_settings(folder)
+    config = read_json(Path(folder) / "config.json")
     if not isinstance(config, dict) or config.get("domain") != "knowledge":
         raise UserError(f"{folder}: not a run about passages")
     rollouts = Edits(Path(folder) / "rollouts.jsonl", repair=False).records

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data import tinyworld
+from engine.decode import collect
 from engine.train import sft
 from inner_loop import make_job, update_and_score
 from lab.tiny import ANSWERING, RECIPE, WRITING, verdicts
@@ -37,7 +38,8 @@ class Round:
             writing.append([seed_for(*key, i, j, "edit") for j in range(k)])
             learning += [[seed_for(*key, i, j, 0, "adapter")] for j in range(k)]
             places += [(i, j) for j in range(k)]
-        edits = sample_self_edits(self.policy, self.tok, tasks, replace(WRITING, n=k), writing)
+        edits = collect(sample_self_edits(self.policy, self.tok, tasks, replace(WRITING, n=k),
+                                          writing))
 
         asked = [with_questions(tasks[i], self.earlier) for i, _ in places]
         learned = [edits[i][j] for i, j in places]

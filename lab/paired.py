@@ -17,7 +17,8 @@ import numpy as np
 from data.judges import RULES
 from data.text import sentences
 from lab.show import over_passages, print_table, save_numbers
-from support.files import Lines, Parser, UserError, cli, read_json
+from support.files import Parser, UserError, cli, read_json
+from support.records import Lines
 
 
 def collect(folders) -> dict[str, dict[str, list[float]]]:

@@ -9,6 +9,7 @@ self-edit for a model of 135 M parameters, on one thread.
 """
 import tempfile
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 
@@ -20,8 +21,8 @@ from lab.show import over_passages, print_table
 from outer_loop import in_order, next_tasks
 from selfedit import read_self_edit
 from support.config import Config
-from support.files import cli
-from support.run import Run, read_settings
+from support.files import cli, read_json
+from support.run import Run
 
 
 def measure(run: Run, model, task, rollouts: list[dict]) -> dict:
@@ -60,7 +61,7 @@ def main():
     ap.add_argument("--data", help="the passages that it learned from (default: where they were)")
     ap.add_argument("--dtype", help="of the weights (default: as in the run)")
     args = ap.parse_args()
-    settings = read_settings(args.run)
+    settings = read_json(Path(args.run) / "config.json")
     own = {field.name: settings[field.name] for field in fields(Config) if field.name in settings}
     moved = {"model": args.model, "train_data": args.data, "dtype": args.dtype}
     own |= {name: value for name, value in moved.items() if value}

@@ -15,8 +15,8 @@ from lab.halving import RULES, race, start, trainer
 from lab.scores import products
 from lab.show import arrows, error_bars, new_figure, of_seeds, print_table, save
 from outer_loop import evaluate, m_step, next_tasks, select
+from outer_loop import sample
 from support.files import cli
-from support.run import sample_edits
 
 USUAL = "three seeds"
 PRODUCT = "inner product of gradients"
@@ -45,9 +45,9 @@ def learn(rule: str, seed: int) -> dict:
         for t in range(cfg.iterations):
             model = run.load(t)
             evaluate(cfg, run, model, held_out, t)
-            # E-step, in which score_edits of run.py would give all self-edits as many seeds.
+            # E-step, in which outer_loop.score would give all self-edits as many seeds.
             tasks = next_tasks(train, t, cfg.tasks)
-            edits = sample_edits(run, model, tasks, t, "train", cfg.edits)
+            edits = sample(run, model, tasks, t, "train", cfg.edits)
             scores, taken = rewards(rule, run, model, tasks, edits, t)
             loops += taken
             # M-step. Who dropped out of the race is below all others, and is not kept.

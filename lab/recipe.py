@@ -22,8 +22,9 @@ from lab.show import over_passages
 from lora import PROJECTIONS, Lora
 from model import load_pretrained
 from selfedit import SelfEdit, read_self_edit, seed_for
-from support.files import Lines, Parser, UserError, cli, positive, read_json
+from support.files import Parser, UserError, cli, positive, read_json
 from support.progress import Meter
+from support.records import Lines
 from support.tokenizer import Tokenizer
 
 FEW = ["q_proj", "v_proj"]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import Lines, Parser, UserError, cli
+from support.files import Parser, UserError, cli
+from support.records import Lines
 from support.stats import variance_components
 
 

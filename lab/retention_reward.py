@@ -22,6 +22,7 @@ from lab.show import made_of, new_figure, over_seeds, print_table, save
 from lab.tiny import TINY, load
 from outer_loop import in_order, m_step, next_tasks, select
 from support.files import cli, positive
+from support.progress import Meter
 from support.stats import mean_ci
 
 ROUNDS = 3
@@ -52,7 +53,7 @@ def run_arm(weight: float, seed: int, n_train: int, n_eval: int) -> dict:
         kept = select(cfg, rewards.tolist(), edits, [0.0] * len(tasks), t)
         learned = [(tasks[i], edits[i][j], 1.0) for i, j in kept]
         # Of a run the M-step needs no more than this.
-        quiet_run = SimpleNamespace(tok=tok, log=lambda line: None)
+        quiet_run = SimpleNamespace(tok=tok, log=lambda line: None, meter=Meter)
         m_step(cfg, quiet_run, policy, learned, t)
 
 

@@ -13,7 +13,8 @@ from lab.grpo import clipped_m_step
 from lab.tiny import SETTINGS
 from outer_loop import m_step, rest_em
 from support.config import Config
-from support.files import Lines, UserError
+from support.files import UserError
+from support.records import Lines
 from support.run import Run
 
 # name -> (how it differs from lab.tiny.SETTINGS, which keep the 2 best of 8 for 4 epochs; its outer

@@ -18,7 +18,8 @@ from pathlib import Path
 from lab.machine import ROOT, commit, machine
 from lab.show import print_table
 from support.config import add_flags
-from support.files import Lines, Parser, UserError, cli
+from support.files import Parser, UserError, cli
+from support.records import Lines
 
 GOAL, SEEDS = 0.75, range(5)
 # What an entry may not change: the task, how a self-edit is learned, and what a run is called.

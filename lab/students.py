@@ -1,6 +1,7 @@
 """Models that learn what another one writes. For lab/teacher.py."""
+from outer_loop import score
 from support.config import PRESETS, Config
-from support.run import Run, score_edits
+from support.run import Run
 
 
 def students(small, seed: int, split: str, folder) -> dict:
@@ -19,4 +20,4 @@ def worth(learners: dict, who: str, tasks, edits, t: int, split: str) -> list[li
     """The reward of every self-edit of round t, learned by one of these with its own tokenizer."""
     run, model = learners[who]
     without = [0.0] * len(tasks)
-    return score_edits(run, model, tasks, edits, t, split, without, run.cfg.seeds, arm=who)
+    return score(run, model, tasks, edits, t, split, without, run.cfg.seeds, arm=who)

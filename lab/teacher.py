@@ -16,8 +16,8 @@ from lab.experiment import Question, add_seeds, flags
 from lab.show import error_bars, new_figure, of_seeds, over_seeds, print_table, save
 from lab.students import students, worth
 from outer_loop import in_order, m_step, next_tasks, select
+from outer_loop import sample
 from support.files import cli
-from support.run import sample_edits
 
 # arm -> (who writes, who learns what is to be rewarded); in SEAL the writer, as it is by then
 ARMS = {"small teaches itself (SEAL)": ("small", "itself"),
@@ -41,14 +41,14 @@ def learn(arm: str, seed: int, split: str, small: str) -> dict:
         for t in range(cfg.iterations + 1):
             teacher = run.load(t)
             learners["itself"] = run, teacher
-            edits = sample_edits(run, teacher, held_out, t, "eval", cfg.eval_edits)
+            edits = sample(run, teacher, held_out, t, "eval", cfg.eval_edits)
             for who, values in found.items():
                 values.append(float(np.mean(worth(learners, who, held_out, edits, t, "eval"))))
             if t == cfg.iterations:
                 return {"reward": found}
             # As outer_loop.rest_em, but for the model that learns.
             tasks = next_tasks(train, t, cfg.tasks)
-            edits = sample_edits(run, teacher, tasks, t, "train", cfg.edits)
+            edits = sample(run, teacher, tasks, t, "train", cfg.edits)
             rewards = worth(learners, learner, tasks, edits, t, "train")
             kept = select(cfg, rewards, edits, [0.0] * cfg.tasks, t)
             m_step(cfg, run, teacher, [(tasks[i], edits[i][j], 1.0) for i, j in kept], t)

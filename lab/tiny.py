@@ -11,7 +11,7 @@ from lora import Adapters
 from model import Transformer, load_pretrained
 from selfedit import SelfEdit, Task, seed_for
 from support.config import PRESETS, Config, inner_recipe
-from support.run import read_settings
+from support.files import read_json
 from support.tokenizer import Tokenizer
 
 # Written, learned and answered as in `python outer_loop.py`, with the three rounds that it had
@@ -31,7 +31,7 @@ def add_runs(ap):
 
 def by_seed(folders) -> dict[int, Path]:
     """{seed: the folder of its run}."""
-    return {read_settings(folder)["seed"]: Path(folder) for folder in folders}
+    return {read_json(Path(folder) / "config.json")["seed"]: Path(folder) for folder in folders}
 
 
 def answer(ap, question: Question):

@@ -3,7 +3,7 @@ import random
 from dataclasses import replace
 
 from data import tinyworld as world
-from engine.decode import split_into
+from engine.decode import collect, split_into
 from lab.tiny import WRITING, load
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from support.progress import Meter
@@ -73,8 +73,8 @@ def sampled(t: int, folder, tasks: list[Task], seeds: list[int], beginnings: lis
     begun = []
     for task, beginning in zip(tasks, beginnings):
         begun.append(replace(task, prompt=task.prompt + beginning))
-    written = sample_self_edits(model, tok, begun, WRITING, [[seed] for seed in seeds],
-                                progress=Meter("self-edits"))
+    written = collect(sample_self_edits(model, tok, begun, WRITING, [[seed] for seed in seeds],
+                                progress=Meter("self-edits")))
     texts = []
     for beginning, (edit,) in zip(beginnings, written):
         texts.append(f"{beginning} {edit.text}".strip())

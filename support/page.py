@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 
 from support.config import PRESETS, Config, flag
-from support.files import Lines, Parser, UserError, cli, printable, read_json, replace_file
+from support.files import Parser, UserError, cli, printable, read_json, replace_file
+from support.records import Lines, Metrics, Records, place_of
 from support.report import arrows, iteration_line, typical_task
-from support.run import Metrics, Records, place_of, read_settings
 
 # Mid-tones that can be told apart, also by the colour-blind, on white and on black.
 COLOURS = "#3b82c4 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8c6bb1 #8a8a8a #a6761d #66a61e".split()
@@ -49,7 +49,7 @@ class Rollouts(Lines):
 def write(folder) -> Path:
     """Write report.html into a run's folder, from the files there. UserError if they are none."""
     path = Path(folder)
-    run = SimpleNamespace(path=path, cfg=read_settings(path),
+    run = SimpleNamespace(path=path, cfg=read_json(path / "config.json"),
                           metrics=Metrics(path / "metrics.jsonl", repair=False),
                           rollouts=Rollouts(path / "rollouts.jsonl", repair=False))
     sections = {"The run": headline, "The two loops": loops, "Held-out reward": curve,

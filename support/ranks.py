@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from support.files import Lines, UserError
+from support.files import UserError
 
 RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -78,33 +78,3 @@ def gather(x) -> list:
 def wait():
     """Until all ranks are here."""
     gather(None)
-
-
-class SharedLines(Lines):
-    """Lines to which every rank adds. Rank 0's are in the file itself; those of another rank are in
-    a part beside it until all ranks `exchange`, and a part that a kill left is taken in later."""
-
-    def __init__(self, path):
-        if RANK == 0:
-            super().__init__(path)
-            for part in sorted(path.parent.glob(f"{path.stem}.part*{path.suffix}")):
-                self.add(*[r for r in Lines(part).records if r not in self.records])
-                part.unlink()
-        wait()
-        if RANK:
-            super().__init__(path)
-            self.path = path.with_name(f"{path.stem}.part{RANK}{path.suffix}")
-        wait()
-        self.exchanged = len(self.records)
-
-    def exchange(self):
-        """Every rank gets the others' new records; rank 0 writes them to the file."""
-        everyone = gather(self.records[self.exchanged:])
-        others = [r for rank, records in enumerate(everyone) if rank != RANK for r in records]
-        if RANK == 0:
-            self.add(*others)
-        wait()
-        if RANK:
-            self.records += others
-            self.path.unlink(missing_ok=True)
-        self.exchanged = len(self.records)

@@ -1,10 +1,8 @@
 """What a run shows, in words: what `python outer_loop.py` prints."""
 import numpy as np
 
-from selfedit import SelfEdit, Task
 from support.config import Config
 from support.files import printable
-from support.run import Run
 from support.stats import with_interval
 
 
@@ -40,13 +38,20 @@ def iteration_line(m: dict) -> str:
             f"un-adapted {m['eval_unadapted']:.3f}")
 
 
-def examples(task: Task, edits: list[SelfEdit], scores: list[float], width=100) -> str:
+def examples(name: str, edits: list, scores: list[float], width=100) -> str:
     """A task's self-edits with their rewards, the best first, each in a line."""
-    lines = [f"for example, of {printable(task.name, 60)}:"]
+    lines = [f"for example, of {printable(name, 60)}:"]
     for score, edit in sorted(zip(scores, edits), key=lambda pair: -pair[0]):
         text = " / ".join(edit.text.split("\n"))
         lines.append(f"    {score:.2f}  {printable(text, width) or '(nothing)'}")
     return "\n".join(lines)
+
+
+def self_edit_line(task: int, edit: int, record: dict) -> str:
+    """A line of rollouts.jsonl, for people."""
+    return (f"  {printable(record['title'][:24])} {task}.{edit}: reward {record['reward']:.2f} "
+            f"(un-adapted {record['unadapted']:.2f}), {record['documents']} documents, "
+            f"{record['note'] or record['losses']} | {record['text'][:60]!r}")
 
 
 def round_line(t: int, scores, without, learned) -> str:
@@ -57,7 +62,7 @@ def round_line(t: int, scores, without, learned) -> str:
     return line + (f", and {len(learned) - len(wanted)} to avoid" * (len(learned) > len(wanted)))
 
 
-def summary(run: Run, held_out: list[Task]) -> str:
+def summary(run, held_out) -> str:
     """Baselines, reward over iterations, what self-edits are made of, and two tasks."""
     metrics = run.metrics.records
     first, last = metrics[0], metrics[-1]

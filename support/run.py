@@ -10,74 +10,22 @@ import time
 from functools import cache, cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from data import judges, knowledge, tinyworld
 from engine.decode import Sampling
 from engine.memory import is_out_of_memory
-from inner_loop import ask, grade_all, update_and_score
 from model import ModelConfig, Transformer, load_pretrained
-from selfedit import SelfEdit, Task, read_self_edit, room_for_self_edit, sample_self_edits, seed_for
-from support import ranks
+from selfedit import Task
+from support import page, ranks
 from support.checkpoint import fetch
 from support.config import DOMAINS, FREE, Config, inner_recipe
-from support.files import Lines, UserError, fingerprint, lock, printable, read_json, replace_file
+from support.files import UserError, fingerprint, lock, read_json, replace_file
 from support.progress import Meter
-from support.ranks import SharedLines
+from support.records import Metrics, Records, SharedLines
+from support.report import curve, iteration_line
 from support.tokenizer import Tokenizer
-
-# ------------------------------------------------------------------------------- records
-
-class Records(SharedLines):
-    """Lines that belong to an iteration, a split (train or eval), an arm (what the model is trained
-    on, "" for its own self-edits), a task and a self-edit: one for each, found by these."""
-
-    def check(self, record):
-        where = place_of(record)
-        if where in self.places:
-            raise ValueError("a second one for iteration {}, {} {!r}, task {}, self-edit {}"
-                             .format(*where))
-        self.places.add(where)
-
-    @cached_property
-    def places(self):
-        return set()
-
-    def of(self, t, split, arm=""):
-        """In the order of tasks and self-edits, whatever the order in which they were made."""
-        own = [r for r in self.records if place_of(r)[:3] == (t, split, arm)]
-        return sorted(own, key=place_of)
-
-
-def place_of(record) -> tuple:
-    """KeyError or TypeError if it has none."""
-    numbers = record["iteration"], record["task"], record["edit"]
-    if not all(type(number) is int for number in numbers):
-        raise TypeError("iteration, task and edit must be whole numbers")
-    return (record["iteration"], record["split"], record.get("arm", ""), record["task"],
-            record["edit"])
-
-
-class Metrics(Lines):
-    """A line for each iteration."""
-
-    def check(self, record):
-        if record["iteration"] != len(self.records):
-            raise ValueError(f"iteration {record['iteration']} after {len(self.records)} lines")
-        float(record["eval_reward"])
-
-
-# ------------------------------------------------------------------------------- the folder
-
-def read_settings(folder):
-    """config.json of a run, in today's names: `update` was called `select` until 2026-11-24."""
-    found = read_json(Path(folder) / "config.json")
-    if not isinstance(found, dict):
-        return found        # who asks says what is wrong with it
-    return {"update" if name == "select" else name: value for name, value in found.items()}
-
 
 
 class Run:
@@ -124,7 +72,7 @@ class Run:
             "model": print_of_model(cfg.model), "train_data": print_of_data(cfg.train_data),
             "eval_data": print_of_data(cfg.eval_data)}}
         path = self.folder / "config.json"
-        theirs = read_settings(self.folder) if path.exists() else mine
+        theirs = read_json(path) if path.exists() else mine
         if not isinstance(theirs, dict):
             raise UserError(f"{path}: not the settings of a run; restore it, or name another "
                             "--run-dir")
@@ -137,6 +85,62 @@ class Run:
         ranks.wait()     # until all have compared
         if ranks.RANK == 0:
             replace_file(path, json.dumps(mine, indent=2))
+
+    def remember(self, lines: Records, where: tuple, groups: list[list[tuple]], costs: list[float],
+                 compute) -> dict:
+        """{(task, edit): its record}, each computed once and for all.
+
+        This is all there is of resuming, of surviving a kill, and of several GPUs. Without it,
+        `compute(range(len(groups)))` gives the same records. where: (iteration, split, arm).
+        groups: the (task, edit)s that are computed together. compute(numbers): yields (a group's
+        number, the records of its places) as they end. costs: of each group, to share out by."""
+        # What is on disk is read back. A group of which any record is missing is made anew.
+        known = lines.at(*where)
+        missing = []
+        for number, group in enumerate(groups):
+            if any(place not in known for place in group):
+                missing.append(number)
+        if not missing:
+            return known
+
+        # The other groups are shared out among the ranks. What is made is on disk at once.
+        begin = time.time()
+        t, split, arm = where
+        mine = ranks.share_of([costs[number] for number in missing])
+        for number, records in compute([missing[m] for m in mine]):
+            new = []
+            for (task, edit), record in zip(groups[number], records):
+                if (task, edit) not in known:
+                    new.append({"iteration": t, "split": split, "arm": arm, "task": task,
+                                "edit": edit} | record)
+            lines.add(*new)
+        self.exchange()
+        self.log(f"iteration {t}, {arm or split}: {lines.path.stem} of {len(missing)} "
+                 f"in {time.time() - begin:.0f} s")
+        return lines.at(*where)
+
+    def keep_weights(self, t: int, learned: list[tuple]):
+        """Note in round t's rollouts how much the M-step weighs each self-edit; 0: not kept."""
+        weights = {(task, edit): weight for task, edit, weight in learned}
+        for record in self.rollouts.of(t, "train"):
+            record["weight"] = weights.get((record["task"], record["edit"]), 0.0)
+        if ranks.RANK == 0:
+            self.rollouts.rewrite()
+
+    def record(self, metrics: dict):
+        """A line of metrics.jsonl, which is shown. report.html is brought up to date."""
+        if ranks.RANK == 0:
+            self.metrics.add(metrics)
+            page.refresh(self)
+        else:
+            self.metrics.records.append(metrics)
+        self.log(iteration_line(metrics))
+        if metrics["iteration"] > 0:
+            self.log(curve(self.metrics.records))
+
+    def meter(self, what: str) -> Meter:
+        """Shows how far a phase is."""
+        return Meter(what)
 
     # Weights.
 
@@ -154,6 +158,15 @@ class Run:
         model = load_pretrained(source, self.cfg.device, dtype)
         model.recompute = self.cfg.recompute
         return model
+
+    def make(self, t: int, start: int, train):
+        """theta_t, by train(theta_start), which changes the model in place. Rank 0 does it; the
+        others wait, and read the result from disk."""
+        if ranks.RANK == 0:
+            model = self.load(start)
+            train(model)
+            self.save(t, model)
+        ranks.wait()
 
     def save(self, t: int, model: Transformer):
         """The model has become theta_t. Other ranks read it from disk."""
@@ -231,6 +244,8 @@ def differences(mine: dict, theirs: dict) -> list[str]:
         other = theirs.get(name, defaults.get(name, mine[name]))
         if other != mine[name]:
             differ.append(f"{name}: {other!r}")
+    for name in theirs.keys() - mine.keys():
+        differ.append(f"{name}: {theirs[name]!r}")
     for part in ("own", "content"):
         for name, value in mine[part].items():
             # A flag that an older program did not write down was off; the oldest wrote none.
@@ -263,112 +278,3 @@ def print_of_data(source) -> str:
         return source
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return fingerprint(*files)
-
-
-# ------------------------------------------------------------------------------- the E-step, kept
-
-def sample_edits(run: Run, model, tasks: list[Task], t: int, split: str,
-                 k: int) -> list[list[SelfEdit]]:
-    """k self-edits of each task by theta_t. A task's are on disk as soon as they are written."""
-    # What was sampled before is read back. Every draw has a seed of its own, so a task of which any
-    # is missing is sampled anew, to the same texts.
-    cfg = run.cfg
-    saved = {(r["task"], r["edit"]) for r in run.edits.of(t, split)}
-    missing = [i for i in range(len(tasks)) if any((i, j) not in saved for j in range(k))]
-    if missing:
-        begin = time.time()
-        room = room_for_self_edit(model, run.tok, tasks)
-        sampling = Sampling(min(cfg.max_edit_tokens, room), k, cfg.temperature, cfg.top_p,
-                            max_rows=cfg.rows)
-        mine = [missing[n] for n in ranks.share_of([len(tasks[i].prompt) for i in missing])]
-        seeds = [[seed_for(cfg.seed, t, split, i, j, "edit") for j in range(k)] for i in mine]
-
-        def keep(n, row):
-            run.edits.add(*[{"iteration": t, "split": split, "task": mine[n], "edit": j,
-                             "text": edit.text, "token_ids": edit.token_ids}
-                            for j, edit in enumerate(row) if (mine[n], j) not in saved])
-
-        sample_self_edits(model, run.tok, [tasks[i] for i in mine], sampling, seeds,
-                          progress=Meter("self-edits"), keep=keep)
-        run.exchange()
-        tokens = sum(len(r["token_ids"]) for r in run.edits.of(t, split))
-        run.log(f"iteration {t}, {split}: {len(tasks)} x {k} self-edits, {tokens} tokens in "
-                f"{time.time() - begin:.0f} s")
-    found = {(r["task"], r["edit"]): r for r in run.edits.of(t, split)}
-    edits = []
-    for i, task in enumerate(tasks):
-        row = [found[i, j] for j in range(k)]
-        edits.append([read_self_edit(task, r["text"], r["token_ids"]) for r in row])
-    return edits
-
-
-def verdicts(run: Run, model, tasks: list[Task], adapter=None) -> list[list[bool]]:
-    """Which questions the model, as it is or under one adapter, answers correctly, per task."""
-    mine = ranks.share_of([len(task.queries) for task in tasks])
-    own_tasks = [tasks[i] for i in mine]
-    (answers,) = ask(model, run.tok, [own_tasks], run.answering, adapter)
-    right = grade_all(own_tasks, [answer.texts for answer in answers])
-    found = {}
-    for part in ranks.gather(dict(zip(mine, right))):
-        found |= part
-    return [found[i] for i in range(len(tasks))]
-
-
-def unadapted(run: Run, model, tasks: list[Task]) -> list[float]:
-    """Accuracy of the model as it is, on each task."""
-    return [float(np.mean(right)) for right in verdicts(run, model, tasks)]
-
-
-def score_edits(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: int, split: str,
-                without: list[float], n_seeds: int, arm="") -> list[list[float]]:
-    """The reward of every self-edit of theta_t. without: the un-adapted accuracies, for the record.
-
-    arm names the self-edits if they are not the model's own. No draw depends on it: all arms begin
-    from the same adapters, so that they differ in what they are trained on alone. Each reward is on
-    disk as soon as it is known, and those on disk are not computed again."""
-    # What is on disk already, by (task, edit), and what is left to do.
-    known = {(r["task"], r["edit"]): r["reward"] for r in run.rollouts.of(t, split, arm)}
-    todo = []
-    for i, row in enumerate(edits):
-        todo += [(i, j) for j in range(len(row)) if (i, j) not in known]
-    if not todo:
-        return [[known[i, j] for j in range(len(row))] for i, row in enumerate(edits)]
-
-    # Outcomes come in the order in which trainings end. Each is written down at once.
-    begin = time.time()
-    mine = [todo[n] for n in ranks.share_of([training_cost(edits[i][j]) for i, j in todo])]
-    seeds = [[seed_for(run.cfg.seed, t, split, i, j, s, "adapter") for s in range(n_seeds)]
-             for i, j in mine]
-    outcomes = update_and_score(
-        model, run.tok, [tasks[i] for i, _ in mine], [edits[i][j] for i, j in mine], seeds,
-        run.recipe, run.answering, Meter("optimiser steps"))
-    for number, outcome in outcomes:
-        i, j = mine[number]
-        record = rollout(tasks[i], edits[i][j], outcome)
-        run.rollouts.add({"iteration": t, "split": split, "arm": arm, "task": i, "edit": j,
-                          "unadapted": without[i]} | record)
-        if run.cfg.verbose:
-            run.log(f"  {printable(tasks[i].name[:24])} {i}.{j}: reward {outcome.reward:.2f} "
-                    f"(un-adapted {without[i]:.2f}), {len(edits[i][j].documents)} documents, "
-                    f"{outcome.note or outcome.losses} | {edits[i][j].text[:60]!r}")
-    run.exchange()
-    known = {(r["task"], r["edit"]): r["reward"] for r in run.rollouts.of(t, split, arm)}
-    run.log(f"iteration {t}, {arm or split}: {len(todo)} rewards, mean "
-            f"{np.mean(list(known.values())):.3f}, in {time.time() - begin:.0f} s")
-    return [[known[i, j] for j in range(len(row))] for i, row in enumerate(edits)]
-
-
-def training_cost(edit: SelfEdit) -> int:
-    """Characters to train on, over all epochs: what to share out over ranks by."""
-    characters = sum(len("".join(document)) for document in edit.documents)
-    return characters * edit.directives.get("epochs", 1)
-
-
-def rollout(task, edit, outcome):
-    """A line of rollouts.jsonl, but for where it belongs."""
-    return {"title": task.name, "reward": outcome.reward, "text": edit.text,
-            "token_ids": edit.token_ids, "directives": edit.directives, "tools": edit.tools,
-            "documents": len(edit.documents), "questions": task.questions, "gold": task.answers,
-            "answers": outcome.answers, "right": outcome.right, "losses": outcome.losses,
-            "cut": outcome.cut, "replies": len(outcome.right) * len(task.queries),
-            "seconds": round(outcome.seconds, 2), "note": outcome.note}

@@ -19,7 +19,6 @@ from data.judges import each
 from eval import main as eval_main
 from inner_loop import grade_all
 from selfedit import TOOLS, SelfEdit, Task, read_self_edit, write_json_edit
-from support import run as runs
 from support.files import UserError
 from support.run import Run
 from tests.helpers import parse, read_lines
@@ -754,18 +753,14 @@ TOO_MUCH = write_json_edit(["basic"], completion_only=True, lr=0.1, epochs=100)
 WRITTEN = [GOOD, UNREADABLE, ALSO_GOOD, TOO_MUCH]
 
 
-def scripted_edits(model, tok, tasks, sampling, seeds, adapters=None, progress=None, keep=None):
+def scripted_edits(model, tok, tasks, sampling, seeds, adapters=None, progress=None):
     """In place of sample_self_edits: these four, whatever the task, each of them with its EOS."""
-    rows = []
     for i, task in enumerate(tasks):
         row = []
         for j in range(sampling.n):
             text = WRITTEN[j % 4]
             row.append(read_self_edit(task, text, [*tok.encode(text), tok.eos]))
-        rows.append(row)
-        if keep:
-            keep(i, row)
-    return rows
+        yield i, row
 
 
 @pytest.fixture(scope="module")
@@ -811,7 +806,7 @@ def finished(random_model, tmp_path_factory):
 
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(runs, "sample_self_edits", scripted_edits)
+        patch.setattr(outer_loop, "sample_self_edits", scripted_edits)
         patch.setattr(arc, "exact_judge", each(begins_even))
         patch.setattr(arc, "two_attempts", an_answer)
         patch.setattr(outer_loop, "m_step", watched_m_step)
@@ -886,7 +881,7 @@ def test_the_table_of_puzzles(random_model, tmp_path, monkeypatch, capsys):
     # Another random model takes the place of a run's first round.
     make_checkpoint(tmp_path / "other" / "iter_1", seed=1, max_position_embeddings=4096)
     (tmp_path / "other" / "config.json").write_text('{"domain": "tinyarc"}')
-    monkeypatch.setattr(runs, "sample_self_edits", scripted_edits)
+    monkeypatch.setattr(outer_loop, "sample_self_edits", scripted_edits)
     folder = tmp_path / "table"
     monkeypatch.setattr("sys.argv", [
         "eval.py", "arc", *FLAGS.split(), "--eval-edits", "2", "--model", str(random_model),

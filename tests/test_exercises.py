@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 import outer_loop
-from engine.decode import Sampling
+from engine.decode import Sampling, collect, quiet
 from exercises import bugs, tiny
 from inner_loop import ask, grade_all
 from lora import PROJECTIONS, Adapters, Lora
@@ -166,14 +166,14 @@ def test_without_eos_the_policy_forgets_to_stop():
     tasks = tiny.towns(24, "train")
     sampling = Sampling(160, n=1, temperature=0.8, top_p=0.95)
     kept = []
-    for task, (edit,) in zip(tasks, sample_self_edits(base, tok, tasks, sampling,
-                                                      [[i] for i in range(24)])):
-        kept.append((task, edit))
+    for i, (edit,) in sample_self_edits(base, tok, tasks, sampling, [[i] for i in range(24)]):
+        kept.append((tasks[i], edit))
+    kept.sort(key=lambda pair: tasks.index(pair[0]))
 
     def surprise_at_eos():
         """Mean -log p(EOS) at the end of these self-edits, after an M-step on them."""
         model = copy.deepcopy(base)
-        run = SimpleNamespace(tok=tok, log=lambda line: None)
+        run = SimpleNamespace(tok=tok, log=lambda line: None, meter=lambda what: quiet)
         m_step(replace(tiny.CONFIG, outer_lr=1e-2), run, model,
                [(task, edit, 1.0) for task, edit in kept], 0)
         found = []

@@ -148,7 +148,7 @@ def test_progress_hears_how_many_rows_have_ended(tiny):
     prompts = [[i, 7] for i in range(6)]
     sampling = Sampling(30, n=2, temperature=1.0, max_rows=4, stop=STOP)
 
-    decode.generate(tiny, [prompts], sampling, range(12), progress=progress)
+    list(decode.generate_each(tiny, [prompts], sampling, range(12), progress=progress))
 
     assert heard == sorted(heard)
     assert heard[0][0] < 12
@@ -226,8 +226,9 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing(tiny, room_for, capsy
 
     room_for(4)
     heard = []
-    (rows,) = decode.generate(tiny, [prompts], sampling, range(24),
+    each = decode.generate_each(tiny, [prompts], sampling, range(24),
                                 progress=lambda done, total: heard.append((done, total)))
+    (rows,) = decode.in_groups(each, [prompts])
 
     assert rows == expected
     assert heard[-1] == (24, 24)

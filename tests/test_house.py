@@ -6,15 +6,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A file may import from those before it, in its functions as well.
-FLOORS = ["support.files", "support.checkpoint", "support.ranks", "support.progress",
-          "engine.gpu", "engine.memory", "support.stats", "support.tokenizer",
-          "engine.ribbon", "model", "engine.decode", "lora", "engine.padding",
-          "engine.packing", "engine.update", "engine.train", "selfedit", "lab.remember",
-          "reward", "data.judges", "data.knowledge", "data.text", "data.arc",
-          "data.tinyworld", "data.tinyarc", "data.pretrain_tiny", "inner_loop",
-          "support.config", "support.run", "tools.plan", "support.report", "support.page",
-          "lab.credit_of_run", "outer_loop", "tools.speed", "tools.suite", "eval",
-          "tools.bench", "lab.show", "lab.experiment", "lab.tiny", "lab.writers",
+FLOORS = ["support.files", "support.ranks", "support.records", "support.checkpoint",
+          "support.progress", "engine.gpu", "engine.memory", "support.stats",
+          "support.tokenizer", "engine.ribbon", "model", "engine.decode", "lora",
+          "engine.padding", "engine.packing", "engine.update", "engine.train", "selfedit",
+          "lab.remember", "reward", "data.judges", "data.knowledge", "data.text",
+          "data.arc", "data.tinyworld", "data.tinyarc", "data.pretrain_tiny",
+          "inner_loop", "support.config", "support.report", "support.page", "support.run",
+          "tools.plan", "lab.credit_of_run", "outer_loop", "tools.speed", "tools.suite",
+          "eval", "tools.bench", "lab.show", "lab.experiment", "lab.tiny", "lab.writers",
           "lab.curve", "lab.reliability", "lab.judges", "lab.recipe", "lab.paired",
           "lab.imitate", "lab.line_kinds", "lab.lines", "lab.keeping", "lab.forgetting",
           "lab.study", "lab.skill", "lab.changes", "lab.vector", "lab.objectives",
@@ -66,7 +66,7 @@ def test_nothing_imports_the_lab():
 
 @pytest.mark.parametrize("name", CORE)
 def test_a_core_file_is_read_in_one_sitting(name):
-    assert len(path_of(name).read_text().splitlines()) <= 365
+    assert len(path_of(name).read_text().splitlines()) <= 420
 
 
 def test_lines_are_short():

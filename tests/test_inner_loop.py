@@ -364,7 +364,7 @@ def test_the_command_says_which_passages_there_are(tiny_folder, passages, monkey
 
 def test_the_command_says_why_nothing_was_learned(tiny_folder, passages, monkeypatch):
     def write_nothing(*_):
-        return [[SelfEdit()]]
+        return [(0, [SelfEdit()])]
     monkeypatch.setattr(inner_loop, "sample_self_edits", write_nothing)
 
     with pytest.raises(UserError, match="nothing was learned: nothing to learn"):

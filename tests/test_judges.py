@@ -17,7 +17,8 @@ from data import judges, knowledge
 from data.judges import (GRADING, RULES, Remembered, check_openai, each, gist, model_judge, openai,
                          openai_judge, openai_verdicts, post, recall, substring, yes_or_no)
 from inner_loop import grade_all
-from support.files import Lines, UserError
+from support.files import UserError
+from support.records import Lines
 from tests.helpers import read_lines
 
 # ------------------------------------------------------------------------------- rules

@@ -35,13 +35,13 @@ def test_who_teaches_itself_is_the_outer_loop(few, arm, tmp_path):
 
 def test_the_student_is_what_is_rewarded_and_the_teacher_what_is_trained(few, monkeypatch):
     scored, trained = [], []
-    score_edits = students.score_edits
+    score = students.score
 
     def spy_on_scores(run, model, tasks, edits, t, split, *rest, arm):
         scored.append((split, arm, run.folder.name, model))
-        return score_edits(run, model, tasks, edits, t, split, *rest, arm=arm)
+        return score(run, model, tasks, edits, t, split, *rest, arm=arm)
 
-    monkeypatch.setattr(students, "score_edits", spy_on_scores)
+    monkeypatch.setattr(students, "score", spy_on_scores)
     monkeypatch.setattr(teacher, "m_step", lambda cfg, run, model, *rest: trained.append(model))
 
     teacher.learn("large teaches small", 0, "tune", str(EMBEDDED))

@@ -15,18 +15,18 @@ import inner_loop
 import outer_loop
 from data import judges, knowledge
 from data.judges import each
-from engine.decode import Sampling, quiet
+from engine.decode import Sampling, collect, quiet
 from engine.train import Recipe, sft
 from inner_loop import ANSWERS, ask, grade_all, make_job
 from lora import PROJECTIONS, Adapters, Lora
 from model import load_pretrained
 from outer_loop import by_kind, m_step, next_tasks, rest_em, select, weigh
 from selfedit import SelfEdit, read_self_edit, sample_self_edits
-from support import run as run_module
 from support.config import PRESETS, Config
 from support.files import UserError
+from support.records import Records
 from support.report import curve, in_brackets, opening, summary, typical_task
-from support.run import Records, Run
+from support.run import Run
 from support.tokenizer import Tokenizer
 from tests.helpers import SMALL, even_length, parse, read_lines, run_it
 
@@ -143,7 +143,7 @@ def test_the_m_step_makes_a_kept_self_edit_likelier(argv):
     model = run.load(0)
     task = run.tasks(cfg.train_data)[0]
     sampling = Sampling(max_new=24, temperature=1.0, top_p=0.95)
-    ((edit,),) = sample_self_edits(model, run.tok, [task], sampling, [[7]])
+    ((edit,),) = collect(sample_self_edits(model, run.tok, [task], sampling, [[7]]))
     prompt = run.tok.prompt(task.prompt)
     ids = torch.tensor([prompt + edit.token_ids])
 
@@ -227,7 +227,7 @@ def test_the_un_adapted_model_is_asked_once_per_passage_and_model(argv, monkeypa
         asked.append([len(tasks) for tasks in groups])
         return ask(model, tok, groups, sampling, adapters)
 
-    monkeypatch.setattr(run_module, "ask", spy)
+    monkeypatch.setattr(outer_loop, "ask", spy)
     run_it(argv)
 
     # Evaluation, round, evaluation, round, evaluation: two passages each, not six self-edits.
@@ -261,7 +261,7 @@ def test_self_edits_that_say_nothing_do_not_stop_a_run(argv, varied_rewards, mon
     def read_nothing(task, text, ids):
         return read_self_edit(task, "", ids)
 
-    monkeypatch.setattr(run_module, "read_self_edit", read_nothing)
+    monkeypatch.setattr(outer_loop, "read_self_edit", read_nothing)
     run = run_it(argv)
 
     assert len(run.metrics.records) == 3
@@ -399,7 +399,7 @@ def test_by_advantage_the_better_self_edit_becomes_likelier_and_the_worse_one_le
     task = run.tasks(cfg.train_data)[0]
     sampling = Sampling(max_new=24, temperature=1.0, top_p=0.95)
     sampling = replace(sampling, n=2)
-    (edits,) = sample_self_edits(model, run.tok, [task], sampling, [[7, 8]])
+    (edits,) = collect(sample_self_edits(model, run.tok, [task], sampling, [[7, 8]]))
     prompt = run.tok.prompt(task.prompt)
 
     def losses():

@@ -199,19 +199,6 @@ def test_a_page_that_can_not_be_made_stops_no_run(tmp_path):
     assert said[0].startswith("note: ")
 
 
-def test_a_run_of_before_update_had_its_name_is_shown(tmp_path):
-    """Its config.json says "select"."""
-    older = tmp_path / "older"
-    a_run(older, rounds(), [measured(0, 0.5), measured(1, 0.75)])
-    settings = json.loads((older / "config.json").read_text())
-    assert settings.pop("update") == "best"
-    (older / "config.json").write_text(json.dumps(settings | {"select": "random"}))
-
-    page.write(older)
-
-    assert "at random" in (older / "report.html").read_text(encoding="utf-8")
-
-
 def test_what_is_weighed_is_not_called_kept(tmp_path):
     records = [measured(0, 0.5), measured(1, 0.75)]
     found, _ = a_run(tmp_path / "r", rounds(), records, update="grpo")

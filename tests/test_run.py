@@ -25,10 +25,12 @@ from engine.train import Recipe
 from inner_loop import Answers
 from lora import PROJECTIONS, Lora
 from model import load_pretrained
+from outer_loop import score, unadapted
 from support.config import PRESETS, Config, flag
 from support.files import UserError, cli
 from support.progress import Meter
-from support.run import Lines, Records, Run, score_edits, unadapted
+from support.records import Lines, Records
+from support.run import Run
 from tests.conftest import ROOT
 from tests.helpers import SMALL, even_length, parse, read_lines, run_it
 
@@ -359,7 +361,7 @@ def test_rewording_an_arm_s_name_changes_no_draw(argv):
     edits = [[task.references["passage only"]] for task in tasks]
 
     for name in ("passage only", "the passage alone"):
-        score_edits(run, model, tasks, edits, 0, "eval", [0.0, 0.0], n_seeds=2, arm=name)
+        score(run, model, tasks, edits, 0, "eval", [0.0, 0.0], n_seeds=2, arm=name)
 
     one = run.rollouts.of(0, "eval", "passage only")
     other = run.rollouts.of(0, "eval", "the passage alone")
@@ -534,7 +536,7 @@ def test_an_m_step_whose_weights_were_not_saved_is_made_again(argv, whole, varie
 
 def test_a_run_that_has_ended_computes_nothing_again(argv, varied_rewards, monkeypatch):
     before = content(run_it(argv))
-    monkeypatch.setattr("support.run.ask", None)
+    monkeypatch.setattr("outer_loop.ask", None)
     monkeypatch.setattr("inner_loop.sft", None)
     monkeypatch.setattr("outer_loop.sft", None)
 
@@ -810,7 +812,7 @@ def test_a_judge_without_room_on_the_device_is_on_the_host(argv, monkeypatch, ca
 @pytest.mark.parametrize("judge, right", [("rule", [True, True]), ("substring", [True, False])])
 def test_the_verdicts_of_a_run_are_its_judges(judge, right, argv, monkeypatch):
     monkeypatch.setattr("inner_loop.ask", answer_backwards)
-    monkeypatch.setattr("support.run.ask", answer_backwards)
+    monkeypatch.setattr("outer_loop.ask", answer_backwards)
 
     run = run_it([*argv, "--judge", judge, "--iterations", "1"])
 
@@ -873,15 +875,25 @@ def test_a_missing_key_is_said_before_anything_is_computed(argv, monkeypatch):
         Run(parse([*argv, "--judge", "openai"]))
 
 
-def test_a_run_of_before_update_had_its_name_is_resumed_as_what_it_was(whole, tmp_path):
-    older = tmp_path / "older"
-    shutil.copytree(whole.folder, older)
-    settings = json.loads((older / "config.json").read_text())
-    assert settings.pop("update") == "best"
-    (older / "config.json").write_text(json.dumps(settings | {"select": "best"}))
-    cfg = dataclasses.replace(whole.cfg, run_dir=str(older))
-    Run(cfg).settle("outer_loop")
+def test_a_setting_that_is_unknown_is_refused_by_name(whole, tmp_path):
+    """A run of another version: what it did may not be what this one would do."""
+    other = tmp_path / "other"
+    shutil.copytree(whole.folder, other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"select": "random"}))
 
-    (older / "config.json").write_text(json.dumps(settings | {"select": "random"}))
-    with pytest.raises(UserError, match="other settings \\(update: 'random'"):
-        Run(cfg).settle("outer_loop")
+    with pytest.raises(UserError, match="other settings \\(select: 'random'"):
+        Run(dataclasses.replace(whole.cfg, run_dir=str(other))).settle("outer_loop")
+
+
+def test_the_weight_of_the_m_step_stands_in_each_rollout(whole):
+    """1 for the best self-edit of each task, which is learned, and 0 for the other two."""
+    records = read_lines(whole.folder / "rollouts.jsonl")
+
+    for t in range(2):
+        for task in range(2):
+            own = [r for r in sorted(records, key=lambda r: r["edit"])
+                   if (r["iteration"], r["split"], r["task"]) == (t, "train", task)]
+            best = max(own, key=lambda r: (r["documents"] > 0, r["reward"]))
+            assert [r["weight"] for r in own] == [float(r is best) for r in own]
+    assert all("weight" not in r for r in records if r["split"] == "eval")

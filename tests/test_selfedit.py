@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from data import knowledge, tinyarc
-from engine.decode import Sampling
+from engine.decode import Sampling, collect
 from selfedit import (PROMPTS, QUERY, TOOLS, read_json_edit, read_self_edit, sample_self_edits,
                       seed_for, split_documents, write_json_edit)
 
@@ -334,7 +334,7 @@ def test_a_seed_depends_on_its_key_alone():
 
 
 def test_sampled_edits_keep_their_ids(tiny, tok, two_tasks):
-    edits = sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS)
+    edits = collect(sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS))
 
     assert [len(row) for row in edits] == [2, 2]
     for edit in edits[0] + edits[1]:
@@ -347,7 +347,7 @@ def test_the_id_that_ends_an_edit_is_kept(tiny, tok, two_tasks, monkeypatch):
     stop = set(range(0, 256, 2))
     monkeypatch.setattr(tok, "stop", stop)
 
-    edits = sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS)
+    edits = collect(sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS))
 
     for edit in edits[0] + edits[1]:
         assert edit.token_ids[-1] in stop
@@ -355,8 +355,8 @@ def test_the_id_that_ends_an_edit_is_kept(tiny, tok, two_tasks, monkeypatch):
 
 
 def test_no_draw_depends_on_what_else_is_sampled(tiny, tok, two_tasks):
-    edits = sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS)
-    alone = sample_self_edits(tiny, tok, two_tasks[1:], replace(HOT, n=1), [[SEEDS[1][1]]])
+    edits = collect(sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS))
+    alone = collect(sample_self_edits(tiny, tok, two_tasks[1:], replace(HOT, n=1), [[SEEDS[1][1]]]))
 
     ids = {tuple(edit.token_ids) for edit in edits[0] + edits[1]}
     assert len(ids) == 4
@@ -367,6 +367,6 @@ def test_an_edit_ends_where_the_context_window_ends(tiny, tok, two_tasks):
     longest = max(len(tok.prompt(task.prompt)) for task in two_tasks)
     tiny.config = replace(tiny.config, max_len=longest + 5)
 
-    edits = sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS)
+    edits = collect(sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS))
 
     assert max(len(edit.token_ids) for edit in edits[0] + edits[1]) == 5

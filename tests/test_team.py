@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from support import ranks
-from support.files import Lines
-from support.ranks import SharedLines, share_of
+from support.ranks import share_of
+from support.records import Lines
+from support.records import SharedLines
 from tests.conftest import ROOT
 from tests.helpers import read_lines
 

@@ -11,10 +11,11 @@ from data import arc, pretrain_tiny, tinyarc
 from engine.decode import Sampling
 from model import load_pretrained
 from outer_loop import rest_em
+from outer_loop import score, unadapted
 from selfedit import read_self_edit, sample_self_edits, write_json_edit
 from support.checkpoint import EMBEDDED
 from support.files import UserError
-from support.run import Run, score_edits, unadapted
+from support.run import Run
 from support.tokenizer import Tokenizer
 from tests.helpers import parse
 
@@ -150,7 +151,7 @@ def six_tasks(run):
 
 def share_solved(run, tasks, name, edits):
     """The mean reward of one self-edit for each task."""
-    scores = score_edits(run, run.load(0), tasks, [[edit] for edit in edits], 0, name,
+    scores = score(run, run.load(0), tasks, [[edit] for edit in edits], 0, name,
                      without=[0] * len(tasks), n_seeds=1)
     return np.mean(scores)
 
@@ -176,7 +177,8 @@ def test_the_oracle_s_training_solves_most(run, six_tasks):
 def test_its_self_edits_can_be_read_and_differ(run, six_tasks):
     sampling = Sampling(max_new=128, n=24, temperature=1.0)
 
-    (edits,) = sample_self_edits(run.load(0), run.tok, six_tasks[:1], sampling, [list(range(24))])
+    ((_, edits),) = sample_self_edits(run.load(0), run.tok, six_tasks[:1], sampling,
+                                      [list(range(24))])
 
     unreadable = [edit for edit in edits if edit.note]
     assert len(unreadable) < 6

@@ -13,10 +13,11 @@ from data import pretrain_tiny, tinyworld as world
 from inner_loop import grade_all
 from model import load_pretrained
 from outer_loop import baselines, rest_em, summary
+from outer_loop import unadapted
 from selfedit import EMPTY, SelfEdit, read_self_edit
 from support.checkpoint import EMBEDDED
 from support.files import UserError
-from support.run import Run, unadapted
+from support.run import Run
 from support.tokenizer import Tokenizer
 from tests.helpers import parse, read_lines
 
