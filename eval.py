@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 
 from data.arc import picture
 from engine.decode import Sampling, collect
-from engine.train import Job, sft
+from engine.train import sft
 from inner_loop import ask, grade_all, in_prompt, make_job
-from lora import Adapters
+from lora import Adapters, Job
 from outer_loop import sample, score, unadapted, verdicts
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from support import page

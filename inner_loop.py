@@ -8,10 +8,11 @@
 Paper, section 3. `update_and_score` is these three lines of Algorithm 1. The base model is never
 changed: theta' is the base with an adapter (lora.py), trained by sft.py.
 """
+import math
 import re
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -19,10 +20,9 @@ from typing import Iterable, Iterator
 from data import knowledge, text, tinyworld     # for the command line only
 from engine.decode import Sampling, collect, quiet, split_into, write
 from engine.memory import auto_answering, in_halves
-from engine.train import Job, Recipe, Trained, dialogue, sft
-from lora import Adapters, Lora, PROJECTIONS
+from engine.train import Trained, sft
+from lora import Adapters, Job, Lora, PROJECTIONS, Recipe, dialogue
 from model import load_pretrained
-from reward import Outcome, reward
 from selfedit import DIRECTIVES, EMPTY, SelfEdit, Task
 from selfedit import read_self_edit, sample_self_edits, seed_for
 from support.checkpoint import EMBEDDED
@@ -133,6 +133,41 @@ def grade_all(tasks: list[Task], answers: list[list[str]]) -> list[list[bool]]:
 
 
 # ------------------------------------------------------------------------------- rewards
+
+@dataclass
+class Outcome:
+    """How a self-edit did: an entry for each seed of the inner loop."""
+    reward: float = 0.0
+    accuracy: list[float] = field(default_factory=list)         # the share of right answers
+    answers: list[list[str]] = field(default_factory=list)
+    right: list[list[bool]] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)     # [first, last] of each seed
+    seconds: float = 0.0
+    cut: int = 0                                    # replies that ran to the cap, of all seeds
+    note: str = ""
+
+    def add(self, trained, answers, right: list[bool]):
+        """One more seed: a Trained, its Answers, and which of them are right."""
+        self.accuracy.append(sum(right) / len(right))
+        self.answers.append(answers.texts)
+        self.right.append(right)
+        # JSON knows no NaN: None.
+        ends = trained.losses[0], trained.losses[-1]
+        self.losses.append([round(loss, 4) if math.isfinite(loss) else None for loss in ends])
+        self.seconds += trained.seconds
+        self.cut += answers.cut
+        if trained.diverged:
+            self.note = "diverged: reward 0 for this seed"
+
+
+def reward(outcome: Outcome, edit: SelfEdit, task: Task) -> float:
+    """The share of the task's questions that theta' answers correctly, as a mean over the seeds.
+
+    It is logged as it is returned here, and self-edits are chosen by it. The verdicts are logged
+    beside it, whatever it is. A self-edit that can't be learned has reward 0 and does not come
+    here."""
+    return sum(outcome.accuracy) / len(outcome.accuracy)
+
 
 def update_and_score(model, tok, tasks: list[Task], edits: list[SelfEdit], seeds: list[list[int]],
                      recipe: Recipe, sampling: Sampling = ANSWERS,

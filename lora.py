@@ -12,17 +12,20 @@ Shapes: n adapters, r rank, T tokens, P parameters of an adapter.
 Simplified: no LoRA dropout (the paper's is 0), no bias, no variants.
 """
 import json
+import math
+import random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Iterator
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from engine.decode import Sampling, generate
-from engine.gpu import to_device
 from engine.memory import on_host_if_full
+from engine.ribbon import Segments
 from model import Linear, load_pretrained
 from support.checkpoint import EMBEDDED, read_adapter
 from support.files import Parser, UserError, cli, positive, printable
@@ -51,29 +54,16 @@ class Lora:
                 layers[name] = module
         return layers
 
+    def adapters(self, model, n: int):
+        """n adapters of this shape, all zero."""
+        return Adapters(model, self, n)
+
     def parameters(self, model) -> int:
         """P: r (in + out) for each adapted layer."""
         width = 0
         for layer in self.layers(model).values():
             width += layer.in_features + layer.out_features
         return self.rank * width
-
-
-class Segments:
-    """Where the tokens of n adapters lie on a ribbon: the first counts[0] are adapter 0's, and so
-    on. A count may be 0. fixed: for CUDA graphs, the same products whatever the counts are."""
-
-    def __init__(self, counts, device, fixed=False):
-        count = torch.tensor(counts)
-        ends = count.cumsum(0)
-        longest = max(counts)
-        self.even = min(counts) == longest and not fixed
-        self.ends = to_device(ends.int(), device)   # (n,) int32, as grouped_mm wants them
-        # A view in which each segment is padded to the longest: (n, L) cells. cell (T,): where a
-        # token stands in it.
-        self.longest = longest
-        shift = longest * torch.arange(len(counts)) - (ends - count)
-        self.cell = to_device(torch.arange(sum(counts)) + shift.repeat_interleave(count), device)
 
 
 def low_rank(x, A, B, scale, segments, grouped):
@@ -177,7 +167,11 @@ class Adapters:
         the next counts[1] through adapter 1, and so on. flat: in place of a copy of `self.flat` in
         the model's dtype."""
         assert len(counts) == self.n
-        return Route(self, Segments(counts, self.model.device), flat)
+        return self.along(Segments(counts, self.model.device), flat)
+
+    def along(self, segments: Segments, flat=None):
+        """The same, where the segments were worked out already."""
+        return Route(self, segments, flat)
 
     @torch.no_grad()
     def merge(self, i: int):
@@ -251,6 +245,110 @@ def can_group(model, lora):
         widths += [layer.in_features, layer.out_features]
     return fast and all(width % 8 == 0 for width in widths)
 
+
+# ------------------------------------------------------------------------------- the textbook
+
+@dataclass
+class Recipe:
+    """Hyper-parameters of an SFT."""
+    lora: Lora
+    lr: float                       # the peak; it falls to 0
+    epochs: int                     # passes over the examples
+    batch: int                      # examples per step
+    schedule: str = "linear"        # how the learning rate falls; or cosine
+    warmup: int = 0                 # first steps, in which it rises from 0
+    completion_only: bool = False   # loss on the completions of (prompt, completion) documents
+    clip: float = 1.0               # of an adapter's gradient norm
+    weight_decay: float = 0.0
+    pad_to: int = 0                 # imitates rows of so many tokens (padding.py)
+    slots: int = 0                  # adapters side by side; 0: as many as fill a step and fit
+    max_steps: int = 0              # of a self-edit: one that asks for more is refused
+    max_tokens: int = 0             # the same, over all epochs; 0: no bound
+
+
+@dataclass
+class Job:
+    """One adapter to train. Jobs that are trained together may differ in all but recipe.lora, clip,
+    weight_decay and slots."""
+    examples: list          # of (ids, learn) lists: learn[j] is the weight of ids[j] in the loss
+    seed: int               # of the adapter's first values and of the order of its examples
+    recipe: Recipe
+    # For eval.py continual: values (P,) to begin with, in place of fresh ones, and which of them
+    # (P,) have a gradient.
+    start: torch.Tensor | None = None
+    free: torch.Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.epochs * math.ceil(len(self.examples) / self.recipe.batch)
+
+    @property
+    def tokens(self) -> int:
+        """Read in all epochs."""
+        return self.recipe.epochs * sum(len(ids) for ids, _ in self.examples)
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: transformers' schedules."""
+        r = self.recipe
+        if step < r.warmup:
+            return r.lr * step / r.warmup
+        # The share of the falling part that is left goes from 1 to 0, straight or along a cosine.
+        left = (self.steps - step) / max(1, self.steps - r.warmup)
+        if r.schedule == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        return r.lr * left
+
+    def micro_batches(self) -> Iterator[list[int]]:
+        """The numbers of every step's examples, shuffled anew for each epoch."""
+        # From the job's own seed: the same order whatever is trained beside it.
+        rng = random.Random(self.seed)
+        order = list(range(len(self.examples)))
+        # The last batch of an epoch may be smaller; batches do not cross epochs.
+        for _ in range(self.recipe.epochs):
+            rng.shuffle(order)
+            for i in range(0, len(order), self.recipe.batch):
+                yield order[i:i + self.recipe.batch]
+
+
+def dialogue(prompt: list[int], completion: list[int], completion_only=True, weight=True):
+    """(ids, learn) of what a model reads and what it is to write; to write less, if weight < 0."""
+    of_prompt = False if completion_only else weight
+    return prompt + completion, [of_prompt] * len(prompt) + [weight] * len(completion)
+
+
+def sft_one(model, job: Job) -> torch.Tensor:
+    """Train one adapter, text after text, by torch's own AdamW: its weights (P,).
+
+    What `sft` does for many at once, and what the tests hold it against. It does not handle start,
+    free, pad_to or recomputed activations."""
+    recipe = job.recipe
+    adapter = Adapters(model, recipe.lora, n=1)
+    adapter.init(0, job.seed)
+    weights = adapter.flat.requires_grad_()                         # (1, P)
+    optimizer = torch.optim.AdamW([weights], lr=recipe.lr, weight_decay=recipe.weight_decay)
+    for step, batch in enumerate(job.micro_batches()):
+        # The negative log-likelihood of every token given those before it, times its weight.
+        losses, total = [], 0.0
+        for example in batch:
+            ids, learn = job.examples[example]
+            ids = torch.tensor(ids, device=model.device)
+            learn = torch.tensor(learn, device=model.device, dtype=weights.dtype)
+            with adapter.route([len(ids)]):
+                logits = model(ids[None])[0]                        # (T, V)
+            nll = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
+            losses.append((nll * learn[1:]).sum())
+            total = total + learn[1:].abs().sum()
+        # Its weighted mean over the whole micro-batch; then one clipped step of AdamW.
+        loss = sum(losses) / total
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([weights], recipe.clip)
+        optimizer.param_groups[0]["lr"] = job.lr_at(step)
+        optimizer.step()
+    return weights.detach()[0]
+
+
+# ------------------------------------------------------------------------------- command line
 
 def main():
     ap = Parser(description="Teach one sentence, by LoRA and torch's own AdamW.")

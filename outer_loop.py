@@ -21,9 +21,9 @@ import numpy as np
 
 from engine.decode import Sampling
 from engine.memory import peak_memory
-from engine.train import Job, dialogue, sft
+from engine.train import sft
 from inner_loop import ask, grade_all, in_prompt, update_and_score
-from lora import Adapters
+from lora import Adapters, Job, dialogue
 from selfedit import (SelfEdit, Task, read_self_edit, room_for_self_edit, sample_self_edits,
                       seed_for)
 from support import ranks

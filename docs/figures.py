@@ -62,7 +62,7 @@ def loops(axes):
         (4, 50.8, ORANGE, "keep the best of each task", "outer_loop.select"),
         (58, 23, GREEN, "θ′ ← SFT(θₜ, SE)\na LoRA adapter, θₜ is frozen", "train.sft"),
         (58, 35.2, GREEN, "θ′ is asked the questions τ\nwithout the passage", "inner_loop.ask"),
-        (58, 47.4, GREEN, "reward r: the share\nof right answers", "reward.reward"),
+        (58, 47.4, GREEN, "reward r: the share\nof right answers", "inner_loop.reward"),
     ]:
         lines = text.count("\n") + 1
         tile(axes, x, y, 32, 5.2 + 2.6 * lines, LIGHT[colour], colour, 1)

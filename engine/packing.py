@@ -10,8 +10,7 @@ import torch
 from engine import padding
 from engine.decode import round_up
 from engine.gpu import to_device
-from engine.ribbon import Ribbon
-from lora import Segments
+from engine.ribbon import Ribbon, Segments
 
 
 @dataclass

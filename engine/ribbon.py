@@ -91,6 +91,23 @@ class Ribbon:
         return self.roll(outputs)
 
 
+class Segments:
+    """Where the tokens of n adapters lie on a ribbon: the first counts[0] are adapter 0's, and so
+    on. A count may be 0. fixed: for CUDA graphs, the same products whatever the counts are."""
+
+    def __init__(self, counts, device, fixed=False):
+        count = torch.tensor(counts)
+        ends = count.cumsum(0)
+        longest = max(counts)
+        self.even = min(counts) == longest and not fixed
+        self.ends = to_device(ends.int(), device)   # (n,) int32, as grouped_mm wants them
+        # A view in which each segment is padded to the longest: (n, L) cells. cell (T,): where a
+        # token stands in it.
+        self.longest = longest
+        shift = longest * torch.arange(len(counts)) - (ends - count)
+        self.cell = to_device(torch.arange(sum(counts)) + shift.repeat_interleave(count), device)
+
+
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(E) + mask) v. q (n, H, L, E), k and v (n, K, L', E) -> (n, H, L, E).
 

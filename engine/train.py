@@ -3,7 +3,7 @@
     theta' <- SFT(theta, SE)
 
 The inner loop gives `sft` hundreds of small jobs, the M-step of the outer loop a single larger one.
-`sft_one` is the textbook, one adapter trained by torch's own AdamW. `sft` gives the same result for
+lora.sft_one is the textbook, one adapter trained by torch's own AdamW. `sft` gives the same for
 many: at every step the next micro-batches of n jobs lie in one ribbon, and when a job ends its slot
 takes the next one (continuous batching, for training). An adapter's parameters touch its own tokens
 only, so each adapter gets exactly the gradient, clipping and update that it would get alone, with
@@ -12,14 +12,11 @@ its own learning rate, number of steps and loss mask.
 Shapes: n slots, T tokens of a step, N of them with a label, D = dim, V vocabulary, P parameters of
 an adapter.
 """
-import math
-import random
 import time
 from dataclasses import dataclass
 from typing import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from engine.decode import quiet
 from engine.gpu import Recorded, has_flash, has_graphs, to_device
@@ -27,69 +24,6 @@ from engine.memory import (activation_memory, auto_slots, free_memory, give_back
                            is_out_of_memory, less_memory, recompute_if_short, tokens_per_step)
 from engine.packing import Example, Packed, Room, pack
 from engine.update import FrozenHeadLoss, adamw_all
-from lora import Adapters, Lora, Route
-
-
-@dataclass
-class Recipe:
-    """Hyper-parameters of an SFT."""
-    lora: Lora
-    lr: float                       # the peak; it falls to 0
-    epochs: int                     # passes over the examples
-    batch: int                      # examples per step
-    schedule: str = "linear"        # how the learning rate falls; or cosine
-    warmup: int = 0                 # first steps, in which it rises from 0
-    completion_only: bool = False   # loss on the completions of (prompt, completion) documents
-    clip: float = 1.0               # of an adapter's gradient norm
-    weight_decay: float = 0.0
-    pad_to: int = 0                 # imitates rows of so many tokens (padding.py)
-    slots: int = 0                  # adapters side by side; 0: as many as fill a step and fit
-    max_steps: int = 0              # of a self-edit: one that asks for more is refused
-    max_tokens: int = 0             # the same, over all epochs; 0: no bound
-
-
-@dataclass
-class Job:
-    """One adapter to train. Jobs that are trained together may differ in all but recipe.lora, clip,
-    weight_decay and slots."""
-    examples: list          # of (ids, learn) lists: learn[j] is the weight of ids[j] in the loss
-    seed: int               # of the adapter's first values and of the order of its examples
-    recipe: Recipe
-    # For eval.py continual: values (P,) to begin with, in place of fresh ones, and which of them
-    # (P,) have a gradient.
-    start: torch.Tensor | None = None
-    free: torch.Tensor | None = None
-
-    @property
-    def steps(self) -> int:
-        return self.recipe.epochs * math.ceil(len(self.examples) / self.recipe.batch)
-
-    @property
-    def tokens(self) -> int:
-        """Read in all epochs."""
-        return self.recipe.epochs * sum(len(ids) for ids, _ in self.examples)
-
-    def lr_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: transformers' schedules."""
-        r = self.recipe
-        if step < r.warmup:
-            return r.lr * step / r.warmup
-        # The share of the falling part that is left goes from 1 to 0, straight or along a cosine.
-        left = (self.steps - step) / max(1, self.steps - r.warmup)
-        if r.schedule == "cosine":
-            left = (1 - math.cos(math.pi * left)) / 2
-        return r.lr * left
-
-    def micro_batches(self) -> Iterator[list[int]]:
-        """The numbers of every step's examples, shuffled anew for each epoch."""
-        # From the job's own seed: the same order whatever is trained beside it.
-        rng = random.Random(self.seed)
-        order = list(range(len(self.examples)))
-        # The last batch of an epoch may be smaller; batches do not cross epochs.
-        for _ in range(self.recipe.epochs):
-            rng.shuffle(order)
-            for i in range(0, len(order), self.recipe.batch):
-                yield order[i:i + self.recipe.batch]
 
 
 @dataclass
@@ -100,53 +34,13 @@ class Trained:
     diverged: bool          # some weight is not finite
 
 
-def dialogue(prompt: list[int], completion: list[int], completion_only=True, weight=True):
-    """(ids, learn) of what a model reads and what it is to write; to write less, if weight < 0."""
-    of_prompt = False if completion_only else weight
-    return prompt + completion, [of_prompt] * len(prompt) + [weight] * len(completion)
-
-
-# ------------------------------------------------------------------------------- the textbook
-
-def sft_one(model, job: Job) -> torch.Tensor:
-    """Train one adapter, text after text, by torch's own AdamW: its weights (P,).
-
-    What `sft` does for many at once, and what the tests hold it against. It does not handle start,
-    free, pad_to or recomputed activations."""
-    recipe = job.recipe
-    adapter = Adapters(model, recipe.lora, n=1)
-    adapter.init(0, job.seed)
-    weights = adapter.flat.requires_grad_()                         # (1, P)
-    optimizer = torch.optim.AdamW([weights], lr=recipe.lr, weight_decay=recipe.weight_decay)
-    for step, batch in enumerate(job.micro_batches()):
-        # The negative log-likelihood of every token given those before it, times its weight.
-        losses, total = [], 0.0
-        for example in batch:
-            ids, learn = job.examples[example]
-            ids = torch.tensor(ids, device=model.device)
-            learn = torch.tensor(learn, device=model.device, dtype=weights.dtype)
-            with adapter.route([len(ids)]):
-                logits = model(ids[None])[0]                        # (T, V)
-            nll = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
-            losses.append((nll * learn[1:]).sum())
-            total = total + learn[1:].abs().sum()
-        # Its weighted mean over the whole micro-batch; then one clipped step of AdamW.
-        loss = sum(losses) / total
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([weights], recipe.clip)
-        optimizer.param_groups[0]["lr"] = job.lr_at(step)
-        optimizer.step()
-    return weights.detach()[0]
-
-
 # ------------------------------------------------------------------------------- the engine
 
 @dataclass
 class Running:
     """A job that is being trained, and how far it is."""
     number: int             # of the job
-    job: Job
+    job: object             # a lora.Job
     examples: list[Example]
     batches: Iterator       # what is left of job.micro_batches()
     first: int              # which step of the engine was its first
@@ -154,7 +48,7 @@ class Running:
     seconds: float = 0.0
 
 
-def sft(model, jobs: list[Job], progress=quiet) -> Iterator[tuple[int, Trained]]:
+def sft(model, jobs: list, progress=quiet) -> Iterator[tuple[int, Trained]]:
     """Train an adapter for every job: yields (its number, Trained) as jobs end. The longest begin
     first.
 
@@ -231,7 +125,7 @@ def read_ended(running, weights, curve) -> tuple[int, Trained]:
     return running.number, Trained(weights, losses, running.seconds, diverged=not finite)
 
 
-def can_record(adapters: Adapters, jobs, slots: int) -> bool:
+def can_record(adapters, jobs, slots: int) -> bool:
     """Whether the jobs' steps can be CUDA graphs: if no shape depends on how long a single text is,
     nothing that a step does depends on who is in which slot, and there is room for it."""
     model = adapters.model
@@ -248,12 +142,12 @@ def can_record(adapters: Adapters, jobs, slots: int) -> bool:
 class Engine:
     """n slots, an adapter in each."""
 
-    def __init__(self, model, recipe: Recipe, n: int):
+    def __init__(self, model, recipe, n: int):
         self.model = model
         self.recipe = recipe
         self.n = n
         # The parameters of all adapters and AdamW's two moments, a row of (n, P) for each slot.
-        self.adapters = Adapters(model, recipe.lora, n)
+        self.adapters = recipe.lora.adapters(model, n)
         self.flat = self.adapters.flat
         # What the products read, and what has a gradient: of a bfloat16 model a copy, which the
         # update writes, so that nothing is cast in a step; else `flat` itself.
@@ -320,7 +214,7 @@ class Engine:
         self.read.grad = None
         # Only tokens that predict a label go through the output layer. The backward pass is within
         # the route as well: with `recompute` it runs the blocks again, adapters included.
-        with Route(self.adapters, step.segments, self.read):
+        with self.adapters.along(step.segments, self.read):
             h = self.model.hidden(step.ids, step.ribbon.position, step.ribbon.attend)   # (T, D)
             h = h.index_select(0, step.source)                                          # (N, D)
             nll = FrozenHeadLoss.apply(h, self.model.lm_head.weight, step.labels)

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.train import Engine, Job, Recipe, dialogue
+from engine.train import Engine
 from exercises import tiny
 from inner_loop import ask, grade_all
-from lora import PROJECTIONS, Adapters, Lora
+from lora import Adapters, Job, Lora, PROJECTIONS, Recipe, dialogue
 from selfedit import Task, read_self_edit
 
 

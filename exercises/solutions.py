@@ -80,7 +80,7 @@ def lay_out(slots):
 
 # 7
 def m_step_example(prompt, edit):
-    return train.dialogue(prompt, edit, completion_only=True)
+    return lora.dialogue(prompt, edit, completion_only=True)
 
 
 # 8

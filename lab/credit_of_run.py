@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from engine.ribbon import Ribbon
-from engine.train import Recipe, sft
+from engine.train import sft
 from inner_loop import make_job
-from lora import Adapters
+from lora import Adapters, Recipe
 from selfedit import SelfEdit, Task, read_self_edit, seed_for
 from support import page
 from support.config import Config

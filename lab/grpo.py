@@ -15,8 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from engine.train import Job, dialogue
-from lora import Adapters
+from lora import Adapters, Job, dialogue
 from selfedit import seed_for
 from support.config import outer_recipe
 from support.files import UserError

@@ -9,11 +9,11 @@ import numpy as np
 
 from data import tinyworld
 from engine.decode import collect
-from engine.train import Job, dialogue, sft
+from engine.train import sft
 from inner_loop import make_job
 from lab.remember import last_layers, recall, scaled, with_old
 from lab.tiny import RECIPE, WRITING, or_passage
-from lora import Adapters
+from lora import Adapters, Job, dialogue
 from model import Transformer
 from selfedit import SelfEdit, Task, sample_self_edits, seed_for
 from support.tokenizer import Tokenizer

@@ -19,12 +19,12 @@ from itertools import product
 import numpy as np
 
 from data import tinyworld
-from engine.train import Job
 from lab.experiment import Question, flags, mean_of
 from lab.objectives import MAKE, train
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
 from lab.tiny import RECIPE, answer, by_direction, load, or_passage, verdicts
 from lab.writers import write
+from lora import Job
 from selfedit import seed_for
 from support.files import cli, positive
 

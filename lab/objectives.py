@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.ribbon import Ribbon
-from engine.train import Job, dialogue
-from lora import Adapters
+from lora import Adapters, Job, dialogue
 
 MASKINGS, SHARE = 4, 0.3        # of each document, and of the words that are missing in each
 

@@ -16,10 +16,9 @@ import torch
 
 from data import knowledge
 from data.text import sentences
-from engine.train import Recipe
 from inner_loop import SMALL, update_and_score
 from lab.show import over_passages
-from lora import PROJECTIONS, Lora
+from lora import Lora, PROJECTIONS, Recipe
 from model import load_pretrained
 from selfedit import SelfEdit, read_self_edit, seed_for
 from support.files import Parser, UserError, cli, positive, read_json

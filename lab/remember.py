@@ -16,8 +16,7 @@ from itertools import chain
 import torch
 
 from engine.decode import Sampling, write
-from engine.train import Job
-from lora import Adapters
+from lora import Adapters, Job
 from selfedit import SelfEdit, Task, read_self_edit, room_for_self_edit
 from support.files import UserError
 

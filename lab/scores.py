@@ -12,12 +12,11 @@ from dataclasses import replace
 
 import torch
 
-from engine.train import dialogue, sft_one
 from inner_loop import make_job
 from lab.credit import truth
 from lab.grpo import log_probs
 from lab.tiny import RECIPE
-from lora import Adapters
+from lora import Adapters, dialogue, sft_one
 
 # score -> its cost per self-edit, in passes. A backward pass includes its forward pass.
 SCORES = {"number of tokens": "none",

@@ -2,11 +2,12 @@
 from collections import Counter
 from dataclasses import replace
 
-from engine.train import Job, sft
+from engine.train import sft
 from inner_loop import answer_each, grade_all
 from lab.diversity import of_town
 from lab.experiment import mean_of
 from lab.tiny import ANSWERING, RECIPE, by_direction
+from lora import Job
 from selfedit import SelfEdit, Task, seed_for
 from support.progress import Meter
 

@@ -14,8 +14,7 @@ from functools import cache
 import torch
 
 from data import arc, judges, knowledge, tinyarc, tinyworld
-from engine.train import Recipe
-from lora import PROJECTIONS, Lora
+from lora import Lora, PROJECTIONS, Recipe
 from selfedit import PROMPTS
 from support.checkpoint import EMBEDDED
 from support.files import UserError, fingerprint, read_text

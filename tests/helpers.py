@@ -7,8 +7,7 @@ import torch
 from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
                           Qwen3ForCausalLM)
 
-from engine.train import Job, Recipe
-from lora import Lora
+from lora import Job, Lora, Recipe
 from outer_loop import rest_em
 from support.config import add_flags, read_flags
 from support.run import Run

@@ -14,9 +14,9 @@ from engine.decode import Sampling
 from engine.gpu import compiled
 from engine.memory import step_memory
 from engine.ribbon import Ribbon
-from engine.train import Job, Recipe, sft
+from engine.train import sft
 from engine.update import adamw_
-from lora import PROJECTIONS, Adapters, Lora
+from lora import Adapters, Job, Lora, PROJECTIONS, Recipe
 from model import load_pretrained
 from tests.helpers import mixed_jobs
 from tests.make_checkpoint import make_checkpoint

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow      # each copies the project and runs it
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "EXTENDING.md"
 # What a copy is made of: no runs, no .git, nothing that an editor left.
-FOLDERS = ("data", "docs", "tests")
+FOLDERS = ("support", "engine", "tools", "data", "docs", "tests")
 # Their headings. One more in the document, without a test here, is noticed.
 CHANGES = ["A prompt", "A reward", "An update rule", "A domain", "A family of models"]
 
@@ -86,8 +86,8 @@ def test_the_document_is_short():
 
 def test_a_change_says_nothing_of_what_is_there_already():
     """Else its test could pass without it."""
-    for word, file in [("teacher", "selfedit.py"), ("softmax", "config.py"),
-                       ("reversal", "config.py"), ("Mistral", "checkpoint.py")]:
+    for word, file in [("teacher", "selfedit.py"), ("softmax", "support/config.py"),
+                       ("reversal", "support/config.py"), ("Mistral", "support/checkpoint.py")]:
         assert word not in (ROOT / file).read_text()
 
 

@@ -8,9 +8,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A file may import from those before it, in its functions as well.
 FLOORS = ["support.files", "support.ranks", "support.records", "support.checkpoint",
           "support.progress", "engine.gpu", "engine.memory", "support.stats",
-          "support.tokenizer", "engine.ribbon", "model", "engine.decode", "lora",
-          "engine.padding", "engine.packing", "engine.update", "engine.train", "selfedit",
-          "lab.remember", "reward", "data.judges", "data.knowledge", "data.text",
+          "support.tokenizer", "engine.ribbon", "model", "engine.decode",
+          "engine.padding", "engine.packing", "engine.update", "engine.train", "lora",
+          "selfedit", "lab.remember", "data.judges", "data.knowledge", "data.text",
           "data.arc", "data.tinyworld", "data.tinyarc", "data.pretrain_tiny",
           "inner_loop", "support.config", "support.report", "support.page", "support.run",
           "tools.plan", "lab.credit_of_run", "outer_loop", "tools.speed", "tools.suite",
@@ -50,6 +50,11 @@ def test_every_file_has_a_floor():
         files += ROOT.glob(f"{folder}/*.py")
     names = {str(f.relative_to(ROOT).with_suffix("")).replace("/", ".") for f in files}
     assert {name for name in names if not name.endswith("__init__")} == set(FLOORS)
+
+
+def test_the_top_level_is_the_six_files_that_the_user_named():
+    assert {path.stem for path in ROOT.glob("*.py")} == {
+        "model", "lora", "selfedit", "inner_loop", "outer_loop", "eval"}
 
 
 @pytest.mark.parametrize("name", FLOORS)

@@ -12,9 +12,9 @@ from data.judges import each
 from engine.decode import Sampling
 from engine.train import Trained, sft
 from inner_loop import Answers, ask, grade_all, in_prompt, make_job, update_and_score
+from inner_loop import Outcome, reward
 from lora import Adapters
 from model import load_pretrained
-from reward import Outcome, reward
 from selfedit import SelfEdit, Task
 from support.files import UserError
 from support.tokenizer import Tokenizer

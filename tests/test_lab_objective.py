@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from engine.train import Job, sft_one
 from inner_loop import make_job
 from lab import changes, keeping, objective, objectives, skill, study, vector
 from lab.tiny import RECIPE
+from lora import Job, sft_one
 from model import load_pretrained
 from support.checkpoint import EMBEDDED
 from tests.helpers import read_lines

@@ -11,10 +11,10 @@ import torch
 
 from data import judges
 from data.judges import each
-from engine.train import Job, sft
+from engine.train import sft
 from lab import proxy, proxy_run, ranking, scores
 from lab.tiny import RECIPE
-from lora import Adapters
+from lora import Adapters, Job
 from model import load_pretrained
 from selfedit import SelfEdit, read_self_edit
 from support.checkpoint import EMBEDDED

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.train import dialogue
 from lab import choosing, diversity, grpo, halving, judged, outer_rate, race, rules
 from lab import update_rule
 from lab.halving import Rung
 from lab.tiny import SETTINGS
-from lora import Adapters
+from lora import Adapters, dialogue
 from model import load_pretrained
 from outer_loop import m_step, rest_em
 from selfedit import SelfEdit

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from engine.decode import Sampling, write
-from engine.train import Job, dialogue, sft_one
 from lab import imitate, line_kinds, lines
-from lora import Adapters
+from lora import Adapters, Job, dialogue, sft_one
 from model import load_pretrained
 from selfedit import fill, seed_for
 from support.config import Config, outer_recipe

@@ -14,8 +14,8 @@ from engine.decode import Cache
 from engine.memory import activation_memory, in_halves, on_host_if_full, step_memory
 from engine.memory import auto_answering, auto_rows, auto_slots, free_memory
 from engine.ribbon import Ribbon
-from engine.train import Engine, Job, sft
-from lora import Adapters, Lora
+from engine.train import Engine, sft
+from lora import Adapters, Job, Lora
 from model import ModelConfig, Transformer, load_pretrained
 from support.files import UserError
 from tests.helpers import ALL, CASES, RECIPE, mixed_jobs

@@ -16,9 +16,9 @@ import outer_loop
 from data import judges, knowledge
 from data.judges import each
 from engine.decode import Sampling, collect, quiet
-from engine.train import Recipe, sft
+from engine.train import sft
 from inner_loop import ANSWERS, ask, grade_all, make_job
-from lora import PROJECTIONS, Adapters, Lora
+from lora import Adapters, Lora, PROJECTIONS, Recipe
 from model import load_pretrained
 from outer_loop import by_kind, m_step, next_tasks, rest_em, select, weigh
 from selfedit import SelfEdit, read_self_edit, sample_self_edits

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from engine.decode import Sampling
-from engine.train import Job, sft
+from engine.train import sft
 from inner_loop import TINY, make_job
 from lab.remember import first_words, last_layers, recall, scaled, with_old
-from lora import Adapters
+from lora import Adapters, Job
 from model import load_pretrained
 from selfedit import SelfEdit
 from support.checkpoint import EMBEDDED

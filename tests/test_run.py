@@ -21,9 +21,8 @@ import outer_loop
 from data import judges
 from data.judges import each
 from engine.decode import quiet
-from engine.train import Recipe
 from inner_loop import Answers
-from lora import PROJECTIONS, Lora
+from lora import Lora, PROJECTIONS, Recipe
 from model import load_pretrained
 from outer_loop import score, unadapted
 from support.config import PRESETS, Config, flag

@@ -17,9 +17,9 @@ from transformers import (AutoModelForCausalLM, get_cosine_schedule_with_warmup,
 from engine import train as engine
 from engine import update
 from engine.packing import next_size
-from engine.train import Job, sft, sft_one
+from engine.train import sft
 from engine.update import FrozenHeadLoss, adamw_
-from lora import Adapters, Lora, can_group
+from lora import Adapters, Job, Lora, can_group, sft_one
 from model import load_pretrained
 from support.files import UserError
 from tests.helpers import ALL, CASES, RECIPE, mixed_jobs

@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 
 from engine.memory import auto_answering, auto_rows, auto_slots, row_memory, step_memory
-from engine.train import Job
-from lora import Lora
+from lora import Job, Lora
 from model import ModelConfig, Transformer
 from support.checkpoint import EMBEDDED, fetch
 from support.config import Config, inner_recipe, outer_recipe

@@ -17,9 +17,9 @@ import torch
 
 from engine.decode import Sampling, generate
 from engine.memory import peak_memory
-from engine.train import Job, Recipe, sft
+from engine.train import sft
 from inner_loop import batched
-from lora import Adapters, Lora
+from lora import Adapters, Job, Lora, Recipe
 from model import ModelConfig, Transformer
 from support.checkpoint import EMBEDDED
 from tools.plan import token_flops, write_shape
