@@ -15,6 +15,7 @@ from engine import decode
 from engine import packing
 from engine import train
 from engine import update
+from lab import reliability
 from model import Linear
 from selfedit import NOTES, SelfEdit, Task
 from support import stats
@@ -85,7 +86,7 @@ def m_step_example(prompt, edit):
 
 # 8
 def luck(accuracy):
-    found = stats.variance_components(list(accuracy))
+    found = reliability.variance_components(list(accuracy))
     return (found["standard deviation of one inner loop, over seeds"],
             found["true standard deviation between the self-edits of a passage"],
             found["the best of K, by the seeds that chose it"],

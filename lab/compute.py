@@ -8,16 +8,25 @@ town, the passage with each, are learned by ONE adapter. Whatever k is, it takes
 steps, with all documents in each: only the tokens of a step grow with k. 1.5 minutes for an arm and
 a seed on one thread.
 """
+import re
+import zlib
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 
 from data import tinyworld
-from lab.crossing import where_passed
-from lab.experiment import Question, flags
+from engine.train import sft
+from inner_loop import answer_each, grade_all
+from lab.experiment import Question, flags, mean_of
 from lab.show import arrows, error_bars, new_figure, over_seeds, print_table, save
-from lab.tiny import answer, load
-from lab.together import learn
+from lab.tiny import ANSWERING, RECIPE, answer, by_direction, load
 from lab.writers import best_notes, one_form, rephrased, write
+from lora import Job
+from selfedit import SelfEdit, Task, seed_for
 from support.files import cli, positive
+from support.progress import Meter
+from support.stats import mean_ci, with_interval
 
 KS = (1, 2, 4, 8, 16, 32)
 # arm -> (who writes, t of the theta_t that learns)
@@ -27,6 +36,114 @@ ARMS = {"untrained writer": (0, 0), "untrained, given a beginning": ("begun", 0)
         "rephrased passages": (rephrased, 0), "fixed forms": (one_form, 0),
         "best notes": (best_notes, 0)}
 SEAL = "SEAL, round 3"
+
+
+# ------------------------------------------------------------------------------- where curves cross
+
+def crossing(ks, curve, other) -> float | None:
+    """The k from which a curve stays at or above another. None: it is below at the last k."""
+    # The last k at which it is below decides, as an early lead may be chance.
+    above = np.subtract(curve, other)
+    below = np.flatnonzero(above < 0)
+    if len(below) == 0:
+        return ks[0]
+    i = below[-1]
+    if i == len(ks) - 1:
+        return None
+    # Between two measured k, a straight line over their logarithms.
+    part = above[i] / (above[i] - above[i + 1])
+    return ks[i] * (ks[i + 1] / ks[i]) ** part
+
+
+def crossings(ks, pairs) -> str:
+    """The geometric mean of where curves cross, with its 95 % interval, in words.
+
+    pairs: (curve, other) of each seed."""
+    found = [crossing(ks, curve, other) for curve, other in pairs]
+    if not found:
+        return ""
+    logs = [[np.log(k)] for k in found if k is not None]
+    if not logs:
+        return f"in none of {len(found)}"
+    (mean,), (half,) = mean_ci(logs)
+    words = f"{np.exp(mean):.1f}"
+    # A single seed has no interval.
+    if not np.isnan(half):
+        words = with_interval(np.exp(mean), np.exp([mean - half, mean + half]), ".1f")
+    return f"{words}, in {len(logs)} of {len(found)}"
+
+
+def where_passed(ks, lines: list[dict], others: list[dict]) -> tuple[str, str]:
+    """From which k on the accuracy of an arm is above another arm's at the same k, and above that
+    at the first k, seed by seed. lines, others: of the two arms."""
+    reference = {line["seed"]: line["accuracy"] for line in others}
+    same, first = [], []
+    for line in lines:
+        if line["seed"] in reference:
+            other = reference[line["seed"]]
+            same.append((line["accuracy"], other))
+            first.append((line["accuracy"], other[:1]))
+    return crossings(ks, same), crossings(ks, first)
+
+
+# ------------------------------------------------------------------------- how alike self-edits are
+
+# Compression: their size over that of their zip, which is larger the more they repeat.
+
+def of_town(edits: list[SelfEdit], passage: str) -> dict[str, float]:
+    """Of all self-edits of a town together, with the share of its facts that they state."""
+    # An empty self-edit is an empty line.
+    lines = "\n".join(edit.text for edit in edits).splitlines() or [""]
+    text = "\n".join(lines).encode()
+    found = {"compression": len(text) / len(zlib.compress(text, 9)),
+             "distinct lines": len(set(lines)) / len(lines)}
+    stated = {tinyworld.taught(line, passage) for line in set(lines)}
+    for kind in ("forward", "reversed"):
+        covered = []
+        for relation, direction in tinyworld.asked(passage).values():
+            if direction == kind:
+                covered.append((relation, direction) in stated)
+        found[f"facts covered, {kind}"] = np.mean(covered)
+    return found
+
+
+# --------------------------------------------------------------------- many self-edits, one adapter
+
+# As in the tiny preset, but for all documents in every step.
+ALL_AT_ONCE = replace(RECIPE, batch=10_000)
+
+
+def learn(model, tok, tasks: list[Task], edits: list[list[SelfEdit]], seed: int) -> dict:
+    """What all self-edits of a town, as one adapter, teach: means over the towns."""
+    jobs, found = [], []
+    for i, (task, row) in enumerate(zip(tasks, edits)):
+        # The passage is there once for each self-edit, so that its weight does not fall with k.
+        documents = []
+        for edit in row:
+            documents += edit.documents
+        # Of empty self-edits nothing can be learned but the passage.
+        documents = documents or task.context
+        jobs.append(one_job(model, tok, documents, seed_for(seed, "adapter", i)))
+        tokens = sum(len(tok.document(document)) for document in documents)
+        found.append({"tokens": tokens} | of_town(row, task.context[0]))
+
+    trained = dict(sft(model, jobs, Meter("steps")))
+    pairs = [(task, trained[i]) for i, task in enumerate(tasks)]
+    answers = answer_each(model, tok, pairs, RECIPE.lora, ANSWERING)
+    verdicts = grade_all(tasks, [answer.texts for answer in answers])
+    for task, right, row in zip(tasks, verdicts, found):
+        row |= by_direction(task, right)
+    return mean_of(found)
+
+
+def one_job(model, tok, documents: list[str], seed: int) -> Job:
+    """All documents in every step. One that is there n times is read once, and weighs n times as
+    much in the loss: that is the same, and faster."""
+    examples = []
+    for text, n in Counter(documents).items():
+        ids = tok.document(text)[:model.config.max_len]
+        examples.append((ids, [n] * len(ids)))
+    return Job(examples, seed, ALL_AT_ONCE)
 
 
 # ------------------------------------------------------------------------------- an arm, a seed

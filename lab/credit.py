@@ -1,29 +1,188 @@
-"""Which line of a self-edit taught which answer? Its lines are left out, and the answers change.
+"""Which line of a self-edit taught which answer?
 
+    python -m lab.credit RUN_DIR [--iteration 3 --task 5]       # of any run about passages
     python -m lab.credit RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE --town 5]
 
-A self-edit by the writer of a finished run (`python outer_loop.py --seed S`) is learned by theta_0
-from many subsets of its documents, all side by side, and the answers are regressed on which
-documents were there: with one left out, with only one, or random halves. The answers are their
-verdicts or the probability of the gold answer. What is best is judged by the truth, as the tiny
-world knows which fact a line states, and in which direction. AUC: how often a line that states an
-answer has more credit for it than a line that does not. 1.5 minutes for a writer and a seed.
+A self-edit is learned again from random halves of its documents, all side by side, and how likely
+the gold answers become is regressed on which documents were there: a table of report.html.
+
+With --out this is held against the truth, as the tiny world knows which fact a line states, and in
+which direction. The writers are those of finished runs (`python outer_loop.py --seed S`), theta_0
+learns, and other subsets are tried as well. AUC: how often a line that states an answer has more
+credit for it than a line that does not. 1.5 minutes for a writer and a seed.
 """
+import dataclasses
+import json
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from data import tinyworld as world
-from lab.credit_of_run import DESIGNS, credit
-from lab.experiment import complete, each, flags, groups, mean_of
+from engine.ribbon import Ribbon
+from engine.train import sft
+from inner_loop import ask, grade_all, make_job
+from lab.experiment import complete, each, groups, mean_of
 from lab.show import of_seeds, print_table, pyplot, save
-from lab.tiny import RECIPE, add_runs, by_seed, load
-from lab.truth import SCORES, judge_credit, truth
+from lab.tiny import ANSWERING, RECIPE, by_seed, load
 from lab.writers import write
-from selfedit import seed_for
-from support.files import at_least, cli, positive
+from lora import Adapters, Recipe
+from selfedit import SelfEdit, Task, read_self_edit, seed_for
+from support import page
+from support.config import Config
+from support.files import Parser, UserError, at_least, cli, positive, read_json, replace_file
+from support.progress import Meter
+from support.run import Run
 
 WRITERS = {"untrained": 0, "round 3": 3}    # t of the theta_t that writes; theta_0 learns
+
+
+# ------------------------------------------------------------------------------- credit
+
+DESIGNS = ("leave one out", "only one", "random halves")
+PAIRS = 20      # of random halves: on 8 towns of the tiny world 10 of them order lines as well
+
+
+def subsets(design: str, n: int, seed: int):
+    """(subsets, n) of 0 and 1: which of n documents are learned."""
+    if design == "leave one out":
+        return np.vstack([np.ones(n), 1 - np.eye(n)])
+    if design == "only one":
+        return np.vstack([np.zeros(n), np.eye(n)])
+    # Random halves, each with the other half, so that every document is there as often as not.
+    halves = np.random.default_rng(seed).integers(0, 2, (PAIRS, n))
+    return np.vstack([halves, 1 - halves])
+
+
+def learn(model, tok, edit: SelfEdit, design, recipe: Recipe, seed: int) -> Adapters:
+    """An adapter for each subset of a self-edit's documents. All begin from the same values."""
+    jobs, places = [], []
+    for i, row in enumerate(design):
+        documents = [document for document, there in zip(edit.documents, row) if there]
+        if documents:
+            jobs.append(make_job(model, tok, replace(edit, documents=documents), seed, recipe))
+            places.append(i)
+    # Without a document nothing is learned: an adapter of zeros changes nothing.
+    adapters = Adapters(model, recipe.lora, len(design))
+    for number, trained in sft(model, jobs, Meter("steps")):
+        adapters.flat[places[number]] = trained.weights
+    return adapters
+
+
+@torch.no_grad()
+def gold_probability(model, tok, task: Task, adapters: Adapters):
+    """(adapters, questions): the probability of each gold answer, given its question."""
+    texts, starts = [], []
+    for query, answer in zip(task.queries, task.answers):
+        prompt = tok.prompt(query)
+        texts.append(prompt + tok.encode(" " + answer))
+        starts.append(len(prompt))
+    # The same texts for every adapter, end to end on one ribbon.
+    lengths = [len(ids) for ids in texts]
+    ribbon = Ribbon(lengths * adapters.n, model.device)
+    ids = torch.tensor(sum(texts, []) * adapters.n, device=model.device)
+    with adapters.route([sum(lengths)] * adapters.n):
+        h = model.hidden(ids, ribbon.position, ribbon.attend)
+    # What a token predicts is the next one. The answers' tokens alone go through the output layer.
+    answers, end = [], 0
+    for start, length in zip(starts * adapters.n, lengths * adapters.n):
+        answers.append(torch.arange(end + start, end + length, device=model.device))
+        end += length
+    places = torch.cat(answers)
+    log_p = model.lm_head(h[places - 1]).float().log_softmax(-1).gather(1, ids[places, None])[:, 0]
+    found = [own.sum().exp().item() for own in log_p.split([len(own) for own in answers])]
+    return np.reshape(found, (adapters.n, len(texts)))
+
+
+def regress(design, scores):
+    """(documents, questions): what a document adds to a score, by least squares. Of `leave one out`
+    and `only one` it is the plain difference."""
+    # The column of ones is what is scored without any document.
+    x = np.hstack([np.ones((len(design), 1)), design])
+    return np.linalg.lstsq(x, scores, rcond=None)[0][1:]
+
+
+def credit(model, tok, task: Task, edit: SelfEdit, recipe: Recipe, seed=0,
+           by="random halves"):
+    """(documents, questions): by how much a document of a self-edit raises the probability of a
+    gold answer. by: one of DESIGNS. "only one" is the fastest, but shows no harm."""
+    design = subsets(by, len(edit.documents), seed)
+    adapters = learn(model, tok, edit, design, recipe, seed)
+    return regress(design, gold_probability(model, tok, task, adapters))
+
+
+# ------------------------------------------------------------------------------- of a run
+
+def of_run(folder, t: int | None, i: int) -> dict:
+    """The credit in the first held-out self-edit of task i by theta_t, which learns it again."""
+    settings = read_json(Path(folder) / "config.json")
+    names = {f.name for f in dataclasses.fields(Config)}
+    run = Run(Config(**{name: settings[name] for name in settings.keys() & names}
+                     | {"run_dir": str(folder)}))
+    records = [r for r in run.edits.records if r["split"] == "eval" and r["edit"] == 0]
+    if t is None:
+        t = max((r["iteration"] for r in records), default=0)
+    texts = {r["task"]: r for r in records if r["iteration"] == t}
+    if i not in texts:
+        raise UserError(f"{folder}: no held-out self-edit of task {i} in iteration {t}")
+    task = run.tasks(run.cfg.eval_data)[i]
+    if not task.context:
+        raise UserError(f"{folder} is a run about puzzles; credit is for passages")
+    edit = read_self_edit(task, texts[i]["text"], texts[i]["token_ids"])
+    if not edit.documents:
+        raise UserError(f"{folder}: nothing could be read in this self-edit: {edit.note}")
+    seed = seed_for(run.cfg.seed, t, i, "credit")
+    matrix = credit(run.load(t), run.tok, task, edit, run.recipe, seed)
+    return {"iteration": t, "task": i, "title": task.name, "documents": edit.documents,
+            "questions": task.questions, "gold": task.answers,
+            "credit": [[round(float(x), 3) for x in row] for row in matrix]}
+
+
+# ------------------------------------------------------------ the truth, as the tiny world knows it
+
+SCORES = ("probability", "verdict")         # of the gold answer; of the model's own
+
+
+def truth(task: Task, edit: SelfEdit):
+    """(lines, questions) bool: which line states the answer to which question. The last document is
+    the passage, and no line."""
+    passage = task.context[0]
+    asked = [world.asked(passage)[question] for question in task.questions]
+    stated = []
+    for line in edit.documents[:-1]:
+        fact = world.taught(line, passage)
+        stated.append([fact == other for other in asked])
+    return np.array(stated, bool).reshape(-1, len(asked))
+
+
+def auc(credits, stated):
+    """How often a stated pair has more credit than another; equal credits count as half."""
+    above = credits[stated][:, None] - credits[~stated][None]
+    return float(np.mean((above > 0) + 0.5 * (above == 0)))
+
+
+def judge_credit(model, tok, task: Task, edit: SelfEdit, seed: int) -> dict[str, float]:
+    """{design, score: AUC} of a self-edit."""
+    stated = truth(task, edit)
+    # The subsets of all designs are trained and asked together, which is faster.
+    designs = [subsets(name, len(edit.documents), seed) for name in DESIGNS]
+    adapters = learn(model, tok, edit, np.vstack(designs), RECIPE, seed)
+    likely = gold_probability(model, tok, task, adapters)
+    answers = ask(model, tok, [[task]] * adapters.n, ANSWERING, adapters)
+    right = grade_all([task] * adapters.n, [answer.texts for (answer,) in answers])
+    scores = {"probability": likely, "verdict": np.array(right, float)}
+    found, begin = {}, 0
+    for name, design in zip(DESIGNS, designs):
+        # Each design has the scores of its own subsets.
+        end = begin + len(design)
+        for what in SCORES:
+            credits = regress(design, scores[what][begin:end])
+            # The passage is no line: its credit, the last one, is left out.
+            found[f"{name}, {what}"] = auc(credits[:len(stated)], stated)
+        begin = end
+    return found
 
 
 def measure(writer: str, seed: int, folder, n: int) -> dict:
@@ -72,12 +231,35 @@ def draw(folder, town: int, file):
     save(figure, file)
 
 
+def write_page(folder: Path, t: int | None, i: int):
+    """Put the credit of a run's self-edit into its report.html."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} is no run's folder: it has no config.json")
+    found = of_run(folder, t, i)
+    replace_file(folder / "credit.json", json.dumps(found))
+    for document, row in zip(found["documents"], found["credit"]):
+        most = int(np.argmax(row))
+        print(f"{row[most]:+.2f}  {document[:60]!r}: most for {found['questions'][most]!r}")
+    print(page.write(folder))
+
+
 def main():
-    ap = flags(__doc__)
-    add_runs(ap)
+    ap = Parser(description=__doc__.split("\n")[0])
+    ap.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, with "
+                    "its weights; with --out one for each seed")
+    ap.add_argument("--iteration", type=at_least(0), help="the self-edits after so many rounds "
+                    "(default: the last)")
+    ap.add_argument("--task", type=at_least(0), default=0, help="which held-out one (default: 0)")
+    ap.add_argument("--out", type=Path, help="hold it against the truth: JSON lines, as they are "
+                    "known")
+    ap.add_argument("--svg", help="file to draw to, with --out (needs matplotlib)")
     ap.add_argument("--towns", type=positive, default=12, help="held-out ones (default: 12)")
     ap.add_argument("--town", type=at_least(0), default=0, help="which is drawn (default: 0)")
     args = ap.parse_args()
+    if not args.out:
+        for folder in args.runs:
+            write_page(folder, args.iteration, args.task)
+        return
     folders = by_seed(args.runs)
 
     def measure_one(line):

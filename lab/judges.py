@@ -12,7 +12,7 @@ from data.judges import RULES, check_openai, model_judge, openai
 from lab.show import over_passages
 from model import load_pretrained
 from support.files import Parser, UserError, positive, cli, printable, read_json
-from support.stats import agreement, share_changed
+from support.stats import share_changed
 from support.tokenizer import Tokenizer
 
 
@@ -79,6 +79,16 @@ def judged(judge, triples):
     asked = [triple for triple in triples if triple[2].strip()]
     verdict = dict(zip(asked, judge(asked)))
     return [verdict.get(triple, False) for triple in triples]
+
+
+def agreement(a, b):
+    """(share of equal verdicts, Cohen's kappa: how far that is beyond chance)."""
+    a, b = np.asarray(a, bool), np.asarray(b, bool)
+    observed = (a == b).mean()
+    chance = a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean())
+    if chance == 1:
+        return observed, 1.0
+    return observed, (observed - chance) / (1 - chance)
 
 
 def show(label, gpt, verdicts):

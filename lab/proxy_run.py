@@ -3,7 +3,7 @@
     python -m lab.proxy_run RUN_DIR --out FILE.jsonl [--model DIR] [--data FILE]
 
 RUN_DIR: a run of outer_loop.py about passages, with --seeds 2 or more. The self-edits of its first
-round have rewards; here they get the scores of lab/scores.py as well, at the weights before any
+round have rewards; here they get the scores of lab/proxy.py as well, at the weights before any
 training. --model and --data: where the run's model and passages are now. A line per passage, 4 s a
 self-edit for a model of 135 M parameters, on one thread.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from lab.experiment import complete, flags
-from lab.ranking import correlation, others, worth
+from lab.proxy import correlation, others, worth
 from lab.reliability import accuracy_of, read_groups
-from lab.scores import products
+from lab.proxy import products
 from lab.show import over_passages, print_table
 from outer_loop import in_order, next_tasks
 from selfedit import read_self_edit

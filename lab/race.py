@@ -2,8 +2,8 @@
 
     python -m lab.race --out FILE.jsonl [--svg FILE]
 
-ReST-EM in the tiny world, with its rewards from a race (lab/halving.py), or from products of
-gradients and no inner loop (lab/scores.py). lab/choosing.py and lab/proxy.py ask what a single
+ReST-EM in the tiny world, with its rewards from a race (lab/choosing.py), or from products of
+gradients and no inner loop (lab/proxy.py). lab/choosing.py and lab/proxy.py ask what a single
 choice is worth. 2 to 8 minutes for a rule and a seed, on one thread.
 """
 import tempfile
@@ -11,8 +11,8 @@ import tempfile
 import numpy as np
 
 from lab.experiment import Question, add_seeds, differences, flags, gain, last_reward
-from lab.halving import RULES, race, start, trainer
-from lab.scores import products
+from lab.choosing import RULES, race, start, trainer
+from lab.proxy import products
 from lab.show import arrows, error_bars, new_figure, of_seeds, print_table, save
 from outer_loop import evaluate, m_step, next_tasks, select
 from outer_loop import sample
@@ -90,7 +90,7 @@ def main():
     add_seeds(ap)
     ap.add_argument("--rules", nargs="+", choices=[*RULES, PRODUCT], metavar="RULE",
                     default=[USUAL, "one seed"],
-                    help=f"of lab/halving.py, or {PRODUCT!r} (default: three seeds, one seed)")
+                    help=f"of lab/choosing.py, or {PRODUCT!r} (default: three seeds, one seed)")
     args = ap.parse_args()
     Question([*RULES, PRODUCT], learn, show, draw, kind="rule",
              part={"part": "learning"}).answer(ap, args, args.seeds)

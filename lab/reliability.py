@@ -10,7 +10,6 @@ import numpy as np
 
 from support.files import Parser, UserError, cli
 from support.records import Lines
-from support.stats import variance_components
 
 
 class Rollouts(Lines):
@@ -51,6 +50,37 @@ def accuracy_of(group):
     for r in group:
         rows.append([np.mean(right) for right in r["right"]])
     return np.array(rows)
+
+
+def variance_components(accuracy):
+    """Statistics of rewards; accuracy: per passage (K, seeds).
+
+    The variance between the self-edits of a passage is measured by the covariance of two seeds, in
+    which the seeds' own noise is absent (the mean square between minus within, over all pairs).
+    Reliability is that of the mean over all seeds (Spearman-Brown)."""
+    noise, true, chosen, held_out = [], [], [], []
+    for a in accuracy:
+        k, n = a.shape
+        noise.append(a.var(axis=1, ddof=1).mean())
+        if k > 1:
+            true.append(a.mean(axis=1).var(ddof=1) - noise[-1] / n)
+        chosen.append(a.mean(axis=1).max())
+        # Choose without one seed, and ask that seed what the choice is worth.
+        for out in range(n):
+            best = np.delete(a, out, axis=1).mean(axis=1).argmax()
+            held_out.append(a[best, out])
+
+    n = accuracy[0].shape[1]
+    within = np.mean(noise)
+    between = max(0.0, np.mean(true)) if true else 0.0
+    total = between + within / n
+    return {"standard deviation of one inner loop, over seeds": within ** 0.5,
+            "true standard deviation between the self-edits of a passage": between ** 0.5,
+            f"reliability of a {n}-seed mean, among the edits of a passage":
+                between / total if total else np.nan,
+            "mean reward": np.mean([a.mean() for a in accuracy]),
+            "the best of K, by the seeds that chose it": np.mean(chosen),
+            "the best of K, chosen without one seed, by that seed": np.mean(held_out)}
 
 
 def correlation(x, y):

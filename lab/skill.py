@@ -10,6 +10,7 @@ and of theta_3, from which the stream began, are learned by the one and by the o
 are those of lab/forgetting.py. 4 minutes a seed for all arms, on one thread.
 """
 import random
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,11 +18,34 @@ from data import tinyworld
 from lab.experiment import Question, flags
 from lab.keeping import GENTLE, Arm, Stream, learn_town, write_all
 from lab.show import error_bars, new_figure, over_seeds, print_table, save
-from lab.study import Study, next_edit
 from lab.tiny import answer, load, score
-from selfedit import seed_for
+from selfedit import SelfEdit, seed_for
 from support.files import cli
 from support.progress import Meter
+
+# ---------------------------------------------------------------------------- how a town is studied
+
+@dataclass
+class Study:
+    """How a town of the stream is studied."""
+    merge: Arm
+    tries: int = 1          # self-edits, of which the best by an inner loop is learned
+    frozen: bool = False    # written by theta_3, which never changes
+
+
+def next_edit(study: Study, stream: Stream, writer) -> SelfEdit:
+    """The self-edit by which the stream's next town is learned."""
+    k = len(stream.edits)
+    edits = []
+    for j in range(study.tries):
+        seed = seed_for(stream.seed, k, j)
+        edits += write_all(writer, stream.tok, [stream.towns[k]], seed)
+    if study.tries == 1:
+        return edits[0]
+    town = [stream.towns[k]] * study.tries
+    rewards = score(stream.model, stream.tok, town, edits, seed_for(stream.seed, k))
+    return edits[int(np.argmax(rewards))]
+
 
 ARMS = {
     "plain merge": Study(Arm()),

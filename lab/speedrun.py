@@ -8,6 +8,8 @@ imports aside. Whatever teaches the writer may be changed, and nothing of the mo
 of how a self-edit is learned or of the evaluation. The runs follow one another, with all cores
 each: five minutes and more an entry. The same command resumes.
 """
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-from lab.machine import ROOT, commit, machine
+import torch
+
 from lab.show import print_table
 from support.config import add_flags
 from support.files import Parser, UserError, cli
@@ -26,6 +29,28 @@ GOAL, SEEDS = 0.75, range(5)
 FIXED = ("--preset", "--model", "--domain", "--train-data", "--eval", "--inner", "--max-",
          "--directives", "--pad-to", "--stop", "--clip", "--weight-decay", "--temperature",
          "--top-p", "--seed=", "--run-dir", "--baselines")
+
+
+# ---------------------------------------------------------------------------- where it was measured
+
+ROOT = Path(__file__).parent.parent
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
+                           capture_output=True)
+    return found.stdout.strip() or "unknown"
+
+
+def machine() -> str:
+    """The processor's name, and how many threads a run takes."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = names[0].partition(":")[2].strip() if names else name
+    threads = os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()
+    return f"{name}, {threads} threads"
 
 
 def measure(name: str, flags: list[str], seed: int) -> dict:

@@ -14,10 +14,10 @@ import numpy as np
 
 from lab.experiment import Question, add_seeds, flags
 from lab.show import error_bars, new_figure, of_seeds, over_seeds, print_table, save
-from lab.students import students, worth
-from outer_loop import in_order, m_step, next_tasks, select
-from outer_loop import sample
+from outer_loop import in_order, m_step, next_tasks, sample, score, select
+from support.config import PRESETS, Config
 from support.files import cli
+from support.run import Run
 
 # arm -> (who writes, who learns what is to be rewarded); in SEAL the writer, as it is by then
 ARMS = {"small teaches itself (SEAL)": ("small", "itself"),
@@ -26,6 +26,27 @@ ARMS = {"small teaches itself (SEAL)": ("small", "itself"),
         "small teaches large": ("small", "large"),
         "large teaches large": ("large", "large"),
         "large teaches itself (SEAL)": ("large", "itself")}
+
+
+# ------------------------------------------------------------------------------- models that learn
+
+def students(small, seed: int, split: str, folder) -> dict:
+    """{"small" or "large": (a run of the tiny preset by this model, the model)}.
+
+    small: a checkpoint of the small one. split: of held-out towns. folder: for the runs."""
+    found = {}
+    for size, model in (("small", small), ("large", PRESETS["tiny"]["model"])):
+        own = {"model": model, "seed": seed, "eval_data": split, "run_dir": f"{folder}/{size}"}
+        run = Run(Config(**PRESETS["tiny"] | own))
+        found[size] = run, run.read_model(model)
+    return found
+
+
+def worth(learners: dict, who: str, tasks, edits, t: int, split: str) -> list[list[float]]:
+    """The reward of every self-edit of round t, learned by one of these with its own tokenizer."""
+    run, model = learners[who]
+    without = [0.0] * len(tasks)
+    return score(run, model, tasks, edits, t, split, without, run.cfg.seeds, arm=who)
 
 
 def learn(arm: str, seed: int, split: str, small: str) -> dict:

@@ -1,24 +1,218 @@
 """ReST-EM against its neighbours: which update rule learns to write better self-edits?
 
     python -m lab.update_rule --out FILE.jsonl --runs FOLDER [--svg FILE]
+    python -m lab.update_rule --tune --out FILE.jsonl --runs FOLDER
 
-The paper says that GRPO and PPO were unstable, and shows no figure. Here each rule (lab/rules.py)
-runs in the tiny world, at the learning rate that did best on other towns (lab/outer_rate.py). A run
-of a rule with a seed is an ordinary run of outer_loop.py, in a folder below --runs. 1 to 3 minutes
-each, on one thread.
+The paper says that GRPO and PPO were unstable, and shows no figure. Here each rule runs in the tiny
+world, at the learning rate that did best on other towns. A run of a rule with a seed is an ordinary
+run of outer_loop.py, in a folder below --runs. 1 to 3 minutes each, on one thread.
+
+--tune chooses these rates: two seeds, and towns that nothing else is reported on. 20 minutes for
+all rules and a seed.
 """
 import math
+import re
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
-from lab.experiment import add_seeds, complete, differences, each, flags, gain
-from lab.experiment import last_reward, where
-from lab.rules import RULES, USUAL, measure
+from lab.experiment import complete, differences, each, flags, gain, last_reward, where
 from lab.show import arrows, new_figure, of_seeds, print_table, save
-from support.files import cli
+from lab.tiny import SETTINGS
+from lora import Adapters, Job, dialogue
+from outer_loop import m_step, rest_em
+from selfedit import seed_for
+from support.config import Config, outer_recipe
+from support.files import UserError, cli
+from support.records import Lines
+from support.run import Run
 from support.stats import mean_ci
 
+# ------------------------------------------------------------------------------- the rules
+
+# In the tiny world every self-edit beats the un-adapted model, which knows nothing. So Eq. 2 to the
+# letter keeps all of them, and `--keep 2 --strict` is the same as `--keep 2`.
+
+# name -> (how it differs from lab.tiny.SETTINGS, which keep the 2 best of 8 for 4 epochs; its outer
+# learning rate). All K of a rule share the rate of K = 8. One epoch of 160 self-edits is as many
+# steps as four of the 40 best. Rates were chosen by --tune, by the last reward of seeds
+# 10 and 11 (of seed 10 alone for Eq. 2, for a restart from the base, and with clip and KL).
+USUAL = "best 2 of 8"
+CLIPPED = "grpo, K = 8, 4 epochs, clip and KL"
+RULES = {
+    "best 2 of 8, half the rate": ({}, 2e-3),
+    "best 1 of 2": ({"edits": 2, "keep": 1}, 4e-3),
+    "best 2 of 4": ({"edits": 4}, 4e-3),
+    USUAL: ({}, 4e-3),
+    "best 2 of 16": ({"edits": 16}, 4e-3),
+    "any 2 of 8 (control)": ({"update": "random"}, 4e-3),
+    "all that help (Eq. 2)": ({"strict": True, "keep": 8}, 2e-3),
+    "all of reward .7 and above": ({"update": "solved", "solved_at": 0.7}, 4e-3),
+    "best 2 of 8, from the base": ({"restart": True}, 8e-3),
+    "reinforce, K = 8": ({"update": "reinforce", "outer_epochs": 1}, 4e-3),
+    "grpo, K = 8": ({"update": "grpo", "outer_epochs": 1}, 4e-3),
+    "grpo, K = 8, 4 epochs": ({"update": "grpo"}, 1e-3),
+    CLIPPED: ({"update": "grpo"}, 4e-3),
+}
+
+
+def measure(runs: Path, line: dict, **settings) -> dict:
+    """The rest of a line: a run of a rule at an outer learning rate, with a seed, asked about the
+    held-out towns of a split. It is in a folder below runs, and goes on there after a kill.
+
+    settings: how it differs from the rule's other runs."""
+    split, arm, lr, seed = line["split"], line["arm"], line["lr"], line["seed"]
+    own, _ = RULES[arm]
+    folder = runs / re.sub(r"[^\w.]+", "-", f"{split} {arm} {lr} {seed}")
+    cfg = Config(**SETTINGS | own | settings | {
+        "outer_lr": lr, "seed": seed, "eval_data": split, "baselines": False,
+        "run_dir": str(folder)})
+    run = Run(cfg)
+    rule = clipped_m_step if arm == CLIPPED else m_step
+    # What an M-step costs is not among the things that a run keeps.
+    m_steps = Lines(folder / "m_steps.jsonl")
+
+    def learn(cfg, run, model, learned, t):
+        begin = time.time()
+        rule(cfg, run, model, learned, t)
+        m_steps.add({"round": t, "self-edits": len(learned), "seconds": time.time() - begin})
+
+    print(f"\n=== {split}: {arm}, outer learning rate {lr:g}, seed {seed}", flush=True)
+    try:
+        rest_em(cfg, run, learn)
+    except UserError as e:
+        if "diverged" not in str(e):
+            raise
+    # A model that diverged writes nothing: its rewards are 0.
+    rewards = [m["eval_reward"] for m in run.metrics.records]
+    rewards += [0.0] * (cfg.iterations + 1 - len(rewards))
+    found = {"reward": rewards, "diverged": len(run.metrics.records) <= cfg.iterations,
+             "by kind": [m["eval_by_kind"] for m in run.metrics.records]}
+    return found | cost(cfg, run, m_steps.records) | of_run(run)
+
+
+def cost(cfg: Config, run: Run, m_steps: list[dict]) -> dict:
+    """Optimiser steps of both loops and the seconds that they took, without the evaluation."""
+    inner, outer, seconds = 0, 0, 0.0
+    for r in run.rollouts.records:
+        if r["split"] == "train":
+            steps = cfg.inner_epochs * math.ceil(r["documents"] / cfg.inner_batch)
+            inner += len(r["right"]) * steps
+            seconds += r["seconds"]
+    # A round that was killed and begun again is in the file twice.
+    last = {r["round"]: r for r in m_steps}
+    for r in last.values():
+        outer += cfg.outer_epochs * math.ceil(r["self-edits"] / cfg.outer_batch)
+        seconds += r["seconds"]
+    return {"inner steps": inner, "outer steps": outer, "seconds": round(seconds)}
+
+
+def of_run(run) -> dict[str, list]:
+    """Of all held-out self-edits after each round of a run. Lines that differ in names and years
+    alone are one kind of line."""
+    compression, distinct = [], []
+    for m in run.metrics.records:
+        records = run.edits.of(m["iteration"], "eval")
+        text = "\n".join(r["text"] for r in records)
+        compression.append(round(len(text) / len(zlib.compress(text.encode())), 3))
+        # A line's first word is the template's, and capital in any case.
+        kinds = {re.sub(r"(?<!^)\b([A-Z]\w+|\d+)", "_", line) for line in text.splitlines()}
+        distinct.append(len(kinds))
+    return {"compression": compression, "distinct": distinct}
+
+
+# ---------------------------------------------------------------- GRPO's M-step as it was published
+
+# `--update grpo` weighs self-edits by GRPO's advantages and takes one epoch. DeepSeekMath (arXiv
+# 2402.03300, equations 3 and 4) goes on for more epochs, with
+#
+#     rho_s = p_theta(y_s | y_<s, C) / p_theta_t(y_s | y_<s, C)
+#
+#     maximise  mean_s  min(rho_s A, clip(rho_s, 1 - eps, 1 + eps) A) - beta KL(theta || theta_t)
+#
+# so that a token's probability is pushed no further than eps from where it was. theta_t, which
+# wrote the self-edits, is the reference as well, as in the iterative form of GRPO (Algorithm 1).
+
+def log_probs(model, adapter, example) -> torch.Tensor:
+    """(N,) of a self-edit's tokens, given those before them."""
+    ids, learn = example
+    ids = torch.tensor(ids, device=model.device)
+    written = torch.tensor(learn, device=model.device)[1:].bool()
+    with adapter.route([len(ids)]):
+        logits = model(ids[None])[0, :-1]
+    return -F.cross_entropy(logits[written].float(), ids[1:][written], reduction="none")
+
+
+def objective(new, old, advantage, eps, beta) -> torch.Tensor:
+    """Of one self-edit, the mean over its tokens; new and old (N,) are log-probabilities."""
+    ratio = (new - old).exp()
+    clipped = ratio.clamp(1 - eps, 1 + eps)
+    # The worse of both: no reward for going beyond the clip, but none is lost on the way back.
+    gain = torch.minimum(ratio * advantage, clipped * advantage)
+    # The estimate of KL(theta || theta_t) from theta_t's samples that is never negative.
+    kl = (old - new).exp() - (old - new) - 1
+    return (gain - beta * kl).mean()
+
+
+def clipped_m_step(cfg, run, model, learned, t, eps=0.2, beta=0.04):
+    """theta_t+1: theta_t with an adapter that maximises the objective merged in. eps and beta are
+    DeepSeekMath's."""
+    # As in outer_loop.m_step: the context is read, the self-edit is learned as it was sampled.
+    examples, advantages = [], []
+    for task, edit, advantage in learned:
+        examples.append(dialogue(run.tok.prompt(task.prompt), edit.token_ids))
+        advantages.append(advantage)
+    recipe = outer_recipe(cfg)
+    job = Job(examples, seed_for(cfg.seed, t, "M-step"), recipe)
+    adapter = Adapters(model, recipe.lora, n=1)
+    adapter.init(0, job.seed)
+    # A new adapter changes nothing, so these are theta_t's.
+    with torch.no_grad():
+        old = [log_probs(model, adapter, example) for example in examples]
+
+    weights = adapter.flat.requires_grad_()
+    optimizer = torch.optim.AdamW([weights], lr=recipe.lr, weight_decay=recipe.weight_decay)
+    for step, batch in enumerate(job.micro_batches()):
+        optimizer.zero_grad()
+        for i in batch:
+            new = log_probs(model, adapter, examples[i])
+            value = objective(new, old[i], advantages[i], eps, beta)
+            (-value / len(batch)).backward()
+        torch.nn.utils.clip_grad_norm_([weights], recipe.clip)
+        optimizer.param_groups[0]["lr"] = job.lr_at(step)
+        optimizer.step()
+    weights.requires_grad_(False)
+    if not weights.isfinite().all():
+        raise UserError(f"the M-step of round {t + 1} diverged; try a lower learning rate")
+    adapter.merge(0)
+
+
+# ------------------------------------------------------------------------------- choosing a rate
+
+GRID = (2e-3, 4e-3, 8e-3)
+# rule -> a factor. Two rules take four times as many steps, with nothing to hold them back, so that
+# lower rates are tried for them.
+FACTORS = {USUAL: 1, "all that help (Eq. 2)": 1 / 2, "all of reward .7 and above": 1,
+           "best 2 of 8, from the base": 1, "reinforce, K = 8": 1, "grpo, K = 8": 1,
+           "grpo, K = 8, 4 epochs": 1 / 4, CLIPPED: 1}
+# Choosing is shorter: fewer passages, and one self-edit of each held-out one.
+SHORT = {"tasks": 15, "eval_edits": 1, "eval_tasks": 24, "iterations": 2}
+
+
+def show_rates(records: list[dict]):
+    """The last reward at each rate that was tried."""
+    for arm in RULES:
+        tried = where(records, split="tune", arm=arm)
+        for lr in sorted({line["lr"] for line in tried}):
+            last = [line["reward"][-1] for line in where(tried, lr=lr)]
+            print(f"{arm}, outer learning rate {lr:g}: {np.mean(last):.3f} ({len(last)} seeds)")
+
+
+# ------------------------------------------------------------------------------- what came out
 
 def measured_rules(records: list[dict]) -> dict:
     """{(rule, outer learning rate): its lines}, in the order of RULES."""
@@ -69,16 +263,24 @@ def draw(rules: dict, file):
 
 def main():
     ap = flags(__doc__)
-    add_seeds(ap)
     ap.add_argument("--runs", required=True, type=Path, help="where the runs' folders go")
-    ap.add_argument("--arms", nargs="+", choices=RULES, default=list(RULES), metavar="RULE")
+    ap.add_argument("--arms", nargs="+", choices=RULES, metavar="RULE", help="default: all")
+    ap.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4, with --tune 10 and 11")
+    ap.add_argument("--tune", action="store_true", help="choose the outer learning rates")
     args = ap.parse_args()
     # The split and the rate are part of what is wanted, as a file has lines of several.
     wanted = []
-    for unit in each("arm", args.arms, args.seeds):
-        arm, seed = unit["arm"], unit["seed"]
-        wanted.append({"split": "eval", "arm": arm, "lr": RULES[arm][1], "seed": seed})
-    records = complete(ap, args, wanted, lambda line: measure(args.runs, line))
+    for unit in each("arm", args.arms or (FACTORS if args.tune else RULES),
+                     args.seeds or ([10, 11] if args.tune else range(5))):
+        rates, split = [RULES[unit["arm"]][1]], "eval"
+        if args.tune:
+            rates, split = [lr * FACTORS[unit["arm"]] for lr in GRID], "tune"
+        wanted += [{"split": split, "arm": unit["arm"], "lr": lr, "seed": unit["seed"]}
+                   for lr in rates]
+    own = SHORT if args.tune else {}
+    records = complete(ap, args, wanted, lambda line: measure(args.runs, line, **own))
+    if args.tune:
+        return show_rates(records)
     rules = measured_rules(records)
     show(rules)
     if args.svg:

@@ -4,8 +4,9 @@ import math
 import numpy as np
 import pytest
 
-from support.stats import (agreement, bootstrap_ci, forgetting, mean_ci, over_streams,
-                           share_changed, variance_components)
+from lab.judges import agreement
+from lab.reliability import variance_components
+from support.stats import bootstrap_ci, forgetting, mean_ci, over_streams, share_changed
 
 # ------------------------------------------------------------------------------- intervals
 

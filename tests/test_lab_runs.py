@@ -1,0 +1,1465 @@
+"""The questions of the lab, on the embedded model and a few towns: lines, tables and what they
+are made of.
+"""
+import json
+import math
+import random
+import re
+import shutil
+import sys
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data import judges as rules
+from data import tinyworld as world
+from data.judges import each
+from engine.decode import Sampling
+from engine.train import sft
+from inner_loop import TINY, make_job
+from lab import (choosing, compute, credit, forgetting, keeping, objective, proxy, proxy_run, race,
+                 retention_reward, skill, speedrun, teacher, update_rule, vector, writers)
+from lab.choosing import Rung
+from lab.compute import crossing, crossings
+from lab.credit import regress, subsets
+from lab.keeping import first_words, last_layers, recall, scaled, with_old
+from lab.tiny import RECIPE, SETTINGS
+from lora import Adapters, Job, dialogue, sft_one
+from model import load_pretrained
+from outer_loop import m_step, rest_em
+from selfedit import SelfEdit, read_self_edit
+from support.checkpoint import EMBEDDED
+from support.config import PRESETS, Config, outer_recipe
+from support.files import UserError
+from support.run import Run
+from support.tokenizer import Tokenizer
+from tests.helpers import SMALL, even_length, read_lines, run_it
+from tests.test_lab import call
+
+
+@pytest.fixture(scope="module")
+def town_and_model():
+    """The embedded model, its tokenizer, and a held-out town as a task and as a Town."""
+    model = load_pretrained(EMBEDDED, "cpu")
+    task = world.load("tune")[0]
+    town = world.Town(*world.read_passage(task.context[0]), [])
+    return model, Tokenizer.from_pretrained(EMBEDDED), task, town
+
+
+# ------------------------------------------------------------------------------- compute
+
+def test_a_document_that_is_repeated_may_be_weighed_instead(town_and_model):
+    # In float64, as ten steps of AdamW blow up what float32 rounds.
+    model, tok = load_pretrained(EMBEDDED, "cpu", torch.float64), town_and_model[1]
+    documents = ["The river of A is B.", "It is calm.", "It is calm.", "It is calm."]
+    weighed = compute.one_job(model, tok, documents, seed=3)
+    plain = compute.one_job(model, tok, [], seed=3)
+    for text in documents:
+        ids = tok.document(text)
+        plain.examples.append((ids, [1] * len(ids)))
+    once = compute.one_job(model, tok, documents[:2], seed=3)
+
+    trained = dict(sft(model, [weighed, plain, once]))
+
+    assert len(weighed.examples) == 2 and len(plain.examples) == 4
+    torch.testing.assert_close(trained[0].weights, trained[1].weights, atol=1e-9, rtol=1e-6)
+    assert (trained[0].weights - trained[2].weights).abs().max() > 0.01
+
+
+def test_where_curves_cross_by_hand():
+    ks = (1, 2, 4, 8)
+
+    # Halfway between 2 and 4, by their logarithms.
+    assert crossing(ks, [0, 0, 1, 1], [.5] * 4) == pytest.approx(2 * 2 ** .5)
+    assert crossing(ks, [.6, .6, .7, .5], [.5] * 4) == 1
+    assert crossing(ks, [.9, .9, .9, .4], [.5] * 4) is None
+    # An early lead that is lost again does not count.
+    assert crossing(ks, [.9, .4, .4, .6], [.5] * 4) == pytest.approx(4 * 2 ** .5)
+    assert crossings(ks, [([0, 0, 1, 1], [.5]), ([0, 0, 0, 0], [.5])]) == "2.8, in 1 of 2"
+    assert crossings(ks, [([0, 0, 0, 0], [.5])]) == "in none of 1"
+
+
+def test_writers_that_know_the_world(town_and_model):
+    _, _, task, town = town_and_model
+    passage = task.context[0]
+
+    def covered(lines):
+        found = compute.of_town([read_self_edit(task, "\n".join(lines))], passage)
+        return [found["facts covered, forward"], found["facts covered, reversed"]]
+
+    forms = set()
+    for s in range(30):
+        lines = writers.one_form(town, random.Random(s))
+        (form,) = {world.classify(line, passage) for line in lines}
+        forms.add(form)
+        assert covered(lines) == ([0, 1] if form.endswith("reversed") else [1, 0])
+    assert forms == set(world.FORMS)
+    assert covered(writers.best_notes(town, random.Random(0))) == [1, 1]
+    (other,) = writers.rephrased(town, random.Random(0))
+    assert world.read_passage(other) == world.read_passage(passage)
+
+
+def test_diversity_by_hand(town_and_model):
+    _, _, task, town = town_and_model
+    one = read_self_edit(task, town.say("river", "plain", random.Random(0))
+                         if "river" in town.facts else "It is calm.")
+    found = compute.of_town([one] * 4, task.context[0])
+
+    assert found["distinct lines"] == 1 / 4
+    assert found["compression"] > compute.of_town([one], task.context[0])["compression"]
+
+
+def test_a_given_beginning_is_part_of_the_note(town_and_model, finished_run):
+    _, _, task, _ = town_and_model
+
+    (edits,) = writers.write("begun", finished_run, [task], 0, 8)
+    (first, second), = writers.write("begun", finished_run, [task], 0, 2)
+
+    assert [first, second] == edits[:2]     # those of a smaller k are the first ones
+    begun = {b for b in writers.BEGINNINGS for e in edits if e.text.startswith(b + " ")}
+    assert all(e.text.startswith(writers.BEGINNINGS) for e in edits) and len(begun) > 1
+    # The writer has gone on from there, to a note of a form that the world knows.
+    forms = [world.classify(e.documents[0], task.context[0]) for e in edits]
+    assert forms.count("garbled") < len(forms) / 2
+
+
+@pytest.mark.slow
+def test_the_same_text_teaches_the_same(finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compute, "KS", (1, 2))
+    out = tmp_path / "out.jsonl"
+    command = [compute, finished_run, "--out", out, "--towns", 2, "--arms", "untrained writer",
+               "SEAL, round 3", "best notes", "rephrased passages"]
+
+    call(*command, "--svg", tmp_path / "figure.svg")
+
+    lines = {r["arm"]: r for r in read_lines(out)}
+    # This run's round 3 is the base model, so it writes the same and learns the same.
+    base, seal = lines["untrained writer"], lines["SEAL, round 3"]
+    assert {**base, "arm": "", "seconds": 0} == {**seal, "arm": "", "seconds": 0}
+    assert min(lines["best notes"]["accuracy"]) > 0.85
+    assert max(lines["rephrased passages"]["reversed"]) < 0.3
+    assert lines["best notes"]["tokens"][1] == pytest.approx(
+        2 * lines["best notes"]["tokens"][0], rel=0.1)
+    shown = capsys.readouterr().out
+    assert f"| best notes | {lines['best notes']['accuracy'][0]:.3f} |" in shown
+    assert "untrained writer" in (tmp_path / "figure.svg").read_text()
+
+    # All lines are there: nothing is measured again, and the same table is shown.
+    monkeypatch.setattr(compute, "measure", None)
+    call(*command)
+    assert capsys.readouterr().out == shown[shown.index("\nAccuracy"):]
+    with pytest.raises(UserError, match="lines of another --towns"):
+        call(*command[:4], "--towns", 3)
+
+
+# ------------------------------------------------------------------------------- credit
+
+def test_leaving_one_out_is_a_difference():
+    scores = np.array([[.9, .2], [.1, .2], [.8, .1], [.9, .6]])
+
+    design = subsets("leave one out", 3, seed=0)
+
+    assert design.tolist() == [[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]]
+    np.testing.assert_allclose(regress(design, scores), [[.8, 0], [.1, .1], [0, -.4]],
+                               atol=1e-12)
+
+
+def test_random_halves_find_what_adds_up():
+    design = subsets("random halves", 5, seed=1)
+    effects = np.arange(10).reshape(5, 2)
+
+    assert (design.mean(axis=0) == 0.5).all()
+    np.testing.assert_allclose(regress(design, 3 + design @ effects), effects, atol=1e-9)
+
+
+def test_auc_by_hand():
+    stated = np.array([[True, False], [False, False]])
+
+    assert credit.auc(np.array([[.5, .4], [.5, .9]]), stated) == pytest.approx(1.5 / 3)
+
+
+def test_subsets_are_learned_in_their_places(town_and_model):
+    model, tok, task, town = town_and_model
+    edit = read_self_edit(task, "\n".join(writers.best_notes(town, random.Random(0))[:2]))
+    design = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]])
+
+    adapters = credit.learn(model, tok, edit, design, RECIPE, seed=4)
+
+    assert not adapters.flat[[0, 3]].any()
+    for i, documents in ((1, edit.documents[:1]), (2, edit.documents), (4, edit.documents[2:])):
+        job = compute.one_job(model, tok, documents, seed=4)
+        ((_, alone),) = sft(model, [job])
+        distance = (adapters.flat - alone.weights).abs().mean(dim=1)
+        assert distance.argmin() == i and distance[i] < 1e-3
+
+
+def test_the_probability_of_an_answer_is_that_of_its_tokens(town_and_model):
+    model, tok, task, _ = town_and_model
+    adapters = Adapters(model, RECIPE.lora, 2)
+    adapters.init(1, seed=0)
+    adapters.flat[1] += 0.02        # B as well: it changes something
+
+    found = credit.gold_probability(model, tok, task, adapters)
+
+    changed = load_pretrained(EMBEDDED, "cpu")
+    other = Adapters(changed, RECIPE.lora, 2)
+    other.flat.copy_(adapters.flat)
+    other.merge(1)
+    assert found.shape == (2, len(task.queries))
+    assert abs(found[0] - found[1]).max() > 1e-4
+    for row, one in zip(found, (model, changed)):
+        for j, (query, answer) in enumerate(zip(task.queries, task.answers)):
+            ids = tok.prompt(query)
+            probability = 1.0
+            for token in tok.encode(" " + answer):
+                probability *= one(torch.tensor([ids]))[0, -1].softmax(-1)[token].item()
+                ids = ids + [token]
+            assert row[j] == pytest.approx(probability, rel=2e-3, abs=1e-9)
+
+
+def test_credit_finds_the_line_that_states_the_answer(town_and_model):
+    model, tok, task, town = town_and_model
+    lines = writers.best_notes(town, random.Random(0))
+    remark = world.VAGUE[0].format(t=town.name)
+    edit = read_self_edit(task, "\n".join([*lines, remark]))
+
+    matrix = credit.credit(model, tok, task, edit, RECIPE)
+
+    stated = credit.truth(task, edit)
+    # Each line states one answer, the remark none; the last document is the passage.
+    assert stated.sum(axis=1).tolist() == [1] * len(lines) + [0]
+    assert matrix.shape == (len(lines) + 2, len(task.questions))
+    assert credit.auc(matrix[:-1], stated) > 0.9
+    assert matrix[:-1][stated].mean() > 0.3 > abs(matrix[len(lines)]).max() / 2
+
+
+@pytest.mark.slow
+def test_credit_is_judged_and_drawn(finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lab.credit.PAIRS", 8)
+    out = tmp_path / "out.jsonl"
+
+    call(credit, finished_run, "--out", out, "--towns", 1, "--svg", tmp_path / "figure.svg",
+         "--town", 1)
+
+    lines = read_lines(out)
+    assert [r["writer"] for r in lines] == ["untrained", "round 3"]
+    assert lines[0]["auc"] == lines[1]["auc"]       # the same writer, in this run
+    shares = lines[0]["auc"]
+    assert len(shares) == 6 and all(0 <= share <= 1 for share in shares.values())
+    assert shares["random halves, probability"] > 0.8
+    assert f"{shares['random halves, probability']:.3f}" in capsys.readouterr().out
+    assert world.load("eval")[1].name in (tmp_path / "figure.svg").read_text()
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """What `python outer_loop.py --iterations 0 --eval-tasks 2` leaves behind."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    cfg = Config(**PRESETS["tiny"] | dict(iterations=0, eval_tasks=2, eval_edits=1,
+                                          baselines=False, run_dir=str(folder)))
+    rest_em(cfg, Run(cfg))
+    return folder
+
+
+def test_a_page_shows_the_credit_that_was_asked_for(small_run, monkeypatch, capsys):
+    monkeypatch.setattr("lab.credit.PAIRS", 4)
+    folder = small_run
+
+    call(credit, folder, "--task", 1)
+
+    found = json.loads((folder / "credit.json").read_text())
+    assert found["title"] == world.load("eval")[1].name
+    shape = (len(found["documents"]), len(found["questions"]))
+    assert np.shape(found["credit"]) == shape and np.max(found["credit"]) > 0.1
+    text = (folder / "report.html").read_text()
+    assert "Which line taught which answer" in text
+    assert f">{found['credit'][0][0]:.3f}<" in text
+    # The last document is the passage, of which a line of output has the beginning.
+    assert found["documents"][-1][:40] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [(["--task", 40], "no held-out self-edit of task 40"),
+                                          (["--iteration", 9], "in iteration 9")])
+def test_credit_that_can_not_be_had(small_run, tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        call(credit, small_run, *flags)
+    with pytest.raises(UserError, match="no run's folder"):
+        call(credit, tmp_path)
+
+
+# ------------------------------------------------------------------------------- keeping
+
+WRITING = Sampling(max_new=100, temperature=.8, top_p=.95)
+
+
+@pytest.fixture()
+def model():
+    return load_pretrained(EMBEDDED)
+
+
+def learn(model, words, towns, epochs, layers=4):
+    """The weights of an adapter, trained on the passages of these towns."""
+    passages = SelfEdit(documents=[town.context[0] for town in towns])
+    job = make_job(model, words, passages, 0, replace(TINY, epochs=epochs))
+    adapter = Adapters(model, TINY.lora, 1)
+    adapter.init(0, job.seed)
+    job = replace(job, start=adapter.flat[0], free=last_layers(adapter, layers))
+    ((_, trained),) = sft(model, [job])
+    return trained.weights
+
+
+# ------------------------------------------------------------------------------- adapters
+
+def test_an_adapter_of_the_last_layer_changes_no_others(model, words, towns):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    weights = learn(model, words, towns, epochs=1, layers=1)
+    Adapters.stack(model, TINY.lora, [weights]).merge(0)
+
+    changed = {name for name, p in model.named_parameters() if not p.equal(before[name])}
+    assert len(changed) == 7
+    assert all(name.startswith("model.layers.3.") for name in changed)
+
+
+def test_all_layers_are_the_last_ones_if_there_are_no_more(model):
+    adapters = Adapters(model, TINY.lora, 2)
+
+    assert last_layers(adapters, 4).all()
+    # Layers are alike.
+    assert last_layers(adapters, 2).float().mean() == .5
+
+
+def test_half_a_merge_changes_the_weights_by_half(model, words, towns):
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    before = weight.clone()
+    weights = learn(model, words, towns, epochs=1)
+
+    changes = []
+    for scale in (1, .5):
+        Adapters.stack(model, TINY.lora, [scaled(weights, scale)]).merge(0)
+        changes.append(weight - before)
+        weight.data.copy_(before)
+
+    assert changes[0].abs().max() > 1e-3
+    torch.testing.assert_close(changes[1], changes[0] / 2, atol=1e-6, rtol=0)
+
+
+# ------------------------------------------------------------------------------- rehearsal
+
+def test_what_is_recalled_was_learned_and_not_looked_up(model, words, towns):
+    """Before it is learned the true passage must not come; afterwards it does."""
+    (first,) = recall(model, words, [towns], WRITING, [0, 1, 2])
+    Adapters.stack(model, TINY.lora, [learn(model, words, towns, epochs=25)]).merge(0)
+    (then,) = recall(model, words, [towns], WRITING, [0, 1, 2])
+
+    for town, edit in zip(towns, first):
+        assert edit.documents[-1].startswith(f"The town of {town.name} ")
+        assert town.context[0] not in edit.documents
+        # The notes are about the passage as it was remembered.
+        assert edit.documents[:-1] == edit.text.splitlines()
+    right = [edit.documents[-1] == town.context[0] for town, edit in zip(towns, then)]
+    assert sum(right) >= 2
+
+
+def test_each_group_is_recalled_under_its_adapter(model, words, towns):
+    """As by a model into which the adapter is merged; the other group's knows nothing."""
+    adapters = Adapters(model, TINY.lora, 2)
+    adapters.flat[1] = learn(model, words, towns, epochs=25)
+
+    empty, full = recall(model, words, [towns[:1], towns[:1]], WRITING, [5, 5], adapters)
+    (base,) = recall(model, words, [towns[:1]], WRITING, [5])
+
+    assert empty[0].documents == base[0].documents
+    assert full[0].documents[-1] == towns[0].context[0] != empty[0].documents[-1]
+
+
+def test_a_prompt_that_hides_the_passage_is_an_error(towns):
+    assert first_words(towns[0]) == f"The town of {towns[0].name}"
+    assert first_words(replace(towns[0], prompt="Go on: short", context=["short"])) == "short"
+    with pytest.raises(UserError, match="a prompt must have the title and the passage"):
+        first_words(replace(towns[0], prompt="Write notes."))
+
+
+def test_old_examples_count_as_much_as_new_ones_in_as_many_steps():
+    new = [([1, 2, 3], [True] * 3), ([4], [True])]
+    old = [([5, 6, 7], [False, True, True]), ([8] * 6, [True] * 6), ([9] * 8, [False] * 8)]
+    job = Job(new, 0, replace(TINY, batch=1))
+
+    both = with_old(job, old)
+
+    assert both.examples[:2] == new
+    assert [learn for _, learn in both.examples[2:]] == [[0, .5, .5], [.5] * 6, [0] * 8]
+    assert both.recipe.batch == 3 and both.steps == job.steps == 20
+    assert with_old(job, []) == job
+
+
+@pytest.fixture()
+def embedded():
+    return load_pretrained(EMBEDDED)
+
+
+# ------------------------------------------------------------------------------- forgetting
+
+def test_texts_about_other_towns_are_learned_without_their_passages(embedded, words):
+    examples = keeping.own_texts(embedded, words, 2, seed=0)
+
+    train = {task.prompt for task in world.load("train")}
+    for ids, learn in examples:
+        # The prompt is read and the rest, which the model wrote, is learned.
+        prompt = words.decode([i for i, learned in zip(ids, learn) if not learned])
+        assert prompt in train
+        assert learn == sorted(learn)
+
+
+def test_a_gate_takes_the_scale_with_the_least_loss(embedded, words, towns):
+    """An adapter of one town, by the losses on it and on another that it knows nothing of."""
+    recipe = replace(RECIPE, epochs=10)
+    job = make_job(embedded, words, towns[0].references["passage only"], 0, recipe)
+    other = make_job(embedded, words, towns[1].references["passage only"], 0, recipe)
+    ((_, trained),) = sft(embedded, [job])
+
+    def loss_of(scale):
+        adapter = Adapters.stack(embedded, RECIPE.lora, [scaled(trained.weights, scale)])
+        total = 0
+        for examples in (job.examples, other.examples):
+            ids = torch.tensor(examples[0][0])
+            with adapter.route([len(ids)]):
+                logits = embedded(ids[None])[0]
+            total += F.cross_entropy(logits[:-1], ids[1:]).item()
+        return total
+
+    expected = min(keeping.GRID, key=loss_of)
+    assert keeping.best_scale(embedded, job, trained.weights, other.examples) == expected
+    assert keeping.best_scale(embedded, job, trained.weights, []) == 1
+    assert expected < 1
+
+
+@pytest.mark.slow
+def test_a_stream_is_learned_and_forgotten(finished_run, tmp_path, monkeypatch, capsys):
+    """Three arms, on three towns: the figures of the lines, and the same command again."""
+    monkeypatch.setattr(forgetting, "LENGTH", 3)
+    monkeypatch.setattr(forgetting, "ARMS", {
+        "plain merge": keeping.Arm(), "own replay": keeping.Arm(replay=8),
+        "kept replay": keeping.Arm(replay=8, kept=True)})
+    words = [finished_run, "--out", tmp_path / "f.jsonl", "--towns", "tune"]
+    call(forgetting, *words)
+    first = capsys.readouterr().out
+    plain, own, kept = read_lines(tmp_path / "f.jsonl")
+    # Of three towns, none, one and two are rehearsed in ten epochs.
+    assert own["written"] * 10 == pytest.approx(own["trained"] - plain["trained"])
+
+    assert [line["arm"] for line in (plain, own, kept)] == list(forgetting.ARMS)
+    for line in (plain, kept):
+        assert len(line["just after"]) == len(line["at the end"]) == 3
+        # Nothing comes after the last town.
+        assert line["just after"][-1] == line["at the end"][-1]
+        assert line["written"] == 0
+    # The first town has nothing to rehearse: all arms are the same until then.
+    assert plain["just after"][0] == kept["just after"][0] > .2
+    assert kept["trained"] > 1.5 * plain["trained"]
+    assert f"| plain merge | {np.mean(plain['just after']):.3f} |" in first
+
+    # All lines are there: nothing is learned again.
+    monkeypatch.setattr(forgetting, "learn_stream", None)
+    call(forgetting, *words)
+    assert capsys.readouterr().out == first[first.index("| arm"):]
+    with pytest.raises(UserError, match="lines of another --towns"):
+        call(forgetting, *words[:3])
+
+
+def test_a_table_and_a_figure_by_hand(finished_run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    with (tmp_path / "f.jsonl").open("w") as f:
+        for seed, end in ((7, .2), (8, .4)):
+            f.write(json.dumps({
+                "arm": "half", "seed": seed, "just after": [.5] * 4, "at the end": [end] * 4,
+                "scale": .5, "trained": 100, "written": 0,
+                "seconds": 1}) + "\n")
+
+    call(forgetting, finished_run, "--out", tmp_path / "f.jsonl", "--arms", "half", "--svg",
+         tmp_path / "f.svg")
+
+    # Student's t for two values is 12.71; the error of .2 and .4 is .1.
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "| half | 0.500 ±0.000 | 0.300 ±1.271 | 0.50 | 100 | 0 |"
+    assert ElementTree.parse(tmp_path / "f.svg").getroot().tag.endswith("svg")
+
+
+# ------------------------------------------------------------------------------- retention_reward
+
+def test_a_task_asks_about_earlier_towns_too(towns):
+    task, *earlier = towns
+
+    asked = retention_reward.with_questions(task, earlier)
+
+    assert asked.queries[:11] == task.queries and asked.answers[22:] == earlier[1].answers
+    assert asked.kinds == ["own"] * 11 + ["earlier"] * 22
+    right = [True] * 6 + [False] * 5 + [True] * 11 + [False] * 11
+    found = retention_reward.learned_and_lost(right, asked, before=.75)
+    assert found == (pytest.approx(6 / 11), pytest.approx(.25))
+
+
+@pytest.mark.slow
+def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(tmp_path, monkeypatch):
+    seen = []
+    select, try_edits = retention_reward.select, retention_reward.Round.try_edits
+
+    def spy_on_select(cfg, scores, *rest):
+        seen.append(scores)
+        return select(cfg, scores, *rest)
+
+    def spy_on_edits(*args):
+        edits, found = try_edits(*args)
+        seen.append(found)
+        return edits, found
+
+    monkeypatch.setattr(retention_reward, "select", spy_on_select)
+    monkeypatch.setattr(retention_reward.Round, "try_edits", spy_on_edits)
+    monkeypatch.setattr(retention_reward, "ROUNDS", 1)
+    monkeypatch.setattr(retention_reward, "EARLIER", 2)
+    words = ["--out", tmp_path / "r.jsonl", "--seeds", "0", "--lambdas", "2", "--tasks", "1"]
+    call(retention_reward, *words, "--eval-tasks", "1")
+
+    held_out, found, scores, _ = seen
+    assert found.shape == (1, 8, 2)
+    assert np.array(scores) == pytest.approx(found[..., 0] - 2 * found[..., 1])
+    (record,) = read_lines(tmp_path / "r.jsonl")
+    assert record["learned"][0] == pytest.approx(held_out[..., 0].mean())
+    assert record["lost"][0] == pytest.approx(held_out[..., 1].mean())
+    # The towns were learned before, and an edit destroys some of it.
+    assert record["known"][0] > .7
+    assert len(record["known"]) == 2 and found[..., 1].mean() > .1
+    with pytest.raises(UserError, match="lines of another --eval-tasks"):
+        call(retention_reward, *words)
+
+
+def test_the_table_of_lambdas_by_hand(capsys):
+    records = []
+    for seed, last in ((0, .2), (1, .4)):
+        records.append({"lambda": .5, "seed": seed, "learned": [.6, .8], "lost": [.5, last],
+                        "known": [.9, .9], "tokens": [70, 80],
+                        "made of": [{"copy": 1.0}, {"copy": .4, "rare": .01}]})
+
+    retention_reward.show({.5: records})
+    *_, first, last = capsys.readouterr().out.splitlines()
+
+    assert first == "| 0.5 | 0 | 0.600 ±0.000 | 0.500 ±0.000 | 0.100 ±0.000 | copy 100% |"
+    assert last == "| 0.5 | 1 | 0.800 ±0.000 | 0.300 ±1.271 | 0.500 ±1.271 | copy 40% |"
+
+
+# ------------------------------------------------------------------------------- objective
+
+def test_plain_text_is_learned_as_ever(embedded, words, towns):
+    """The targets that are the tokens themselves: sft_one's own loss, and so its weights."""
+    town = towns[0]
+    documents = ["The river Verier flows through it.", town.context[0]]
+    recipe = replace(RECIPE, epochs=3, batch=10)
+    examples = []
+    for document in documents:
+        examples += objective.plain(embedded, words, town, document, None)
+
+    found = objective.train(embedded, Job(examples, 5, recipe))
+
+    edit = replace(town.references["passage only"], documents=documents)
+    job = make_job(embedded, words, edit, 5, recipe)
+    torch.testing.assert_close(found, sft_one(embedded, job), rtol=1e-3, atol=1e-4)
+
+
+def test_a_masked_text_is_read_and_the_whole_one_learned(embedded, words, towns):
+    passage = towns[0].context[0]
+
+    examples = objective.masked(embedded, words, towns[0], passage, random.Random(0))
+
+    assert len(examples) == objective.MASKINGS
+    for ids, targets in examples:
+        learned = targets.sum(-1).bool().tolist()
+        # A row is about the token after it: the first one is about the first of the whole text.
+        begin = learned.index(True) + 1
+        read = words.decode(ids[:begin]).split()
+        gone = [word for word, kept in zip(passage.split(), read) if kept != word]
+        assert len(read) == len(passage.split()) and 0.1 < len(gone) / len(read) < 0.6
+        assert set(read) - set(passage.split()) == {"_"}
+        assert words.decode(ids[begin:-1]) == passage and ids[-1] == words.eos
+        assert targets.argmax(-1)[begin - 1:-1].tolist() == ids[begin:]
+        assert learned == [False] * (begin - 1) + [True] * (len(ids) - begin) + [False]
+
+
+def test_in_view_the_next_token_is_as_likely_as_with_the_passage(embedded, words, towns):
+    town = towns[0]
+    ((ids, targets),) = objective.in_view(embedded, words, town, "The river", None)
+
+    read = words.prompt(town.prompt)
+    for j in range(len(ids) - 1):
+        expected = embedded(torch.tensor([read + ids[:j + 1]]))[0, -1].softmax(-1)
+        torch.testing.assert_close(targets[j], expected)
+    assert targets[-1].sum() == 0
+    # The passage says which river it is; a model without it can't know.
+    alone = embedded(torch.tensor([ids]))[0, -2].softmax(-1)
+    assert (targets[-2] - alone).abs().max() > .1
+
+
+def test_to_learn_what_is_in_view_brings_the_two_together(embedded, words, towns):
+    town = towns[0]
+    examples = objective.in_view(embedded, words, town, town.context[0], None)
+    losses = []
+    for epochs in (1, 10):
+        job = Job(examples, 0, replace(RECIPE, epochs=epochs, lr=2e-2))
+        adapter = objective.Adapters.stack(embedded, RECIPE.lora,
+                                            [objective.train(embedded, job)])
+        ids, targets = examples[0]
+        with adapter.route([len(ids)]):
+            log_p = embedded(torch.tensor([ids]))[0].log_softmax(-1)
+        losses.append(-(targets * log_p).sum() / targets.sum())
+    assert losses[1] < losses[0] / 2
+
+
+@pytest.mark.slow
+def test_texts_and_objectives_make_a_table(finished_run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out.jsonl"
+    command = [objective, finished_run, "--out", out, "--towns", 2, "--split", "tune", "--arms",
+               "the passage: plain", "and untrained notes: in view",
+               "and notes of round 3: in view"]
+
+    call(*command, "--svg", tmp_path / "figure.svg")
+
+    plain, untrained, trained = read_lines(out)
+    # This run's round 3 is the untrained model.
+    assert {**untrained, "arm": "", "seconds": 0} == {**trained, "arm": "", "seconds": 0}
+    assert plain["forward"] > .5 and plain["reversed"] < .3
+    assert plain["tokens"] < untrained["tokens"]
+    shown = capsys.readouterr().out
+    assert f"| the passage | plain | {plain['accuracy']:.3f} |" in shown
+    drawing = (tmp_path / "figure.svg").read_text()
+    assert ElementTree.fromstring(drawing).tag.endswith("svg") and "in view" in drawing
+
+    monkeypatch.setattr(objective, "measure", None)
+    call(*command)
+    assert capsys.readouterr().out == shown[shown.index("| text"):]
+
+
+# ------------------------------------------------------------------------------- skill
+
+def test_the_best_of_two_self_edits_is_learned(monkeypatch, towns):
+    written = []
+
+    def write_all(model, tok, asked, seed):
+        written.append((model, asked, seed))
+        return [f"edit {len(written)}"]
+
+    monkeypatch.setattr(skill, "write_all", write_all)
+    monkeypatch.setattr(skill, "score", lambda model, tok, asked, edits, seed: [.2, .4])
+    stream = SimpleNamespace(model="now", tok=None, towns=towns, edits=["an earlier one"], seed=0)
+
+    once = skill.next_edit(skill.Study(keeping.Arm()), stream, "writer")
+    best = skill.next_edit(skill.Study(keeping.Arm(), tries=2), stream, "writer")
+
+    assert once == "edit 1" and best == "edit 3"
+    # The next town, by this writer; the first of two is what would have been written alone.
+    assert [asked for _, asked, _ in written] == [[towns[1]]] * 3
+    assert {model for model, _, _ in written} == {"writer"}
+    assert written[0][2] == written[1][2] != written[2][2]
+
+
+@pytest.mark.parametrize("frozen, writer", [(False, "now"), (True, "before")])
+def test_who_writes_and_who_learns(frozen, writer, monkeypatch):
+    loaded = iter([("before", None), ("now", None)])
+    monkeypatch.setattr(skill, "load", lambda t, folder: next(loaded))
+    monkeypatch.setattr(skill, "ARMS", {"arm": skill.Study(keeping.Arm(), frozen=frozen)})
+    monkeypatch.setattr(skill, "LENGTH", 1)
+    monkeypatch.setattr(skill, "WHEN", (0, 1))
+    monkeypatch.setattr(skill, "write_all",
+                        lambda model, tok, towns, seed: [model] * len(towns))
+    learned = []
+    monkeypatch.setattr(skill, "learn_town", lambda stream, arm, k: learned.extend(stream.edits))
+    worth = {("now", "now"): 1, ("before", "now"): 2, ("now", "before"): 3}
+    monkeypatch.setattr(skill, "score", lambda model, tok, towns, edits, seed:
+                        [worth[model, edit] for edit in edits])
+
+    found = skill.measure("arm", 0, {0: "folder"}, "tune")
+
+    assert learned == [writer]
+    # Who writes, who learns, at both times: here the learner is the model, an edit its writer.
+    assert found == {"now, now": [1, 1], "now, before": [2, 2], "before, now": [3, 3]}
+
+
+@pytest.mark.slow
+def test_a_stream_is_studied(finished_run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(skill, "LENGTH", 2)
+    monkeypatch.setattr(skill, "PROBES", 3)
+    monkeypatch.setattr(skill, "WHEN", (0, 2))
+    out = tmp_path / "out.jsonl"
+    command = [skill, finished_run, "--out", out, "--towns", "tune", "--arms", "plain merge",
+               "plain merge, frozen writer", "half, layers"]
+
+    call(*command, "--svg", tmp_path / "figure.svg")
+
+    plain, frozen, gentle = read_lines(out)
+    for line in (plain, frozen, gentle):
+        # Before the stream begins both models are the same.
+        first = [line[", ".join(pair)][0] for pair in skill.PAIRS]
+        assert len(set(first)) == 1 and first[0] > .3
+    assert frozen["now, now"][0] == plain["now, now"][0]
+    # Another way to merge makes another learner.
+    assert gentle["before, now"] != plain["before, now"]
+    shown = capsys.readouterr().out
+    assert f"| half, layers | {gentle['now, now'][0]:.3f} |" in shown
+    assert ElementTree.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")
+
+    monkeypatch.setattr(skill, "measure", None)
+    call(*command)
+    assert capsys.readouterr().out == shown[shown.index("\nReward"):]
+
+
+# ------------------------------------------------------------------------------- vector
+
+def test_a_change_is_added_and_measured(embedded):
+    other = load_pretrained(EMBEDDED)
+    name = "model.layers.1.mlp.up_proj.weight"
+    vector.add(other, {name: torch.ones_like(other.get_parameter(name))}, 0.5)
+
+    found = vector.difference(other, embedded)
+
+    assert list(found) == [name]
+    torch.testing.assert_close(found[name], torch.full_like(found[name], 0.5))
+    halfway = {name: found[name].clone()}
+    halfway[name][::2] = 0
+    assert vector.cosine(found, found) == pytest.approx(1)
+    assert vector.cosine(found, halfway) == pytest.approx(.5 ** .5)
+    # Elsewhere it is 0: then nothing is alike.
+    assert vector.cosine(found, {"another": torch.ones(3)}) == 0
+
+
+@pytest.mark.slow
+def test_a_vector_is_added(finished_run, tmp_path, monkeypatch, capsys):
+    """This run's v is one weight matrix that became larger, which changes what is written."""
+    pytest.importorskip("matplotlib")
+    trained = load_pretrained(finished_run / "iter_3")
+    with torch.no_grad():
+        trained.model.layers[0].self_attn.q_proj.weight *= 3
+    trained.save_pretrained(finished_run / "changed")
+    shutil.rmtree(finished_run / "iter_3")
+    (finished_run / "changed").rename(finished_run / "iter_3")
+    monkeypatch.setattr(vector, "LENGTH", 2)
+    monkeypatch.setattr(vector, "N_TOWNS", 3)
+    out = tmp_path / "out.jsonl"
+    command = [vector, finished_run, "--out", out]
+
+    call(*command, "--svg", tmp_path / "figure.svg")
+
+    lines = {line["arm"]: line for line in read_lines(out)}
+    assert list(lines) == list(vector.ARMS)
+    assert lines["0 v"]["reward"] > .3 and lines["0 v"]["known"] > .3
+    assert lines["3 v"]["reward"] < lines["0 v"]["reward"]
+    # Of one run the mean is that run's.
+    assert lines[vector.MEAN]["reward"] == lines["1 v"]["reward"]
+    assert set(lines["1 v"]["cosines"]) == {"v and a town", "two towns"}
+    assert f"| 0 v | {lines['0 v']['reward']:.3f} |" in capsys.readouterr().out
+    assert ElementTree.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")
+
+
+@pytest.fixture(scope="module")
+def embedded64():
+    """The embedded model in float64. Tests leave it as it is."""
+    return load_pretrained(EMBEDDED, "cpu", torch.float64)
+
+
+# ------------------------------------------------------------------------------- scores
+
+def test_gold_answers_alone_are_learned(words, towns):
+    plain, noted = (proxy.gold(words, towns[0], notes) for notes in ("", "A note.\n\n"))
+
+    assert len(plain) == len(towns[0].queries)
+    for (ids, learn), (long_ids, long_learn), query, answer in zip(
+            plain, noted, towns[0].queries, towns[0].answers):
+        read = len(ids) - sum(learn)
+        assert ids[:read] == words.prompt(query)
+        assert words.decode(ids[read:]) == " " + answer
+        assert long_ids[-sum(learn):] == ids[-sum(learn):]
+        assert words.decode(long_ids).startswith("A note.\n\n" + query)
+        assert sum(long_learn) == sum(learn)
+
+
+def test_the_product_is_the_change_of_loss_after_a_small_step(embedded64, words, towns):
+    model, task = embedded64, towns[0]
+    untrained = Adapters(model, RECIPE.lora, 1)
+    document = words.document(task.context[0])
+    learned, asked = [(document, [True] * len(document))], proxy.gold(words, task)
+    wanted = proxy.gradient(model, untrained, asked)
+    own = proxy.gradient(model, untrained, learned)
+    with torch.no_grad():
+        before = proxy.loss(model, untrained, asked).item()
+    assert not any(weight.requires_grad for weight in model.parameters())
+
+    # A small step down the gradient of the document, on all adapted layers, and back again.
+    step, start = 1e-4, 0
+    layers = untrained.layers.values()
+    old = [layer.weight.clone() for layer in layers]
+    for layer in layers:
+        part = own[start:start + layer.weight.numel()]
+        layer.weight -= step * part.view_as(layer.weight)
+        start += layer.weight.numel()
+    with torch.no_grad():
+        after = proxy.loss(model, untrained, asked).item()
+    for layer, weight in zip(layers, old):
+        layer.weight.copy_(weight)
+
+    assert start == len(own)
+    assert (before - after) / step == pytest.approx((own @ wanted).item(), rel=1e-2)
+
+
+def test_scores_by_hand(embedded64, words, towns):
+    task = towns[0]
+    edits = [read_self_edit(task, text) for text in ("It is calm.", "It is calm.\nIt is old.")]
+
+    one, two = proxy.score(embedded64, words, task, edits, [3, 4])
+
+    assert list(one) == list(two) == list(proxy.SCORES)
+    documents = [words.document(text) for text in edits[1].documents]
+    assert len(documents) == 3                  # the passage is one of them
+    assert two["number of tokens"] == sum(map(len, documents)) > one["number of tokens"]
+    assert two["answers that its lines state"] == 0
+    job = Job([(ids, [True] * len(ids)) for ids in documents], 4, replace(RECIPE, epochs=1))
+    (trained,) = [trained for _, trained in sft(embedded64, [job])]
+    adapter = Adapters.stack(embedded64, RECIPE.lora, [trained.weights])
+    with torch.no_grad():
+        alone = proxy.loss(embedded64, adapter, proxy.gold(words, task)).item()
+    assert two["answers after one step"] == pytest.approx(-alone, rel=1e-6)
+
+
+def test_notes_that_state_the_answers_score_higher(words, towns):
+    model, task = load_pretrained(EMBEDDED, "cpu"), towns[0]
+    facts = [f"{question} {answer}." for question, answer in zip(task.questions, task.answers)]
+    edits = [read_self_edit(task, "\n".join(lines)) for lines in (["It is calm."], facts)]
+
+    idle, useful = proxy.score(model, words, task, edits, [0, 0])
+
+    for name in ("inner product of gradients", "answers after one step",
+                 "answers, notes in the prompt"):
+        assert useful[name] > idle[name], name
+
+
+def test_an_empty_self_edit_is_chosen_last(embedded64, words, towns):
+    task = towns[0]
+    edits = [SelfEdit(), read_self_edit(task, "It is calm.")]
+
+    empty, other = proxy.score(embedded64, words, task, edits, [3, 4])
+
+    assert list(empty) == list(proxy.SCORES)
+    assert all(empty[name] < other[name] for name in proxy.SCORES)
+    json.dumps(empty, allow_nan=False)          # a line can hold it
+
+
+# ------------------------------------------------------------------------------- results
+
+def test_ranks_and_their_correlation_by_hand():
+    values = np.reshape([10.0, 30, 20, 20], (1, 4, 1))
+
+    assert proxy.ranks(values)[0, :, 0].tolist() == [-3, 3, 0, 0]
+    assert proxy.correlation(values, np.exp(values)) == pytest.approx(1)
+    assert proxy.correlation(values, -values) == pytest.approx(-1)
+    assert proxy.correlation(values, np.ones_like(values)) == 0
+    # 1 - 6 (sum of squared differences of ranks) / (n^3 - n), without ties.
+    a, b = np.reshape([1.0, 2, 3, 4], (1, 4, 1)), np.reshape([2.0, 1, 4, 3], (1, 4, 1))
+    assert proxy.correlation(a, b) == pytest.approx(1 - 6 * 4 / 60)
+
+
+def test_the_worth_of_a_choice_by_hand():
+    scores = np.reshape([1.0, 4, 3, 2, 9, 8, 7, 6], (1, 8, 1))
+    judges = np.reshape([0.0, .4, .2, 1, .1, .3, 1, 1], (1, 8, 1))
+
+    # Of each four the two with the highest scores.
+    assert proxy.worth(scores, judges, 4) == pytest.approx([(.3 + .2) / 2])
+    assert proxy.worth(scores, judges, 8) == pytest.approx([.2])
+
+
+def test_an_inner_loop_does_not_judge_what_it_chose():
+    # One self-edit is lucky in one seed; by the other seeds it is worth nothing.
+    whole = np.full((1, 4, 6), 0.5)
+    whole[0, 0] = [1, 0, 0, 0, 0, 0]
+    rows = {name: [[1, 2, 3, 4]] for name in proxy.SCORES}
+    records = [{"part": "choosing", "seed": 7, "whole": whole, "half": whole[:, :, :1]},
+               {"part": "choosing", "seed": 8, "whole": whole, "half": whole[:, :, :1]},
+               {"part": "scores", "seed": 7, "scores": rows | {"of old": [[0, 0, 0, 0]]}}]
+
+    found, judges = proxy.choosers(records)
+
+    assert list(found) == list(proxy.COSTS)
+    assert judges[0, 0].tolist() == pytest.approx([0, .2, .2, .2, .2, .2])
+    assert judges.shape == whole.shape          # seed 8 has no scores
+    by_loop = proxy.worth(found[proxy.LOOP], judges, 4)
+    by_score = proxy.worth(found["number of tokens"], judges, 4)
+    assert by_score == pytest.approx([.5])
+    assert by_loop == pytest.approx([(.25 + 5 * .5) / 6])
+
+
+def test_lines_that_are_there_are_not_measured_again(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    out, rng = tmp_path / "out.jsonl", np.random.default_rng(0)
+    whole = rng.random((3, 4, 6))
+    lines = [{"part": "learning", "seed": 1},
+             {"part": "choosing", "seed": 1, "whole": whole.tolist(),
+              "half": whole[:, :, :1].tolist()}]
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = []
+
+    def measure(seed):
+        asked.append(seed)
+        return {"scores": {name: whole.mean(axis=2).tolist() for name in proxy.SCORES}}
+
+    monkeypatch.setattr(proxy, "measure", measure)
+    monkeypatch.setattr(proxy, "try_often", None)
+    # Intervals of 10,000 draws take seconds.
+    for module in ("lab.proxy", "lab.show"):
+        monkeypatch.setattr(f"{module}.bootstrap_ci", lambda values: [min(values), max(values)])
+    command = [proxy, "--out", out, "--seeds", 1]
+
+    call(*command, "--svg", tmp_path / "figure.svg")
+    first = capsys.readouterr().out
+    call(*command)
+
+    assert asked == [1] and first == "scores, 1: 0 s\n" + capsys.readouterr().out
+    assert "3 towns, 4 self-edits each" in first and f"| {whole.mean():.3f} |" in first
+    assert "an inner loop (SEAL)" in (tmp_path / "figure.svg").read_text()
+
+
+def test_a_line_has_a_score_for_each_self_edit(words, towns, monkeypatch):
+    model, edits = load_pretrained(EMBEDDED, "cpu"), []
+    for task in towns[:2]:
+        edits.append([read_self_edit(task, text) for text in ("It is calm.", "It is old.", "It.")])
+    run = SimpleNamespace(tok=words)
+    monkeypatch.setattr(proxy, "written", lambda seed: (run, model, towns[:2], edits))
+
+    found = proxy.measure(0)["scores"]
+
+    assert {name: np.shape(rows) for name, rows in found.items()} == dict.fromkeys(
+        proxy.SCORES, (2, 3))
+    # Each has an adapter of its own.
+    assert len(set(found["answers after one step"][0])) == 3
+
+
+def test_the_self_edits_of_a_run_are_scored(tiny_folder, passages, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(rules.RULES, "rule", each(even_length))
+    flags = ["--model", tiny_folder, "--train-data", passages, "--eval-data", passages,
+             *SMALL.split(), "--iterations", "1", "--run-dir", tmp_path / "run"]
+    rollouts = [r for r in run_it(flags).rollouts.records if r["split"] == "train"]
+    words = ["proxy_run.py", tmp_path / "run", "--out", tmp_path / "out.jsonl"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+
+    proxy_run.main()
+
+    lines = read_lines(tmp_path / "out.jsonl")
+    assert [line["task"] for line in lines] == [0, 1]
+    for line in lines:
+        own = [r for r in rollouts if r["task"] == line["task"]]
+        for j, r in enumerate(sorted(own, key=lambda r: r["edit"])):
+            assert np.mean(line["accuracy"][j]) == pytest.approx(r["reward"], abs=1e-3)
+            assert line["documents"][j] == r["documents"]
+            # The sizes of gradients do not count in a cosine, its sign is that of the product.
+            assert line["product"][j] * line["cosine"][j] >= 0 and abs(line["cosine"][j]) <= 1
+    assert re.search(r"^\| cosine \| -?[\d.]+ \[", capsys.readouterr().out, re.MULTILINE)
+    # What is known is not measured again.
+    monkeypatch.setattr(proxy_run, "products", None)
+    proxy_run.main()
+
+
+# ------------------------------------------------------------------------------- speedrun
+
+def entry(name, seed, reward, seconds, flags=("--iterations", "2")):
+    return {"name": name, "flags": list(flags), "seed": seed, "date": "2026-01-01", "commit": "abc",
+            "machine": "a machine", "reward": reward, "seconds": seconds}
+
+
+def enter(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", *map(str, words)])
+    speedrun.main()
+
+
+def test_the_time_is_that_of_the_first_evaluation_at_the_goal():
+    reached = entry("a", 0, [0.6, 0.7, 0.75, 0.74], [5.0, 20.0, 35.0, 50.0])
+    missed = entry("a", 0, [0.6, 0.7], [5.0, 20.0])
+
+    assert speedrun.time_to_goal(reached) == 35.0
+    assert speedrun.time_to_goal(missed) == float("inf")
+
+
+def test_an_entry_is_the_median_of_its_seeds_and_the_fastest_comes_first(capsys):
+    slow = [entry("slow", s, [0.6, 0.8], [5, 60 + s]) for s in range(5)]
+    # Two of five never reach it; the median does.
+    fast = [entry("fast", s, [0.6, 0.8 if s < 3 else 0.7], [5, 30 + s]) for s in range(5)]
+
+    speedrun.table(slow + fast)
+
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines[0].startswith("| 32 | fast | --iterations 2 | 3 of 5 | 0.760 |")
+    assert lines[1].startswith("| 62 | slow | --iterations 2 | 5 of 5 | 0.800 |")
+
+
+@pytest.mark.parametrize("word", ["--eval-tasks", "--model", "--inner-lr", "--seed", "--run-dir",
+                                  "--max-edit-tokens", "--clip", "--weight-decay"])
+def test_an_entry_may_not_change_the_task(word, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="may not change"):
+        enter(monkeypatch, "--name", "a", "--out", tmp_path / "s.jsonl", word, "1")
+
+
+def test_only_what_is_missing_is_run_and_a_name_has_its_flags(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "s.jsonl"
+    out.write_text("".join(json.dumps(entry("a", s, [0.8], [9.0])) + "\n" for s in (0, 1, 3, 4)))
+    measured = []
+
+    def measure(name, flags, seed):
+        measured.append((name, flags, seed))
+        return entry(name, seed, [0.8], [9.0], flags)
+
+    monkeypatch.setattr(speedrun, "measure", measure)
+
+    enter(monkeypatch, "--name", "a", "--out", out, "--iterations", "2")
+
+    assert measured == [("a", ["--iterations", "2"], 2)]
+    assert "5 of 5" in capsys.readouterr().out
+    with pytest.raises(UserError, match="with other flags"):
+        enter(monkeypatch, "--name", "a", "--out", out, "--iterations", "3")
+
+
+@pytest.mark.slow
+def test_a_run_is_an_ordinary_one():
+    flags = ["--iterations", "1", "--tasks", "2", "--edits", "2", "--outer-epochs", "1"]
+
+    record = speedrun.measure("small", flags, 3)
+
+    assert record["seed"] == 3 and record["flags"] == flags
+    assert len(record["reward"]) == len(record["seconds"]) == 2
+    assert 0 < record["seconds"][0] < record["seconds"][1]
+    assert record["machine"].endswith("threads")
+
+
+# ------------------------------------------------------------------------------- teacher
+
+FEW_TOWNS = dict(tasks=2, edits=4, eval_tasks=3, eval_edits=1, iterations=1, inner_epochs=4,
+           outer_epochs=2, max_edit_tokens=48, baselines=False)
+
+
+@pytest.fixture()
+def few_towns(monkeypatch):
+    """The tiny preset made smaller."""
+    for name, value in FEW_TOWNS.items():
+        monkeypatch.setitem(PRESETS["tiny"], name, value)
+
+
+@pytest.mark.parametrize("arm", ["small teaches itself (SEAL)", "large teaches itself (SEAL)"])
+def test_who_teaches_itself_is_the_outer_loop(few_towns, arm, tmp_path):
+    """Here both models are the embedded one."""
+    found = teacher.learn(arm, 3, "tune", str(EMBEDDED))["reward"]
+    run = Run(Config(**PRESETS["tiny"] | dict(seed=3, eval_data="tune", run_dir=str(tmp_path))))
+    rest_em(run.cfg, run)
+
+    assert found["itself"] == [m["eval_reward"] for m in run.metrics.records]
+    # The students do not change, and are the same.
+    assert found["small"] == found["large"]
+    assert found["small"][0] == found["itself"][0]
+
+
+def test_the_student_is_what_is_rewarded_and_the_teacher_what_is_trained(few_towns, monkeypatch):
+    scored, trained = [], []
+    score = teacher.score
+
+    def spy_on_scores(run, model, tasks, edits, t, split, *rest, arm):
+        scored.append((split, arm, run.folder.name, model))
+        return score(run, model, tasks, edits, t, split, *rest, arm=arm)
+
+    monkeypatch.setattr(teacher, "score", spy_on_scores)
+    monkeypatch.setattr(teacher, "m_step", lambda cfg, run, model, *rest: trained.append(model))
+
+    teacher.learn("large teaches small", 0, "tune", str(EMBEDDED))
+
+    for split, arm, folder, _ in scored:
+        assert arm == folder        # who learns, and whose tokenizer and recipe
+    rewarded = [(arm, model) for split, arm, _, model in scored if split == "train"]
+    fixed = {arm: model for split, arm, _, model in scored if split == "eval"}
+    assert rewarded == [("small", fixed["small"])]
+    (policy,) = trained
+    assert policy is not fixed["small"] and policy is not fixed["large"]
+
+
+@pytest.mark.slow
+def test_teachers_and_students_make_a_table(few_towns, tmp_path, capsys):
+    words = [teacher, "--small", EMBEDDED, "--out", tmp_path / "out", "--towns", "tune", "--seeds",
+             "0", "1", "--arms", "large teaches small", "small teaches itself (SEAL)"]
+
+    call(*words, "--svg", tmp_path / "figure.svg")
+    first = capsys.readouterr().out
+    call(*words)
+
+    assert capsys.readouterr().out == first[first.index("| who teaches whom"):]
+    assert "| small teaches itself (SEAL) | itself | 0." in first
+    assert len(read_lines(tmp_path / "out")) == 4
+    assert "large teaches small" in (tmp_path / "figure.svg").read_text()
+
+
+FEW = dict(tasks=2, edits=4, eval_tasks=2, eval_edits=1, iterations=1, inner_epochs=4,
+           outer_epochs=2, max_edit_tokens=48)
+
+
+@pytest.fixture()
+def few(monkeypatch):
+    """The tiny world's settings made smaller."""
+    for name, value in FEW.items():
+        monkeypatch.setitem(SETTINGS, name, value)
+
+
+def tiny_run(folder, **own):
+    return Run(Config(**SETTINGS | {"run_dir": str(folder), "baselines": False} | own))
+
+
+# ------------------------------------------------------------------------------- update rules
+
+@pytest.mark.slow
+def test_runs_are_measured_once_each(few, tmp_path, capsys):
+    words = ["--out", tmp_path / "out", "--runs", tmp_path / "runs", "--seeds", "0", "1"]
+    arms = ["best 2 of 8", "best 2 of 4", "grpo, K = 8"]
+
+    call(update_rule, *words, "--arms", *arms)
+    first = capsys.readouterr().out
+    call(update_rule, *words, "--arms", *arms)
+
+    assert capsys.readouterr().out.strip() == first[first.index("| rule"):].strip()
+    lines = read_lines(tmp_path / "out")
+    found = [(r["arm"], r["seed"]) for r in lines]
+    assert found == [(arm, 0) for arm in arms] + [(arm, 1) for arm in arms]
+    for r in lines:
+        # 2 towns, 4 self-edits, 4 steps. Of each town 2 are learned in 2 epochs; by advantage those
+        # that differ from their mean, in 1.
+        assert r["inner steps"] == 2 * 4 * 4
+        assert len(r["reward"]) == len(r["compression"]) == len(r["distinct"]) == 2
+        assert not r["diverged"]
+    assert lines[0]["outer steps"] == 2
+    assert lines[2]["outer steps"] == 1
+    assert lines[0]["reward"][0] == lines[1]["reward"][0] != lines[3]["reward"][0]
+
+
+def measured(runs, lr):
+    """A run of the preset's rule."""
+    line = {"split": "eval", "arm": "best 2 of 8", "lr": lr, "seed": 0}
+    return update_rule.measure(runs, line)
+
+
+def test_the_default_rule_is_the_default_run(few, tmp_path):
+    found = measured(tmp_path / "runs", 2e-3)
+    run = tiny_run(tmp_path / "run")
+    rest_em(run.cfg, run)
+
+    assert found["reward"] == [m["eval_reward"] for m in run.metrics.records]
+
+
+def test_a_run_that_diverges_has_no_rewards_from_there_on(few, tmp_path):
+    found = measured(tmp_path / "runs", 1e9)
+
+    assert found["diverged"]
+    assert found["reward"][1:] == [0.0]
+    assert found["reward"][0] > 0
+
+
+def test_rates_are_tried_on_other_towns(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(update_rule, "SHORT", {})
+    monkeypatch.setattr(update_rule, "GRID", (1e-3, 2e-3))
+    out, runs = tmp_path / "out", tmp_path / "runs"
+
+    call(update_rule, "--out", out, "--runs", runs, "--tune", "--arms", "best 2 of 8",
+         "--seeds", "7")
+
+    lines = read_lines(out)
+    assert [(r["split"], r["lr"], r["seed"]) for r in lines] == [("tune", 1e-3, 7),
+                                                                ("tune", 2e-3, 7)]
+    for folder in runs.iterdir():
+        assert json.loads((folder / "config.json").read_text())["eval_data"] == "tune"
+    mean = lines[1]["reward"][-1]
+    assert f"best 2 of 8, outer learning rate 0.002: {mean:.3f} (1 seeds)" in (
+        capsys.readouterr().out)
+
+
+def rule_line(arm, seed, last, split="eval"):
+    return {"split": split, "arm": arm, "lr": update_rule.RULES[arm][1], "seed": seed,
+            "reward": [0.5, 0.6, last],
+            "inner steps": 100, "outer steps": 10, "seconds": 3 + seed, "compression": [2.0, 4.0],
+            "distinct": [80, 20]}
+
+
+def test_the_table_by_hand(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    records = [rule_line("grpo, K = 8", 0, 0.4), rule_line("best 2 of 8", 0, 0.7),
+               rule_line("best 2 of 8", 1, 0.9), rule_line("best 2 of 8", 0, 0.1, split="tune")]
+    (tmp_path / "out").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    # That seed is there already: nothing is left to do.
+    call(update_rule, "--out", tmp_path / "out", "--runs", tmp_path, "--seeds", "0", "--arms",
+         "grpo, K = 8", "--svg", tmp_path / "figure.svg")
+
+    *_, best, by_advantage = capsys.readouterr().out.strip().splitlines()
+    # Gains of .2 and .4: their deviation is .2 / sqrt 2, and Student's t for two values 12.71.
+    half = 12.71 * 0.2 / math.sqrt(2) / math.sqrt(2)
+    assert best == ("| best 2 of 8 | 0.004 | 0.500 -> 0.600 -> 0.800 | "
+                    f"+0.300 ±{half:.3f} | +0.000 ±0.000 | 0.141 | +0.200 | 100 | 10 | "
+                    "80 -> 20 |")
+    # One seed has no interval.
+    assert by_advantage.startswith("| grpo, K = 8 | 0.004 | 0.500 -> 0.600 -> 0.400 | -0.100 "
+                                  "| -0.300 |")
+    drawing = (tmp_path / "figure.svg").read_text()
+    assert ElementTree.fromstring(drawing).tag.endswith("svg")
+    assert "<!-- best 2 of 8, 0.004 -->" in drawing
+
+
+def test_diversity_of_a_run_by_hand():
+    texts = {0: ["The fox of Ralvik.\nWho built it? Larolf.", "It dates from 1200."],
+             1: ["The fox of Ralvik.\nThe fox of Calzun.", "The fox of Ralvik.\n" * 50]}
+    edits = {t: [{"task": 0, "text": text} for text in texts[t]] for t in texts}
+    run = SimpleNamespace(metrics=SimpleNamespace(records=[{"iteration": 0}, {"iteration": 1}]),
+                          edits=SimpleNamespace(of=lambda t, split: edits[t]))
+
+    found = update_rule.of_run(run)
+
+    assert found["distinct"] == [3, 1]
+    assert found["compression"][0] < 1.1 < 5 < found["compression"][1]
+
+
+# ------------------------------------------------------------------------------- GRPO's M-step
+
+def gradient(new, old, advantage, eps=0.2, beta=0.0):
+    new = torch.tensor(new, requires_grad=True)
+    update_rule.objective(new, torch.tensor(old), advantage, eps, beta).backward()
+    return new.grad.tolist()
+
+
+def test_where_theta_is_theta_t_the_gradient_is_reinforce_s():
+    assert gradient([-1.0, -2.0], [-1.0, -2.0], 3.0, beta=0.5) == pytest.approx([1.5, 1.5])
+
+
+def test_a_token_is_pushed_no_further_than_the_clip():
+    up, down = math.log(1.3), math.log(0.7)
+    # Likelier by 1.3 already, and to be likelier: no more. To be less likely: back.
+    assert gradient([up, 0.0], [0.0, 0.0], 1.0) == pytest.approx([0.0, 0.5])
+    assert gradient([up, 0.0], [0.0, 0.0], -1.0) == pytest.approx([-0.65, -0.5])
+    assert gradient([down, 0.0], [0.0, 0.0], -1.0) == pytest.approx([0.0, -0.5])
+
+
+def test_the_kl_term_draws_back():
+    assert gradient([0.1], [0.0], 0.0, beta=1.0)[0] < 0 < gradient([-0.1], [0.0], 0.0, beta=1.0)[0]
+    same = torch.zeros(3)
+    assert update_rule.objective(same, same, 0.0, 0.2, 1.0) == 0
+
+
+@pytest.fixture(scope="module")
+def embedded_pair():
+    folder = SETTINGS["model"]
+    return load_pretrained(folder, "cpu"), Tokenizer.from_pretrained(folder)
+
+
+def test_log_probabilities_are_those_of_the_self_edit(embedded_pair):
+    model, tok = embedded_pair
+    prompt, written = tok.encode("It has a fox on its flag.\n\nNotes:\n"), tok.encode("The fox.")
+    adapter = Adapters(model, outer_recipe(Config(**SETTINGS)).lora, n=1)
+
+    with torch.no_grad():
+        found = update_rule.log_probs(model, adapter, dialogue(prompt, written))
+        p = model(torch.tensor([prompt + written]))[0].log_softmax(-1)
+
+    expected = [p[len(prompt) + j - 1, token].item() for j, token in enumerate(written)]
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -0.5])
+def test_a_first_step_is_that_of_the_plain_m_step(advantage, few, tmp_path):
+    """Before anything is clipped: one self-edit, one step, no KL term."""
+    weights = []
+    clipped = partial(update_rule.clipped_m_step, eps=0.2, beta=0.0)
+    for name, rule in (("plain", m_step), ("clipped", clipped)):
+        run = tiny_run(tmp_path / name, outer_epochs=1)
+        task, model = run.tasks("tune")[0], run.load(0)
+        edit = SelfEdit(token_ids=run.tok.encode("A heron is on its flag."))
+        before = model.model.layers[0].mlp.up_proj.weight.clone()
+        rule(run.cfg, run, model, [(task, edit, advantage)], 0)
+        weights.append(model.model.layers[0].mlp.up_proj.weight - before)
+
+    assert weights[0].abs().max() > 1e-5
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_the_clip_holds_the_policy_back(few, tmp_path):
+    moved = []
+    for name, eps in (("held", 0.01), ("free", 1e9)):
+        run = tiny_run(tmp_path / name, outer_epochs=20, outer_lr=2e-4)
+        task, model = run.tasks("tune")[0], run.load(0)
+        ids = run.tok.encode("A heron is on its flag.")
+        example = dialogue(run.tok.prompt(task.prompt), ids)
+        adapter = Adapters(model, outer_recipe(run.cfg).lora, n=1)
+        before = update_rule.log_probs(model, adapter, example).mean().item()
+        learned = [(task, SelfEdit(token_ids=ids), 1.0)]
+        update_rule.clipped_m_step(run.cfg, run, model, learned, 0, eps, beta=0.0)
+        moved.append(update_rule.log_probs(model, adapter, example).mean().item() - before)
+    held, free = moved
+
+    assert 0 < held < 0.5 * free, moved
+
+
+# ------------------------------------------------------------------------------- races
+
+def from_table(table, asked=None):
+    """run_rung of known accuracies, table[task][self-edit][seed]."""
+    def run_rung(pairs, rung, first):
+        if asked is not None:
+            asked.append(pairs)
+        return [table[i][j][first:first + rung.seeds] for i, j in pairs]
+    return run_rung
+
+
+def test_a_race_gives_more_seeds_to_the_contenders():
+    table = [[[0.1, 1, 1], [0.5, 0.1, 0.3], [0.4, 0.6, 0.5], [0.0, 1, 1]]]
+    asked = []
+
+    scores, loops = choosing.race([Rung(1, 1), Rung(1 / 2, 2)], 1, 4, from_table(table, asked))
+
+    assert asked[1] == [(0, 1), (0, 2)]
+    assert loops == 4 + 2 * 2
+    assert scores[0].tolist() == pytest.approx([0.1 - 1, 0.3, 0.5, 0.0 - 1])
+
+
+def test_of_equals_the_first_goes_on():
+    asked = []
+    choosing.race([Rung(1, 1), Rung(1 / 2, 1)], 2, 4, from_table([[[0.5, 0.5]] * 4] * 2, asked))
+
+    assert asked[1] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_what_was_measured_after_half_of_the_steps_does_not_count_in_the_end():
+    table = [[[0.9, 0.2], [0.8, 0.4], [0.1, 1.0]]]
+
+    scores, loops = choosing.race([Rung(1, 1, 1 / 2), Rung(2 / 3, 1)], 1, 3, from_table(table))
+
+    assert loops == 3 / 2 + 2
+    assert scores[0].tolist() == pytest.approx([0.2, 0.4, 0.1 - 1])
+
+
+def test_who_left_first_ends_last():
+    table = [[[0.9, 0.3, 0.3], [0.8, 0.1, 0.1], [0.1] * 3, [0.7, 0.7, 0.7]]]
+
+    scores, _ = choosing.race([Rung(1, 1), Rung(3 / 4, 1), Rung(1 / 2, 1)], 1, 4, from_table(table))
+
+    assert np.argsort(-scores[0]).tolist() == [3, 0, 1, 2]
+
+
+def test_the_worth_of_a_choice_is_judged_by_other_seeds():
+    # The first half has worth .5 whatever the seed; the others look better by luck, once in six.
+    whole = np.full((1, 4, 6), 0.5)
+    whole[0, 2:] = [1.0, 0, 0, 0, 0, 0]
+
+    lucky = choosing.Tried(whole, whole[:, :, :0], keep=2, judges=3)
+    alike = choosing.Tried(np.full((1, 4, 6), 0.5), whole[:, :, :0], keep=2, judges=3)
+
+    (value,), loops = choosing.worth([Rung(1, 3)], lucky, draws=400)
+    (all_equal,), _ = choosing.worth([Rung(1, 1)], alike, draws=2)
+
+    # A lucky one has a mean of 1/3 by three seeds, so it is never chosen; nor by them judged.
+    assert (value, loops) == (pytest.approx(0.5), 4 * 3)
+    assert all_equal == 0.5
+    (by_one,), _ = choosing.worth([Rung(1, 1)], lucky, draws=400)
+    assert 0.3 < by_one < 0.5       # luck is chosen, and is not there when it is judged
+
+
+def test_seeds_are_found_again_from_mean_and_deviation(tmp_path):
+    values = [[0, 1 / 3, 1], [2 / 3, 2 / 3, 1]]
+    edits = [{"adapter_mean": round(float(np.mean(v)), 4), "adapter_std": float(np.std(v, ddof=1))}
+             for v in values]
+    record = {"questions": [{}] * 3, "released_edits": edits}
+    (tmp_path / "file.json").write_text(json.dumps([record]))
+
+    assert choosing.released(tmp_path / "file.json")[0].tolist() == pytest.approx(np.array(values))
+
+
+def test_released_means_are_found_again(shared_data):
+    file = shared_data / "squad_train_50.json"
+    stated = [[edit["adapter_mean"] for edit in record["released_edits"]]
+              for record in json.loads(file.read_text())]
+
+    assert np.allclose(choosing.released(file).mean(2), stated, atol=1e-3)
+
+
+def test_with_one_seed_for_all_a_race_is_the_outer_loop(few, tmp_path):
+    found = race.learn("one seed", 3)
+    run = tiny_run(tmp_path / "run", seed=3)
+    rest_em(run.cfg, run)
+
+    assert found["reward"] == [m["eval_reward"] for m in run.metrics.records]
+    assert found["inner loops"] == 2 * 4
+
+
+def test_products_of_gradients_choose_without_an_inner_loop(few, monkeypatch):
+    shortest, chosen = [], []
+
+    def by_length(model, tok, task, edits):
+        lengths = sorted(len(edit.text) for edit in edits if edit.documents)
+        shortest.append(lengths[:2])
+        return [(-len(edit.text), 0) for edit in edits]
+
+    def learn(cfg, run, model, learned, t):
+        chosen.extend(len(edit.text) for _, edit, _ in learned)
+
+    monkeypatch.setattr(race, "products", by_length)
+    monkeypatch.setattr(race, "m_step", learn)
+
+    found = race.learn(race.PRODUCT, 3)
+
+    assert found["inner loops"] == 0 and len(found["reward"]) == 2
+    assert len(shortest) == 2 and chosen == [*shortest[0], *shortest[1]]
+
+
+def test_half_of_the_steps_are_half_of_the_epochs(few, tmp_path):
+    run, train = choosing.start(0, str(tmp_path / "run"))
+    task = train[0]
+    edit = SelfEdit(documents=task.context)
+    seen = []
+
+    def update(model, tok, tasks, edits, seeds, recipe, *rest):
+        seen.append((recipe.epochs, seeds))
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choosing, "update_and_score", update)
+        run_rung = choosing.trainer(run, None, [task], [[edit]], 0)
+        with pytest.raises(KeyError):
+            run_rung([(0, 0)], Rung(1, 2, 1 / 2), 0)
+        with pytest.raises(KeyError):
+            run_rung([(0, 0)], Rung(1, 1), 2)
+
+    (short, first), (whole, later) = seen
+    assert (short, whole) == (2, 4)
+    assert len({*first[0], *later[0]}) == 3         # no seed a second time
+
+
+@pytest.mark.slow
+def test_both_questions_about_races(few, tmp_path, capsys):
+    out = ["--out", tmp_path / "out", "--seeds", "0"]
+    learning = [*out, "--rules", "three seeds", "one, one more for 1/2",
+                "twice the self-edits, half the steps", "--svg", tmp_path / "figure.svg"]
+
+    call(choosing, *out)
+    call(race, *learning)
+    first = capsys.readouterr().out
+    call(choosing, *out)
+    call(race, *learning)
+
+    # Nothing was measured again, and the same tables are shown.
+    begin_1, begin_2 = first.index("\n2 towns, the two best"), first.index("| rewards |")
+    end = first.index("\n=== three seeds")
+    assert capsys.readouterr().out == first[begin_1:end] + first[begin_2:]
+    choice, full, raced, twice = read_lines(tmp_path / "out")
+    assert np.shape(choice["whole"]) == (2, 8, 6)
+    assert np.shape(choice["half"]) == (2, 8, 1)
+    assert [r["inner loops"] for r in (full, raced, twice)] == [24, 8 + 2 * 2, 16 / 2]
+    assert full["reward"][0] == raced["reward"][0] == twice["reward"][0]
+    ElementTree.parse(tmp_path / "figure.svg")
