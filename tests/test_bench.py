@@ -7,11 +7,8 @@ import pytest
 import torch
 
 from lora import Adapters
-from support.config import PRESETS
 from support.files import UserError
 from tools import bench
-from tools import speed
-from tools import suite
 
 FEW = "--jobs 2 --repeats 1 --scaling 2 8 --n-new 2".split()
 CPU = torch.device("cpu")
@@ -20,10 +17,10 @@ CPU = torch.device("cpu")
 
 def test_the_lengths_are_those_of_the_paper():
     flat = []
-    for lengths in speed.LENGTHS:
+    for lengths in bench.LENGTHS:
         flat += lengths
 
-    assert len(speed.LENGTHS) == 250
+    assert len(bench.LENGTHS) == 250
     assert 3 * 10 * len(flat) == 65_490     # seeds x epochs: the steps of a round
     assert 49 < sum(flat) / len(flat) < 50
     assert min(flat) == 6
@@ -31,7 +28,7 @@ def test_the_lengths_are_those_of_the_paper():
 
 
 def test_jobs_have_documents_of_the_given_lengths(tiny):
-    jobs = speed.make_jobs(tiny, [[5, 9], [30]])
+    jobs = bench.make_jobs(tiny, [[5, 9], [30]])
 
     assert [len(ids) for ids, _ in jobs[0].examples] == [5, 9]
     assert [len(ids) for ids, _ in jobs[1].examples] == [30]
@@ -46,7 +43,7 @@ def test_jobs_have_documents_of_the_given_lengths(tiny):
     ("smollm2-135m", 134_515_008), ("qwen2.5-0.5b", 494_032_768), ("llama-3.2-1b", 1_235_814_400),
     ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-7b", 7_615_616_512)])
 def test_a_shape_is_that_of_the_model(name, parameters, tmp_path):
-    model = speed.shaped(name, tmp_path, "meta", torch.bfloat16)    # without memory for it
+    model = bench.shaped(name, tmp_path, "meta", torch.bfloat16)    # without memory for it
 
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.dtype == torch.bfloat16
@@ -54,7 +51,7 @@ def test_a_shape_is_that_of_the_model(name, parameters, tmp_path):
 
 def test_a_shapes_weights_are_random(tmp_path):
 
-    model = speed.shaped("small", tmp_path, "cpu", torch.float32)
+    model = bench.shaped("small", tmp_path, "cpu", torch.float32)
 
     for p in model.parameters():
         assert p.std().item() == pytest.approx(0.02, rel=0.5)
@@ -66,41 +63,29 @@ def test_a_shapes_weights_are_random(tmp_path):
 
 @pytest.fixture()
 def peer(tiny):
-    return speed.Peer(tiny, pretrained=True)
-
-
-def count_tokens(model, monkeypatch):
-    """A list of how many tokens each forward pass of our model reads."""
-    seen, hidden = [], model.hidden
-
-    def spy(ids, position, attend):
-        seen.append(ids.numel())
-        return hidden(ids, position, attend)
-
-    monkeypatch.setattr(model, "hidden", spy)
-    return seen
-
-
-def count_peers_tokens(peer):
-    """The same for the peer's."""
-    seen = []
-
-    def spy(module, args, kwargs):
-        seen.append(kwargs["input_ids"].numel())
-
-    peer.model.register_forward_pre_hook(spy, with_kwargs=True)
-    return seen
+    return bench.Peer(tiny, pretrained=True)
 
 
 def test_all_arms_train_the_same_tokens(tiny, peer, monkeypatch):
-    jobs = speed.make_jobs(tiny, [[5, 9, 30], [12], [7, 7]])
-    ours = count_tokens(tiny, monkeypatch)
-    theirs = count_peers_tokens(peer)
+    """Counted in each forward pass of our model and of the peer's."""
+    jobs = bench.make_jobs(tiny, [[5, 9, 30], [12], [7, 7]])
+    ours, theirs = [], []
+    hidden = tiny.hidden
 
-    speed.train(jobs, tiny, slots=3)
+    def spy(ids, position, attend):
+        ours.append(ids.numel())
+        return hidden(ids, position, attend)
+
+    def their_spy(module, args, kwargs):
+        theirs.append(kwargs["input_ids"].numel())
+
+    monkeypatch.setattr(tiny, "hidden", spy)
+    peer.model.register_forward_pre_hook(their_spy, with_kwargs=True)
+
+    bench.train(jobs, tiny, slots=3)
     packed = list(ours)
     ours.clear()
-    speed.train(jobs, tiny, slots=1)
+    bench.train(jobs, tiny, slots=1)
     peer.bare_loop(jobs)
 
     documents = [5, 7, 7, 9, 12, 30]
@@ -114,7 +99,7 @@ def test_the_peers_adapters_learn(tiny, peer):
     """The arm to compare with is a training, too."""
     before = [p.clone() for p in peer.weights]
 
-    peer.bare_loop(speed.make_jobs(tiny, [[5, 9, 30]]))
+    peer.bare_loop(bench.make_jobs(tiny, [[5, 9, 30]]))
 
     for old, new in zip(before, peer.weights):
         assert new.dtype == torch.float32
@@ -123,10 +108,10 @@ def test_the_peers_adapters_learn(tiny, peer):
 
 def test_both_arms_answer_the_same_questions_with_the_same_tokens(tiny, peer, monkeypatch):
     """Adapters that are new change nothing, so that the texts must be equal."""
-    questions = speed.make_questions(tiny)
-    adapters = Adapters(tiny, speed.RECIPE.lora, speed.N_ADAPTERS)
+    questions = bench.make_questions(tiny)
+    adapters = Adapters(tiny, bench.RECIPE.lora, bench.N_ADAPTERS)
     ours, theirs = [], []
-    generate, their_generate = speed.generate, peer.model.generate
+    generate, their_generate = bench.generate, peer.model.generate
 
     def spy(*args, **kwargs):
         groups = generate(*args, **kwargs)
@@ -137,13 +122,13 @@ def test_both_arms_answer_the_same_questions_with_the_same_tokens(tiny, peer, mo
         rows = their_generate(**kwargs)
         theirs.extend(rows[:, kwargs["input_ids"].shape[1]:].tolist())
 
-    monkeypatch.setattr(speed, "generate", spy)
+    monkeypatch.setattr(bench, "generate", spy)
     monkeypatch.setattr(peer.model, "generate", their_spy)
     # With an EOS the peer would shun it before the last token; ours has none here.
     peer.model.get_base_model().generation_config.eos_token_id = None
     for i in range(adapters.n):
         adapters.init(i, i)
-    speed.answer(tiny, adapters, questions, n_new=3)
+    bench.answer(tiny, adapters, questions, n_new=3)
     peer.answer(adapters.n, questions, n_new=3)
 
     assert len(ours) == 32
@@ -156,7 +141,7 @@ def test_arms_run_in_turn_after_a_warm_up():
     for name in "ABC":
         arms[name] = lambda name=name: calls.append(name)
 
-    timings = speed.compare(CPU, arms, repeats=2)
+    timings = bench.compare(CPU, arms, repeats=2)
 
     assert "".join(calls) == "ABC" + "ABCABC"
     assert list(timings) == ["A", "B", "C"]
@@ -170,15 +155,15 @@ def test_peak_memory_is_that_of_each_arm():
     def much():
         torch.ones(300 * 2 ** 20, dtype=torch.uint8)
 
-    _, peak = speed.timed(CPU, much)
-    _, peak_after = speed.timed(CPU, int)
+    _, peak = bench.timed(CPU, much)
+    _, peak_after = bench.timed(CPU, int)
 
     assert peak - peak_after > 250 * 2 ** 20
 
 
 def test_the_floor_by_hand():
     """4 FLOPs a weight and 6 a parameter of an adapter, for each token."""
-    floor = speed.Floor(weights=10, parameters=3, rate=580)
+    floor = bench.Floor(weights=10, parameters=3, rate=580)
 
     assert floor.flops == 4 * 10 + 6 * 3
     assert floor.tokens_per_second == 10
@@ -223,54 +208,50 @@ def test_bench_prints_a_table():
 
 # ------------------------------------------------------------------------------- the suite
 
-SMALL_SUITE = ["bench.py", "--suite", "--device", "cpu", "--shape", "small", "--jobs", "3",
-               "--peer-jobs", "1"]
+SMALL_SUITE = ["bench.py", "--suite", "--device", "cpu", "--shape", "small", "--peer-jobs", "1",
+               *FEW]
 
 
-def test_the_suite_writes_every_figure_into_one_file(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "suite.md"
-    tiny = dict(PRESETS["tiny"], tasks=1, edits=1, keep=1, eval_tasks=2, eval_edits=1)
-    monkeypatch.setitem(PRESETS, "tiny", tiny)
-    monkeypatch.setattr("sys.argv", [*SMALL_SUITE, "--out", str(out)])
+def test_the_suite_trains_and_decodes_with_graphs_and_without(monkeypatch, capsys):
+    asks = {}       # how often an arm asks whether the device has graphs
+
+    def spy(device, arms, repeats):
+        for name, arm in arms.items():
+            before = len(asked)
+            arm()
+            asks[name] = len(asked) - before
+        return compare(device, arms, repeats)
+
+    asked, compare = [], bench.compare
+    monkeypatch.setattr(bench.decode, "has_graphs", lambda device: asked.append(device))
+    monkeypatch.setattr(bench, "compare", spy)
+    monkeypatch.setattr("sys.argv", SMALL_SUITE)
 
     bench.main()
 
-    text = out.read_text()
-    assert f"torch {torch.__version__}" in text
-    for part in ("tests on CUDA", "kernels", "training, small", "decoding, small", "preset tiny"):
-        assert f"## {part}" in text or f"run: {part}" in text
-    for figure in ("a large product", "AdamW of", "from the nucleus", "3 side by side", "ours over",
-                   "without graphs", "held-out reward"):
-        assert re.search(rf"\| .*{figure}.* \| .*\d.* \|", text), figure
-    assert "| with the same rewards | yes | yes |" in text
-    assert "failed" not in text
-    assert "## kernels" in capsys.readouterr().out      # shown as it grows
+    out = capsys.readouterr().out
+    for arm in ("ours, packed", "the fair peer", "ours, one slot", "one by one"):
+        assert re.search(rf"{arm}.* [\d.]+ s \[", out), out
+    for arm in ("ours, together", "ours, from the nucleus"):
+        assert re.search(rf"{arm} .* [\d.]+ s \[", out), out
+        assert asks[arm] > 0
+        assert re.search(rf"{arm}, without graphs .* [\d.]+ s \[", out), out
+        assert asks[f"{arm}, without graphs"] == 0
+    for words in ("formula", "ours over the fair peer", "ours over the peer", "ms a token"):
+        assert words in out
+    assert "failed" not in out
+    assert "a round" not in out
 
 
-def test_a_part_that_fails_is_named_and_the_next_one_runs(tmp_path, monkeypatch):
+def test_a_part_of_the_suite_that_fails_is_named_and_the_next_one_runs(monkeypatch, capsys):
     def broken(*args):
-        yield "one", "1", ""
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried | to allocate")
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    out = tmp_path / "suite.md"
-    for part in ("tests", "kernels", "training", "decoding"):
-        monkeypatch.setattr(suite, part, broken)
-    monkeypatch.setattr(suite, "tiny_run", lambda device: [("seconds", "2", "")])
-    monkeypatch.setattr("sys.argv", [*SMALL_SUITE, "--out", str(out)])
+    monkeypatch.setattr(bench, "compare", broken)
+    monkeypatch.setattr("sys.argv", SMALL_SUITE)
 
     bench.main()
 
-    text = out.read_text()
-    failed = "| failed | OutOfMemoryError: CUDA out of memory. Tried / to allocate | |"
-    assert text.count(failed) == 4
-    assert "| seconds | 2 |  |" in text
-
-
-def test_the_suite_overwrites_nothing(tmp_path, monkeypatch):
-    out = tmp_path / "suite.md"
-    out.write_text("of yesterday")
-    monkeypatch.setattr("sys.argv", [*SMALL_SUITE, "--out", str(out)])
-
-    with pytest.raises(UserError, match="exists already"):
-        bench.main()
-    assert out.read_text() == "of yesterday"
+    out = capsys.readouterr().out
+    for part in ("bench_training", "bench_answering"):
+        assert f"{part} failed: OutOfMemoryError: CUDA out of memory. Tried to allocate" in out

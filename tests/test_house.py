@@ -8,18 +8,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A file may import from those before it, in its functions as well.
 FLOORS = ["support.files", "support.ranks", "support.records", "support.checkpoint",
           "support.progress", "engine.gpu", "engine.memory", "support.stats",
-          "support.tokenizer", "engine.ribbon", "model", "engine.decode", "engine.padding",
-          "engine.packing", "engine.update", "engine.train", "lora", "selfedit",
-          "data.judges", "data.knowledge", "data.text", "data.arc", "data.tinyworld",
-          "data.tinyarc", "data.pretrain_tiny", "inner_loop", "support.config",
-          "support.report", "support.page", "support.run", "tools.plan", "outer_loop",
-          "tools.speed", "tools.suite", "eval", "tools.bench", "lab.show", "lab.experiment",
-          "lab.tiny", "lab.writers", "lab.keeping", "lab.curve", "lab.reliability",
-          "lab.judges", "lab.recipe", "lab.paired", "lab.imitate", "lab.lines",
-          "lab.forgetting", "lab.skill", "lab.vector", "lab.objective",
-          "lab.retention_reward", "lab.compute", "lab.credit", "lab.update_rule",
-          "lab.choosing", "lab.proxy", "lab.proxy_run", "lab.race", "lab.speedrun",
-          "lab.teacher"]
+          "support.tokenizer", "engine.ribbon", "model", "engine.decode",
+          "engine.padding", "engine.packing", "engine.update", "engine.train", "lora",
+          "selfedit", "data.judges", "data.knowledge", "data.text", "data.arc",
+          "data.tinyworld", "data.tinyarc", "data.pretrain_tiny", "inner_loop",
+          "support.config", "support.report", "support.page", "support.run", "tools.plan",
+          "outer_loop", "eval", "tools.bench", "lab.show", "lab.experiment", "lab.tiny",
+          "lab.writers", "lab.keeping", "lab.curve", "lab.reliability", "lab.judges",
+          "lab.recipe", "lab.paired", "lab.imitate", "lab.lines", "lab.forgetting",
+          "lab.skill", "lab.vector", "lab.objective", "lab.retention_reward",
+          "lab.compute", "lab.credit", "lab.update_rule", "lab.choosing", "lab.proxy",
+          "lab.proxy_run", "lab.race", "lab.speedrun", "lab.teacher"]
 CORE = ["outer_loop", "inner_loop", "selfedit", "lora", "model"]
 
 
