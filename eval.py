@@ -17,7 +17,6 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 # Before what takes long to import, so that Ctrl-C is a line from here on.

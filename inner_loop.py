@@ -6,7 +6,7 @@
     python inner_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct --learn notes.txt --ask "..."
 
 Paper, section 3. `update_and_score` is these three lines of Algorithm 1. The base model is never
-changed: theta' is the base with an adapter (lora.py), trained by sft.py.
+changed: theta' is the base with an adapter (lora.py), trained by engine/train.py.
 """
 import math
 import re

@@ -2,7 +2,7 @@
 
     python lora.py --model HuggingFaceTB/SmolLM2-135M-Instruct     # teach one sentence
 
-A *ribbon* (model.py) is the tokens of many sequences laid end to end, without padding.
+A *ribbon* (engine/ribbon.py) is the tokens of many sequences laid end to end, without padding.
 LoRA (arXiv 2106.09685) replaces W x by W x + (alpha / r) B A x, with A (r, in) random and B
 (out, r) zero at first. Only A and B are trained. Here n adapters are trained or used at once: the
 ribbon's tokens lie sorted by adapter, every frozen product runs once over all of them, and only
@@ -260,7 +260,7 @@ class Recipe:
     completion_only: bool = False   # loss on the completions of (prompt, completion) documents
     clip: float = 1.0               # of an adapter's gradient norm
     weight_decay: float = 0.0
-    pad_to: int = 0                 # imitates rows of so many tokens (padding.py)
+    pad_to: int = 0                 # imitates rows of so many tokens (engine/padding.py)
     slots: int = 0                  # adapters side by side; 0: as many as fill a step and fit
     max_steps: int = 0              # of a self-edit: one that asks for more is refused
     max_tokens: int = 0             # the same, over all epochs; 0: no bound

@@ -184,7 +184,7 @@ class Transformer(nn.Module):
     def hidden(self, ids, position, attend):
         """The residual stream after the last norm: ids, position (T,) -> (T, D).
 
-        `attend` mixes the tokens: Ribbon.attend, or what generate.Cache's methods return."""
+        `attend` mixes the tokens: Ribbon.attend, or what decode.Cache's methods return."""
         x = self.model.embed_tokens(ids)
         # Angles are computed in float32: bfloat16 cannot hold every integer above 256.
         angle = position[:, None, None] * rope_frequencies(self.config, ids.device)  # (T, 1, E/2)
@@ -253,8 +253,8 @@ def add_adapter(model, folder):
 def complete(model, prompt, max_new, stop=()):
     """The likeliest continuation of a prompt (a list of ids): at most max_new ids.
 
-    The plain way: a forward pass over the whole text for every token. generate.py writes the same
-    ids many times faster, and the tests hold it against this."""
+    The plain way: a forward pass over the whole text for every token. engine/decode.py writes the
+    same ids many times faster, and the tests hold it against this."""
     ids = list(prompt)
     for _ in range(max_new):
         # Only the last position's logits are needed; all others are computed again and again.

@@ -5,9 +5,9 @@
     python outer_loop.py --preset knowledge --model DIR_OR_HUB_ID --train-data FILE --eval-data FILE
 
 Algorithm 1 of the paper (arXiv 2506.10943) is `rest_em`. What is sampled and measured goes to the
-run's folder (run.py), and the same command resumes it. On several GPUs:
+run's folder (support/run.py), and the same command resumes it. On several GPUs:
 
-    torchrun --nproc-per-node 8 outer_loop.py ...       # team.py
+    torchrun --nproc-per-node 8 outer_loop.py ...       # support/ranks.py
 """
 import dataclasses
 import math
@@ -94,13 +94,13 @@ def next_tasks(train: list[Task], t: int, n: int) -> list[Task]:
 
 def sample(run: Run, model, tasks: list[Task], t: int, split: str, k: int) -> list[list[SelfEdit]]:
     """SE ~ LM_theta_t(. | C): k self-edits of each task."""
-    # As long as the longest of all prompts leaves room for, whoever else is sampled beside it.
     cfg = run.cfg
-    room = room_for_self_edit(model, run.tok, tasks)
-    sampling = Sampling(min(cfg.max_edit_tokens, room), k, cfg.temperature, cfg.top_p,
-                        max_rows=cfg.rows)
 
     def write(numbers):
+        # The longest of all prompts says how much room there is, also where few are sampled.
+        room = room_for_self_edit(model, run.tok, tasks)
+        sampling = Sampling(min(cfg.max_edit_tokens, room), k, cfg.temperature, cfg.top_p,
+                            max_rows=cfg.rows)
         own = [tasks[i] for i in numbers]
         seeds = []
         for i in numbers:

@@ -35,7 +35,7 @@ class SelfEdit:
     note: str = ""
 
 
-# What a self-edit may choose of its training: fields of sft.Recipe.
+# What a self-edit may choose of its training: fields of lora.Recipe.
 DIRECTIVES = ("lr", "epochs", "completion_only")
 EMPTY = "nothing to learn from in this self-edit"
 

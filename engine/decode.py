@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from engine.gpu import has_graphs, to_device
 from engine.memory import auto_rows, give_back_memory, is_out_of_memory
-from engine.ribbon import Ribbon, attention
+from engine.ribbon import Ribbon, attention, round_up
 from model import PROMPT, complete, load_pretrained
 from support.checkpoint import EMBEDDED
 from support.files import Parser, UserError, cli, positive
@@ -167,10 +167,6 @@ def split_into(items: list, sizes: list[int]) -> list[list]:
         groups.append(items[begin:begin + size])
         begin += size
     return groups
-
-
-def round_up(n, block):
-    return -(-n // block) * block
 
 
 # ------------------------------------------------------------------------------- one token
@@ -531,7 +527,7 @@ def main():
     same = sum(a == b for a, b in zip(plain, fast))
     print(f"{args.rows} texts of {args.max_new} tokens")
     print(f"model.complete      {tokens / slow:8.0f} tokens/s")
-    print(f"generate.generate   {tokens / quick:8.0f} tokens/s, {slow / quick:.1f} x; "
+    print(f"decode.generate     {tokens / quick:8.0f} tokens/s, {slow / quick:.1f} x; "
           f"{same} of {args.rows} texts the same")
 
 

@@ -164,12 +164,12 @@ def activation_memory(model, lora, tokens):
 
 
 def tokens_per_step(jobs) -> float:
-    """Of one of these sft.Jobs, the mean."""
+    """Of one of these lora.Jobs, the mean."""
     return sum(job.tokens for job in jobs) / sum(job.steps for job in jobs)
 
 
 def auto_slots(model, jobs, free=None):
-    """How many of these sft.Jobs to train side by side: enough to fill a step, few enough to fit.
+    """How many of these lora.Jobs to train side by side: enough to fill a step, few enough to fit.
     """
     # Tokens that keep the device busy: of a small model it takes more.
     full = 1024
@@ -180,7 +180,7 @@ def auto_slots(model, jobs, free=None):
 
 
 def one_job_memory(model, jobs):
-    """Bytes of a step with one of these sft.Jobs in it."""
+    """Bytes of a step with one of these lora.Jobs in it."""
     # Twice the mean, as some steps are longer.
     lora = jobs[0].recipe.lora
     return (step_memory(model, lora, 1, 0)
@@ -193,7 +193,7 @@ def share_of_free(model, free=None):
 
 
 def recompute_if_short(model, jobs):
-    """On a CPU: recompute activations if even one of these sft.Jobs would not fit. There a system
+    """On a CPU: recompute activations if even one of these lora.Jobs would not fit. There a system
     that runs out kills the process, and less_memory never hears of it."""
     if model.device.type == "cpu" and not model.recompute:
         if one_job_memory(model, jobs) > share_of_free(model):

@@ -1,6 +1,6 @@
 """A step's tokens: the micro-batches of many jobs laid end to end on one ribbon.
 
-For sft.py. A job's texts become tensors once, and a step then lays out those of every running job
+For train.py. A job's texts become tensors once, and a step then lays out those of every running job
 without work per token.
 """
 from dataclasses import dataclass
@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from engine import padding
-from engine.decode import round_up
 from engine.gpu import to_device
-from engine.ribbon import Ribbon, Segments
+from engine.ribbon import Ribbon, Segments, round_up
 
 
 @dataclass
@@ -77,7 +76,7 @@ class Packed:
     labels: torch.Tensor    # (N,)
     weight: torch.Tensor    # (N,) of each label's loss: for each slot their sizes add up to 1
     slot: torch.Tensor      # (N,) whose label it is
-    # Of each slot, (n, 1): sft.py sets them.
+    # Of each slot, (n, 1): train.py sets them.
     lr: torch.Tensor | None = None
     t: torch.Tensor | None = None
 
@@ -88,8 +87,7 @@ class Packed:
 
 
 def pack(running, device, dtype, room: Room | None = None) -> Packed:
-    """Lay out a step: `running` holds the sft.Running of each slot, or None. dtype: of the weights.
-    """
+    """Lay out a step: `running` holds each slot's train.Running, or None. dtype: of the weights."""
     texts, counts, source, weight, slots = [], [], [], [], []
     begin = 0       # of the text on the ribbon
     for slot, active in enumerate(running):

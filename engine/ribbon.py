@@ -78,7 +78,7 @@ class Ribbon:
     def attend(self, layer, q, k, v):
         """Causal attention within each sequence. q (T, H, E), k and v (T, K, E) -> (T, H, E).
 
-        `layer` is not used here: generate.Cache's attend needs it."""
+        `layer` is not used here: decode.Cache's attend needs it."""
         if has_flash(q) and not any(mask is not None for mask in self.masks):
             return flash_attention(q, k, v, self.bounds, self.longest)
         # One call per group of like lengths. Within it sequences are a batch, and heads are too.
@@ -140,3 +140,8 @@ def like_lengths(lengths):
         if n:
             groups.setdefault(size, []).append(i)
     return list(groups.values())
+
+
+def round_up(n, block):
+    """The next multiple of `block`."""
+    return -(-n // block) * block

@@ -1,7 +1,7 @@
 """What a training step computes beside the model, for many adapters at once: the loss, and AdamW.
 
 Both are written out, as the output layer is frozen and as each adapter has its own learning rate,
-step number and clipping. sft.py calls them; its sft_one uses torch's own.
+step number and clipping. train.py calls them; lora.sft_one uses torch's own.
 """
 import torch
 

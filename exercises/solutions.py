@@ -11,10 +11,7 @@ import torch
 import lora
 import outer_loop
 from data import tinyworld
-from engine import decode
-from engine import packing
-from engine import train
-from engine import update
+from engine import decode, packing, update
 from lab import reliability
 from model import Linear
 from selfedit import NOTES, SelfEdit, Task

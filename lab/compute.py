@@ -8,7 +8,6 @@ town, the passage with each, are learned by ONE adapter. Whatever k is, it takes
 steps, with all documents in each: only the tokens of a step grow with k. 1.5 minutes for an arm and
 a seed on one thread.
 """
-import re
 import zlib
 from collections import Counter
 from dataclasses import replace

@@ -90,7 +90,7 @@ MAKE = {"plain": plain, "masked": masked, "in view": in_view}
 
 
 def train(model, job: Job) -> torch.Tensor:
-    """The adapter (P,) of a town, as sft.sft_one trains one, with cross-entropy to the targets."""
+    """The adapter (P,) of a town, as lora.sft_one trains one, with cross-entropy to the targets."""
     # All texts lie on one ribbon, and are all in every step.
     ribbon = Ribbon([len(ids) for ids, _ in job.examples], model.device)
     ids = torch.tensor([token for ids, _ in job.examples for token in ids])

@@ -16,9 +16,9 @@ from inner_loop import make_job
 from lab.choosing import try_often, written
 from lab.credit import truth
 from lab.experiment import complete, each, flags, where
-from lab.update_rule import log_probs
 from lab.show import new_figure, over_passages, print_table, save
 from lab.tiny import RECIPE
+from lab.update_rule import log_probs
 from lora import Adapters, dialogue, sft_one
 from selfedit import seed_for
 from support.files import cli
@@ -52,7 +52,7 @@ def gold(tok, task, before="") -> list:
 
 
 def loss(model, adapter, examples) -> torch.Tensor:
-    """The mean over all tokens that are learned, as in sft.py: a scalar."""
+    """The mean over all tokens that are learned, as in lora.sft_one: a scalar."""
     return -torch.cat([log_probs(model, adapter, example) for example in examples]).mean()
 
 

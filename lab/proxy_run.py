@@ -15,8 +15,8 @@ import numpy as np
 
 from lab.experiment import complete, flags
 from lab.proxy import correlation, others, worth
-from lab.reliability import accuracy_of, read_groups
 from lab.proxy import products
+from lab.reliability import accuracy_of, read_groups
 from lab.show import over_passages, print_table
 from outer_loop import in_order, next_tasks
 from selfedit import read_self_edit

@@ -10,8 +10,8 @@ import tempfile
 
 import numpy as np
 
-from lab.experiment import Question, add_seeds, differences, flags, gain, last_reward
 from lab.choosing import RULES, race, start, trainer
+from lab.experiment import Question, add_seeds, differences, flags, gain, last_reward
 from lab.proxy import products
 from lab.show import arrows, error_bars, new_figure, of_seeds, print_table, save
 from outer_loop import evaluate, m_step, next_tasks, select

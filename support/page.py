@@ -42,7 +42,7 @@ ul svg { display: inline-block; width: 1.8rem } .right { color: #00916a } .wrong
 
 
 class Rollouts(Lines):
-    """As run.py's, but only read: another process may be writing them."""
+    """As a run's, but only read: another process may be writing them."""
     check, of = staticmethod(place_of), Records.of
 
 

@@ -85,6 +85,8 @@ class SharedLines(Lines):
         if ranks.RANK:
             self.records += others
             self.path.unlink(missing_ok=True)
+        # No part is left when a rank goes on: rank 0 may then write the records otherwise.
+        ranks.wait()
         self.exchanged = len(self.records)
 
 

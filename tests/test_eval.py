@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 import eval as tables
 import inner_loop
@@ -65,20 +64,6 @@ def spy_on_jobs(monkeypatch):
     def spy(model, jobs, progress=quiet):
         seen.append(jobs)
         return train(model, jobs, progress)
-
-    monkeypatch.setattr(tables, "sft", spy)
-    return seen
-
-
-def spy_on_results(monkeypatch):
-    """The weights that sft gives to eval.py, {number of the job: weights} per call."""
-    seen, train = [], tables.sft
-
-    def spy(model, jobs, progress=quiet):
-        seen.append({})
-        for number, trained in train(model, jobs, progress):
-            seen[-1][number] = trained.weights.clone()
-            yield number, trained
 
     monkeypatch.setattr(tables, "sft", spy)
     return seen

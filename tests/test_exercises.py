@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 import outer_loop
-from engine.decode import Sampling, collect, quiet
+from engine.decode import Sampling, quiet
 from exercises import bugs, tiny
 from inner_loop import ask, grade_all
 from lora import PROJECTIONS, Adapters, Lora

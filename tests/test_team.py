@@ -138,10 +138,10 @@ def test_three_ranks_and_a_table(argv, launch, tmp_path):
     assert_same(tmp_path / "three", tmp_path / "one")
 
     tables = []
-    for ranks in (1, 2):
-        folder = tmp_path / f"single{ranks}"
+    for n in (1, 2):
+        folder = tmp_path / f"single{n}"
         flags = in_folder(argv, folder)
-        finished(launch(ranks, ["single", *flags, "--from-run", str(tmp_path / "three")],
+        finished(launch(n, ["single", *flags, "--from-run", str(tmp_path / "three")],
                         "eval"))
         rows = json.loads((folder / "single.json").read_text())["rows"]
         tables.append([{key: value for key, value in row.items() if key != "seconds"}

@@ -2,8 +2,9 @@
 
     python outer_loop.py --preset knowledge --model Qwen/Qwen2.5-7B --card 24 --plan
 
-Memory by the formulas with which a run chooses its slots and rows (memory.py). Time from FLOPs and
-bytes, at a stated share of what the card's maker promises. All of it is computed, not measured.
+Memory by the formulas with which a run chooses its slots and rows (engine/memory.py). Time from
+FLOPs and bytes, at a stated share of what the card's maker promises. All of it is computed, not
+measured.
 """
 import json
 import tempfile
