@@ -12,42 +12,41 @@ same command resumes. The table is printed, and written as JSON beside it. On se
 """
 import json
 import random
-import re
 import sys
 import time
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-# Before what takes long to import, so that Ctrl-C is a line from here on.
-from support.files import Parser, UserError, cli, positive, read_json, replace_file
-from support.records import Lines
+# Imported first: from here on Ctrl-C prints one line, also while the slow imports run.
+from support.files import Lines, Parser, UserError, cli, positive, replace_file
 
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from data.arc import picture
+from data import knowledge
+from data.arc import write_pictures
+from data.tasks import load_passages, load_tasks
 from engine.decode import Sampling, collect
 from engine.train import sft
-from inner_loop import ask, grade_all, in_prompt, make_job
+from inner_loop import answering, ask, grade_all, in_prompt, inner_recipe, make_job
 from lora import Adapters, Job
+from model import load_pretrained
 from outer_loop import sample, score, unadapted, verdicts
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
-from support import page
-from support import ranks
+from support import page, ranks
 from support.config import add_flags, read_flags
-from support.progress import Meter
-from support.run import Run, print_of_data, print_of_model
-from support.stats import bootstrap_ci, forgetting, share_changed, with_interval
+from support.ranks import Meter
+from support.report import table_lines
+from support.run import Run, print_of_data, prints_of_rounds
+from support.stats import forgetting, share_changed
 
 # ------------------------------------------------------------------------------- rows of a table
 
 class Table:
     """Rows for self-edits: an adapter each, of which the run's folder keeps what it answered."""
 
-    def __init__(self, run: Run, tasks: list[Task], first_row="no adaptation", steps=None):
+    def __init__(self, run: Run, tasks: list[Task], first_row="no adaptation"):
         self.run, self.tasks = run, tasks
-        self.steps = steps      # if not None, all rows are trained for about so many
         self.base = verdicts(run, run.load(0), tasks)       # without adaptation, per task
         self.without = [float(np.mean(row)) for row in self.base]
         self.rows = [{"row": first_row, "accuracy": self.without}]
@@ -55,8 +54,6 @@ class Table:
     def add(self, name: str, edits: list[list[SelfEdit]], t=0, folder=None) -> dict:
         """A row: theta_t (of the run in another folder) trained on each task's self-edits."""
         run, model = self.run, self.run.load(t, folder)
-        if self.steps:
-            edits = [[for_steps(model, run, edit, self.steps) for edit in row] for row in edits]
         score(run, model, self.tasks, edits, t, "eval", self.without, run.cfg.seeds, arm=name)
         self.rows.append(row_of(name, run.rollouts.of(t, "eval", name), self.base))
         return self.rows[-1]
@@ -93,46 +90,23 @@ def row_of(name: str, records: list[dict], base: list[list[bool]]) -> dict:
             "seconds": float(np.mean(seconds))}
 
 
-def print_table(table: Table, name: str, reference: dict):
+def finish(table: Table, name: str, reference: dict):
     """Print a table, differences from the `reference` row in pairs, and write it as JSON."""
     run = table.run
     questions = sum(map(len, table.base))
     run.log(f"\n{len(table.tasks)} tasks, {questions} questions, {run.cfg.seeds} seeds; means over "
             "tasks, differences in pairs")
-    run.log(f"{'':>32}  {'accuracy [95 % CI]':<24}   {'over ' + reference['row']:<33}"
-            "gained   lost    cut  docs  tokens  s/adapter")
-    for row in table.rows:
-        row["mean"] = float(np.mean(row["accuracy"]))
-        row["ci"] = bootstrap_ci(row["accuracy"])
-        line = f"{row['row']:>32}  {with_interval(row['mean'], row['ci'], '6.3f')}  "
-        if row is not reference:
-            difference = np.subtract(row["accuracy"], reference["accuracy"])
-            row["difference"] = float(difference.mean())
-            row["difference_ci"] = bootstrap_ci(difference)
-            line += f" {with_interval(row['difference'], row['difference_ci'], '6.3f')}"
-        if "gained" in row:
-            line = f"{line:<92}{row['gained']:6.3f} {row['lost']:6.3f}"
-            line += f" {row['cut']:6.3f}" if "cut" in row else f" {'-':>6}"
-            line += f" {row['documents']:5.1f} {row['tokens']:7.0f} {row['seconds']:10.1f}"
-        run.log(line)
+    run.log(table_lines(table.rows, reference))
     path = run.folder / f"{name}.json"
     if ranks.RANK == 0:
         replace_file(path, json.dumps(
             {"command": sys.argv, "seed": run.cfg.seed, "rows": table.rows}, indent=1))
         page.refresh(run)
-    run.log("gained: of the questions missed without adaptation; lost: of those known; "
-            f"cut: answers at the cap. Also in {path}")
+    run.log("gained: of the questions missed without adaptation, now right; lost: of the known "
+            f"ones, now wrong; cut: answers at the cap. Also in {path}")
 
 
 # ------------------------------------------------------------------------------- one passage
-
-def passages(run: Run) -> list[Task]:
-    """The held-out passages, with which some experiments alone can do anything."""
-    tasks = run.tasks(run.cfg.eval_data)
-    if not tasks[0].context:
-        raise UserError("this experiment is about passages; for puzzles: python eval.py arc")
-    return tasks
-
 
 STEP_MATCHED = "passage only, step-matched"
 
@@ -140,27 +114,26 @@ STEP_MATCHED = "passage only, step-matched"
 def single(args, run: Run):
     """One adapter per passage (the paper's Table 2, left)."""
     cfg = run.cfg
-    tasks = passages(run)[:cfg.eval_tasks]
-    given = imported(args.edits_from, tasks)
+    tasks = load_passages(run)[:cfg.eval_tasks]
+    given = knowledge.read_edits(args.edits_from, tasks)
     taken = given.keys() & {"passage only", STEP_MATCHED, "its own self-edits"}
     if taken:
         raise UserError(f"--edits-from: {min(taken)!r} is the name of a row of its own; call this "
                         "kind of self-edit something else")
-    run.settle("eval single", edits_from=prints(args.edits_from),
-               run=prints_of_rounds(run, args.run), equal_steps=args.equal_steps)
-    table = Table(run, tasks, steps=args.equal_steps)
+    run.settle("eval single", edits_from=[print_of_data(file) for file in args.edits_from],
+               run=prints_of_rounds(run, args.run))
+    table = Table(run, tasks)
     model = run.load(0)
     own_edits = sample(run, model, tasks, 0, "eval", 1)
     passage = [[task.references["passage only"]] for task in tasks]
-    reference = table.add("passage only", passage)
+    table.add("passage only", passage)
 
     # A self-edit has more documents than the passage, and so takes more optimiser steps. Therefore
     # the passage alone is also trained for as many steps as the self-edit.
-    if not args.equal_steps:
-        matched = []
-        for (edit,), (alone,) in zip(own_edits, passage):
-            matched.append([for_steps(model, run, alone, steps_of(model, run, edit))])
-        reference = table.add(STEP_MATCHED, matched)
+    matched = []
+    for (edit,), (alone,) in zip(own_edits, passage):
+        matched.append([for_steps(model, run, alone, steps_of(model, run, edit))])
+    reference = table.add(STEP_MATCHED, matched)
     table.add("its own self-edits", own_edits)
 
     for name, texts in given.items():
@@ -171,88 +144,22 @@ def single(args, run: Run):
                        "accuracy": unadapted(run, run.load(0), in_prompt(tasks))})
     if args.run:
         table.add_rounds(args.run, 1)
-    print_table(table, "single", reference)
-
-
-def prints(files) -> list[str]:
-    """Fingerprints of files, whatever they are called."""
-    return [print_of_data(file) for file in files]
-
-
-def prints_of_rounds(run: Run, folder) -> dict[str, str]:
-    """{iter_1: its fingerprint, ...} of the run in a folder."""
-    if not folder:
-        return {}
-    rounds = sorted(Path(folder).glob("iter_*[0-9]"))
-    if not rounds:
-        raise UserError(f"{folder}: no checkpoint iter_1 there")
-    domain = read_json(Path(folder) / "config.json").get("domain")
-    if domain != run.cfg.domain:
-        raise UserError(f"{folder} is a run of {domain}, and this one is of {run.cfg.domain}")
-    return {path.name: print_of_model(path) for path in rounds}
+    finish(table, "single", reference)
 
 
 def steps_of(model, run, edit: SelfEdit) -> int:
     """Optimiser steps of a self-edit's training; 1 if nothing can be learned from it."""
     try:
-        return make_job(model, run.tok, edit, 0, run.recipe).steps
+        return make_job(model, run.tok, edit, 0, inner_recipe(run.cfg)).steps
     except ValueError:
         return 1
 
 
 def for_steps(model, run, edit: SelfEdit, steps: int) -> SelfEdit:
     """A self-edit that is trained for as many epochs as come closest to so many steps."""
-    def trained_for(epochs):
-        return replace(edit, directives=edit.directives | {"epochs": epochs})
-
-    steps_per_epoch = steps_of(model, run, trained_for(1))
-    return trained_for(max(1, round(steps / steps_per_epoch)))
-
-
-def imported(files, tasks: list[Task]) -> dict[str, list[str]]:
-    """{kind: [a text per task]} of the self-edits that JSON files hold for these passages.
-
-    A record has "title", "context" and "edits": {kind: text}, or the authors' "released"."""
-    def texts_of(record):
-        """{kind: text} of a record. ValueError: what is wrong with it."""
-        if not isinstance(record, dict):
-            raise ValueError("not an object")
-        for key in ("title", "context"):
-            if not isinstance(record.get(key), str):
-                raise ValueError(f'"{key}" must be a string')
-        edits = record.get("edits", {})
-        if edits == {}:
-            released = record.get("released", {})
-            if not isinstance(released, dict) or not all(
-                    isinstance(x, dict) for x in released.values()):
-                raise ValueError('"released" must be {kind: {"edit": text}}')
-            edits = {kind: x["edit"] for kind, x in released.items() if x.get("edit")}
-        if not isinstance(edits, dict) or not all(isinstance(x, str) for x in edits.values()):
-            raise ValueError('"edits" must be {kind: text}')
-        # A kind is the name of a table's row.
-        if not all(kind and kind.isprintable() for kind in edits):
-            raise ValueError("a kind of self-edit must be a name that can be printed")
-        return edits
-
-    # kind -> passage -> text
-    found = defaultdict(dict)
-    for file in files:
-        records = read_json(file)
-        if not isinstance(records, list):
-            raise UserError(f"{file}: not a JSON list of passages, each "
-                            "{title, context, edits: {kind: text}}")
-        for i, record in enumerate(records):
-            try:
-                for kind, text in texts_of(record).items():
-                    found[kind][record["title"] + "\n" + record["context"]] = text
-            except ValueError as e:
-                raise UserError(f"{file}: record {i}: {e}") from None
-    for kind, texts in found.items():
-        lacking = [task.name for task in tasks if task.context[0] not in texts]
-        if lacking:
-            raise UserError(f"no {kind} self-edit of {lacking[0][:80]!r} in "
-                            f"{', '.join(map(str, files))}")
-    return {kind: [texts[task.context[0]] for task in tasks] for kind, texts in found.items()}
+    once = replace(edit, directives=edit.directives | {"epochs": 1})
+    epochs = max(1, round(steps / steps_of(model, run, once)))
+    return replace(edit, directives=edit.directives | {"epochs": epochs})
 
 
 # ------------------------------------------------------------------------------- puzzles
@@ -261,7 +168,7 @@ def arc(args, run: Run):
     """Success on puzzles (the paper's Table 1): in context, self-edits before RL, the oracle. A
     picture of each puzzle is written."""
     cfg = run.cfg
-    tasks = run.tasks(cfg.eval_data)[:cfg.eval_tasks]
+    tasks = load_tasks(run, cfg.eval_data)[:cfg.eval_tasks]
     if tasks[0].context:
         raise UserError("this experiment is about puzzles; for passages: python eval.py single")
     run.settle("eval arc", run=prints_of_rounds(run, args.run))
@@ -272,17 +179,10 @@ def arc(args, run: Run):
         table.add(name, [[task.references[name]] for task in tasks])
     if args.run:
         table.add_rounds(args.run, cfg.eval_edits)
-    print_table(table, "arc", reference)
-    if ranks.RANK:
-        return
-    for i, task in enumerate(tasks):
-        attempts = {}
-        for r in run.rollouts.records:
-            if r["task"] == i and r["answers"]:
-                attempts[f"{r['arm']} {r['edit']}"] = r["answers"][0]
-        file = re.sub(r"[^\w-]+", "_", f"{i}_{task.name}") + ".svg"
-        replace_file(run.folder / file, picture(task, attempts))
-    run.log(f"pictures of the puzzles: {run.folder}/*.svg")
+    finish(table, "arc", reference)
+    if ranks.RANK == 0:
+        write_pictures(run.folder, tasks, run.rollouts.records)
+        run.log(f"pictures of the puzzles: {run.folder}/*.svg")
 
 
 # ------------------------------------------------------------------------------- continual
@@ -291,7 +191,7 @@ def continual(args, run: Run):
     """Passages in a row, each learned by a self-edit on top of the ones before (the paper's Figure
     6); many such streams are learned side by side."""
     cfg, length = run.cfg, args.length
-    tasks = passages(run)
+    tasks = load_passages(run)
     if cfg.weight_decay:
         raise UserError("--weight-decay: it would shrink what the earlier edits have taught")
     if length > len(tasks):
@@ -310,15 +210,20 @@ def continual(args, run: Run):
     # of rank length * r: after k edits the first k * r rows of A (and columns of B) are trained and
     # fixed, and the others are zero. That equals merging after every edit, and all streams share
     # the base.
-    lora = replace(run.recipe.lora, rank=length * run.recipe.lora.rank,
-                   alpha=length * run.recipe.lora.alpha)
+    one = inner_recipe(cfg).lora
+    lora = replace(one, rank=length * one.rank, alpha=length * one.alpha)
     learned = Adapters(model, lora, args.streams)
     k = len(done.records) - 1
     if k > 0:
         learned.flat.copy_(load_file(run.folder / f"after_{k}.safetensors")["flat"])
     for k in range(k, length):
         texts = learn_next(run, model, learned, streams, k)
-        accuracy = ask_groups(run, model, [row[:k + 1] for row in streams], learned)
+        # Every passage so far is asked about, each stream under its own adapter.
+        seen = [row[:k + 1] for row in streams]
+        accuracy = []
+        for row, answers in zip(seen, ask(model, run.tok, seen, answering(cfg), learned)):
+            right = grade_all(row, [answer.texts for answer in answers])
+            accuracy.append([float(np.mean(own)) for own in right])
         save_file({"flat": learned.flat}, run.folder / f"after_{k + 1}.safetensors")
         done.add({"edit": k + 1, "accuracy": accuracy, "texts": texts})
         newest = np.mean([row[-1] for row in accuracy])
@@ -337,13 +242,12 @@ def continual(args, run: Run):
     page.refresh(run)
 
 
-def learn_next(run, model, learned: Adapters, streams: list[list[Task]],
-               k: int) -> list[str]:
+def learn_next(run, model, learned: Adapters, streams: list[list[Task]], k: int) -> list[str]:
     """Each stream's k-th edit: it writes a self-edit of its k-th passage and is trained on it, all
     that it learned before being fixed. Returns the texts."""
     cfg = run.cfg
     length, tasks = len(streams[0]), [row[k] for row in streams]
-    rank = run.recipe.lora.rank
+    rank = inner_recipe(run.cfg).lora.rank
     sampling = Sampling(cfg.max_edit_tokens, 1, cfg.temperature, cfg.top_p)
     seeds = [[seed_for(cfg.seed, s, k, "edit")] for s in range(len(tasks))]
     edits = collect(sample_self_edits(model, run.tok, tasks, sampling, seeds, learned,
@@ -352,7 +256,7 @@ def learn_next(run, model, learned: Adapters, streams: list[list[Task]],
     # Only the k-th part of the adapter is free. It begins as a fresh adapter does.
     free = learned.part(k * rank, (k + 1) * rank)
     fresh = Adapters(model, learned.lora, 1)
-    recipe = replace(run.recipe, lora=learned.lora)
+    recipe = replace(inner_recipe(run.cfg), lora=learned.lora)
     jobs, owner = [], []
     for s, (edit,) in enumerate(edits):
         seed = seed_for(cfg.seed, s, k, "adapter")
@@ -369,41 +273,31 @@ def learn_next(run, model, learned: Adapters, streams: list[list[Task]],
     return [edit.text for edit, in edits]
 
 
-def ask_groups(run, model, groups: list[list[Task]], adapters: Adapters) -> list[list[float]]:
-    """Accuracy on each task of each group, group i under adapter i."""
-    accuracy = []
-    for tasks, answers in zip(groups, ask(model, run.tok, groups, run.answering, adapters)):
-        right = grade_all(tasks, [answer.texts for answer in answers])
-        accuracy.append([float(np.mean(row)) for row in right])
-    return accuracy
-
-
 # ------------------------------------------------------------------------------- all passages
 
 def cpt(args, run: Run):
     """All passages learned at once by one adapter (the paper's Table 2, continued pretraining). A
     document is a whole self-edit, not a piece of one: --edits of each passage, and the passage."""
     cfg = run.cfg
-    tasks = passages(run)[:cfg.eval_tasks]
-    given = imported(args.edits_from, tasks)
-    run.settle("eval cpt", edits_from=prints(args.edits_from))
+    tasks = load_passages(run)[:cfg.eval_tasks]
+    given = knowledge.read_edits(args.edits_from, tasks)
+    run.settle("eval cpt", edits_from=[print_of_data(file) for file in args.edits_from])
     model = run.load(0)
     edits = sample(run, model, tasks, 0, "eval", cfg.edits)
     contexts = [text for task in tasks for text in task.context]
-    own_texts = [edit.text for row in edits for edit in row if edit.text]
-    corpora = {"passages": contexts, "passages and its own self-edits": contexts + own_texts}
+    own = [edit.text for row in edits for edit in row if edit.text]
+    corpora = {"passages": contexts, "passages and its own self-edits": contexts + own}
     for kind, texts in given.items():
         corpora[f"passages and {kind}"] = contexts + texts
 
     table = Table(run, tasks)
     done = Lines(run.folder / "cpt.jsonl")
-    finished = {r["row"] for r in done.records}
     for name, texts in corpora.items():
-        if name not in finished:
+        if name not in [r["row"] for r in done.records]:
             done.add(learn_all(run, model, tasks, name, texts))
     for r in done.records:
         table.rows.append(cpt_row(r, table.base, cfg.seeds))
-    print_table(table, "cpt", table.rows[1])
+    finish(table, "cpt", table.rows[1])
 
 
 def learn_all(run, model, tasks: list[Task], name: str, texts: list[str]) -> dict:
@@ -413,9 +307,9 @@ def learn_all(run, model, tasks: list[Task], name: str, texts: list[str]) -> dic
     examples = [(ids, [True] * len(ids)) for ids in documents]
     right, losses = [], []
     for seed in range(run.cfg.seeds):
-        job = Job(examples, seed_for(run.cfg.seed, "cpt", seed, "adapter"), run.recipe)
+        job = Job(examples, seed_for(run.cfg.seed, "cpt", seed, "adapter"), inner_recipe(run.cfg))
         ((_, trained),) = sft(model, [job], Meter(f"steps, {name}"))
-        adapter = Adapters.stack(model, run.recipe.lora, [trained.weights])
+        adapter = Adapters.stack(model, inner_recipe(run.cfg).lora, [trained.weights])
         right.append(verdicts(run, model, tasks, adapter))
         losses.append(trained.losses)
     run.log(f"{name}: {len(documents)} documents, {len(losses[0])} steps, "
@@ -427,16 +321,15 @@ def learn_all(run, model, tasks: list[Task], name: str, texts: list[str]) -> dic
 
 
 def cpt_row(record: dict, base: list[list[bool]], seeds: int) -> dict:
+    """A row of the table, from a line of cpt.jsonl."""
     accuracy, pairs = [], []
     for right in record["right"]:                           # per seed
         accuracy.append([np.mean(row) for row in right])
         for before, after in zip(base, right):              # per task
             pairs += zip(before, after)
-    return {"row": record["row"], "accuracy": np.mean(accuracy, axis=0).tolist(),
-            "gained": share_changed(pairs, known=False),
-            "lost": share_changed(pairs, known=True),
-            "documents": record["documents"], "tokens": record["tokens"],
-            "seconds": record["seconds"] / seeds}
+    return {name: record[name] for name in ("row", "documents", "tokens")} | {
+        "accuracy": np.mean(accuracy, axis=0).tolist(), "seconds": record["seconds"] / seeds,
+        "gained": share_changed(pairs, known=False), "lost": share_changed(pairs, known=True)}
 
 
 # ------------------------------------------------------------------------------- command line
@@ -450,16 +343,10 @@ def main():
         own = parser.add_argument_group("of this table")
         if command in (single, arc):
             own.add_argument("--run", "--from-run", metavar="RUN_DIR",
-                             help="a row for each of its checkpoints (torchrun takes --run for "
-                                  "its own: there, --from-run)")
+                             help="a row for each of its checkpoints (under torchrun: --from-run)")
         if command in (single, cpt):
             own.add_argument("--edits-from", nargs="+", default=[], metavar="FILE",
-                             help='a row for each kind of self-edit in JSON files: records with '
-                                  '"title", "context" and "edits": {kind: text}')
-        if command is single:
-            own.add_argument("--equal-steps", type=positive, metavar="N",
-                             help="train all rows for about N optimiser steps, however many "
-                                  "documents they have")
+                             help='JSON lists of {"title", "context", "edits": {kind: text}}')
         if command is continual:
             own.add_argument("--streams", type=positive, default=8, help="sequences (default: 8)")
             own.add_argument("--length", type=positive, default=8, help="passages each (default 8)")
@@ -469,7 +356,7 @@ def main():
     args = ap.parse_args()
     if ranks.SIZE > 1 and args.command in (cpt, continual):
         raise UserError(f"{args.table} runs on one GPU: without torchrun")
-    args.command(args, Run(read_flags(args, needed=("model", "eval_data"))))
+    args.command(args, Run(read_flags(args, needed=("model", "eval_data")), load_pretrained))
 
 
 if __name__ == "__main__":

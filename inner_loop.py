@@ -3,37 +3,42 @@
     theta' <- SFT(theta, SE);    Ans ~ LM_theta'(. | tau);    r <- r(Ans, tau)
 
     python inner_loop.py                        # a town that the embedded model never saw
-    python inner_loop.py --model HuggingFaceTB/SmolLM2-135M-Instruct --learn notes.txt --ask "..."
+    python inner_loop.py --self-edit FILE       # how well do notes that you wrote teach it?
 
 Paper, section 3. `update_and_score` is these three lines of Algorithm 1. The base model is never
 changed: theta' is the base with an adapter (lora.py), trained by engine/train.py.
 """
 import math
-import re
-import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from itertools import chain
-from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterator
 
-from data import knowledge, text, tinyworld     # for the command line only
-from engine.decode import Sampling, collect, quiet, split_into, write
-from engine.memory import auto_answering, in_halves
-from engine.train import Trained, sft
+from data import knowledge, tinyworld       # for the command line only
+from engine.decode import Sampling, in_groups, quiet, write
+from engine.device import auto_answering, in_halves
+from engine.train import Trained, batched, sft
 from lora import Adapters, Job, Lora, PROJECTIONS, Recipe, dialogue
 from model import load_pretrained
 from selfedit import DIRECTIVES, EMPTY, SelfEdit, Task
 from selfedit import read_self_edit, sample_self_edits, seed_for
 from support.checkpoint import EMBEDDED
-from support.files import Parser, UserError, at_least, cli, positive, printable, read_text
-from support.progress import Meter
+from support.config import Config
+from support.files import Parser, UserError, at_least, cli, printable, read_text
 from support.tokenizer import Tokenizer
 
 ANSWERS = Sampling(max_new=64, newline_stops=True)
 
 
 # ------------------------------------------------------------------------------- theta'
+
+def inner_recipe(cfg: Config) -> Recipe:
+    """How the inner loop of a run trains."""
+    return Recipe(
+        Lora(cfg.inner_rank, cfg.inner_alpha, cfg.inner_targets), lr=cfg.inner_lr,
+        epochs=cfg.inner_epochs, batch=cfg.inner_batch, schedule=cfg.inner_schedule,
+        warmup=cfg.inner_warmup, clip=cfg.clip, weight_decay=cfg.weight_decay, pad_to=cfg.pad_to,
+        slots=cfg.slots, max_steps=cfg.max_steps, max_tokens=cfg.max_train_tokens)
+
 
 def make_job(model, tok, edit: SelfEdit, seed: int, recipe: Recipe) -> Job:
     """The SFT job of a self-edit: examples of its documents, a recipe with its directives.
@@ -58,9 +63,8 @@ def make_job(model, tok, edit: SelfEdit, seed: int, recipe: Recipe) -> Job:
             examples.append((ids, [True] * len(ids)))
         else:
             # The model learns to end its reply, so EOS is part of the completion.
-            prompt, completion = document
-            completion_ids = [*tok.encode(completion), tok.eos]
-            ids, learn = dialogue(tok.prompt(prompt), completion_ids, recipe.completion_only)
+            prompt, completion = tok.prompt(document[0]), [*tok.encode(document[1]), tok.eos]
+            ids, learn = dialogue(prompt, completion, recipe.completion_only)
             if len(ids) <= model.config.max_len:
                 examples.append((ids, learn))
     if not examples:
@@ -75,6 +79,11 @@ def make_job(model, tok, edit: SelfEdit, seed: int, recipe: Recipe) -> Job:
 
 
 # ------------------------------------------------------------------------------- answers
+
+def answering(cfg: Config) -> Sampling:
+    """How the answers of a run are written: greedily."""
+    return Sampling(cfg.max_answer_tokens, newline_stops=cfg.stop == "newline", max_rows=cfg.rows)
+
 
 @dataclass
 class Answers:
@@ -92,15 +101,17 @@ def ask(model, tok, groups: list[list[Task]], sampling: Sampling = ANSWERS,
     NOTE(paper): generation stops at EOS and, with newline_stops, also at a line break after the
     first token; the official code stops at EOS only (--stop eos)."""
     # A task may ask each question in several ways (puzzles do): its `vote` makes answers of them.
-    queries = [list(chain.from_iterable(task.queries for task in tasks)) for tasks in groups]
-    written = write(model, tok, queries, sampling, adapters=adapters)
+    queries = []
+    for tasks in groups:
+        queries.append([query for task in tasks for query in task.queries])
+    written = in_groups(write(model, tok, queries, sampling, adapters=adapters), queries)
 
     # The replies of a group come in one list: cut it up by task.
     answers = []
     for tasks, replies in zip(groups, written):
         answers.append([])
-        own_replies = split_into(replies, [len(task.queries) for task in tasks])
-        for task, own in zip(tasks, own_replies):
+        for task in tasks:
+            own, replies = replies[:len(task.queries)], replies[len(task.queries):]
             texts = task.vote([reply.text for reply in own])
             answers[-1].append(Answers(texts, sum(reply.cut for reply in own)))
     return answers
@@ -163,9 +174,8 @@ class Outcome:
 def reward(outcome: Outcome, edit: SelfEdit, task: Task) -> float:
     """The share of the task's questions that theta' answers correctly, as a mean over the seeds.
 
-    It is logged as it is returned here, and self-edits are chosen by it. The verdicts are logged
-    beside it, whatever it is. A self-edit that can't be learned has reward 0 and does not come
-    here."""
+    The M-step selects self-edits by it. It may be changed here: every verdict is kept beside it. A
+    self-edit that can't be learned has reward 0 and does not come here."""
     return sum(outcome.accuracy) / len(outcome.accuracy)
 
 
@@ -198,7 +208,7 @@ def update_and_score(model, tok, tasks: list[Task], edits: list[SelfEdit], seeds
         # Ans ~ LM_theta'(. | tau), and r(Ans, tau).
         answers = in_halves(
             lambda pairs: answer_each(model, tok, pairs, recipe.lora, sampling),
-            list(zip(asked, trained)), model.device)
+            list(zip(asked, trained)))
         verdicts = grade_all(asked, [answer.texts for answer in answers])
         # The reward is known when the last seed is.
         for i, one, answer, right in zip(numbers, trained, answers, verdicts):
@@ -225,170 +235,47 @@ def answer_each(model, tok, pairs: list[tuple[Task, Trained]], lora: Lora,
     return answers
 
 
-def batched(items: Iterable, size: int, seconds=60.0) -> Iterator[list]:
-    """Lists of `size` items, as they come; fewer when these took so many seconds, as a kill loses
-    a list that is not full."""
-    # A generator, so that the first batch can be used before the last item is made.
-    batch, begin = [], time.time()
-    for item in items:
-        batch.append(item)
-        if len(batch) == size or time.time() - begin > seconds:
-            yield batch
-            batch, begin = [], time.time()
-    if batch:
-        yield batch
-
-
 # ------------------------------------------------------------------------------- command line
 
-# For a small model, as chosen by lab/recipe.py (docs/RESULTS.md). With --learn a text's own
-# sentences are among the documents, as what a small model writes of it may be vague or wrong.
+# For a small model, as chosen by lab/recipe.py; for the embedded one, as in `--preset tiny`.
 SMALL = Recipe(Lora(rank=32, alpha=64, targets=PROJECTIONS), lr=2e-3, epochs=10, batch=4)
-# For the embedded model: the inner loop of `--preset tiny`.
 TINY = Recipe(Lora(rank=8, alpha=8, targets=PROJECTIONS), lr=2e-2, epochs=10, batch=64)
-
-
-def learn_texts(args, model, tok):
-    """--learn: one adapter for plain texts, and each question before, in view and after."""
-    texts = text.load(args.learn)
-    tasks = [text.as_task(*pair) for pair in texts]
-    tokens = sum(len(tok.encode(passage)) for _, passage in texts)
-    print(f"{', '.join(args.learn)}: {len(texts)} passages, {tokens} tokens")
-    writing = Sampling(args.max_new, args.edits, temperature=0.5, top_p=0.95)
-    seeds = [[seed_for(i, j) for j in range(args.edits)] for i in range(len(tasks))]
-    edits = collect(
-        sample_self_edits(model, tok, tasks, writing, seeds, progress=Meter("self-edits")))
-    print(printable(f"a self-edit of the first passage:\n{edits[0][0].text}\n"))
-
-    questions = args.ask or own_questions(model, tok, texts)
-    asked = [text.as_question(question, texts) for question in questions]
-    (before,), (in_view,) = (ask(model, tok, [some]) for some in (asked, in_prompt(asked)))
-
-    # The sentences, the passages, and the pieces of all self-edits: documents of one training.
-    documents = []
-    for task, (title, passage), row in zip(tasks, texts, edits):
-        documents += [f"{title}\n{sentence}" for sentence in text.sentences(passage)]
-        documents += task.context + [document for edit in row for document in edit.documents]
-    job = make_job(model, tok, SelfEdit(documents=documents), 0, SMALL)
-    ((_, trained),) = sft(model, [job], Meter(f"steps of training, {len(documents)} documents"))
-    adapter = Adapters.stack(model, SMALL.lora, [trained.weights])
-    (after,) = ask(model, tok, [asked], ANSWERS, adapter)
-
-    print(f"{len(trained.losses)} steps in {trained.seconds:.0f} s, "
-          f"loss {trained.losses[0]:.2f} -> {trained.losses[-1]:.2f}")
-    show_answers(questions, {"before": before, "text in view": in_view, "after": after})
-    if args.save:
-        adapter.save(0, args.save)
-        print(f"saved {args.save}. Ask more:  python inner_loop.py --model {args.model} --adapter "
-              f'{args.save} --ask "..."')
-    else:
-        print("nothing is kept without --save DIR")
-
-
-def own_questions(model, tok, texts) -> list[str]:
-    """Without --ask the model writes questions of its own, about the first passages."""
-    print("no --ask: these questions are the model's own")
-    tasks = [text.as_task(*pair, prompt="self-qa") for pair in texts[:3]]
-    sampling = Sampling(100, temperature=0.3, top_p=0.95)
-    found = []
-    seeds = [[seed_for("questions", i)] for i in range(len(tasks))]
-    for (edit,) in collect(sample_self_edits(model, tok, tasks, sampling, seeds)):
-        found += re.findall(r"^(?:Question \d+:)?\s*(\S[^\n]*\?)", edit.text, re.MULTILINE)[:2]
-    return found or [f"What is {texts[0][0]}?"]
-
-
-def show_answers(questions, rows: dict[str, list[Answers]]):
-    for i, question in enumerate(questions):
-        print(printable(question))
-        for name, answers in rows.items():
-            print(printable(f"  {name:<14}{answers[i].texts[0]}"))
-
-
-def ask_adapter(args, model, tok):
-    """--adapter: questions with it and without it."""
-    adapter = Adapters.load(model, args.adapter)
-    asked = [text.as_question(question, [("", "")]) for question in args.ask]
-    (before,), (after,) = ask(model, tok, [asked]), ask(model, tok, [asked], ANSWERS, adapter)
-    show_answers(args.ask, {"without": before, "with": after})
-
-
-def chosen_task(args) -> Task:
-    """The passage or town that --task, or --data and --index, name."""
-    number = args.index
-    if args.task:
-        world, _, rest = args.task.partition(":")
-        split, _, index = rest.partition(":")
-        if world != "tinyworld" or not index.isdecimal() or args.data:
-            raise UserError(f"--task {args.task}: such as tinyworld:tune:3, and without --data")
-        tasks, number = tinyworld.load(split), int(index)
-    else:
-        tasks = knowledge.load(args.data) if args.data else tinyworld.load("eval")
-    if not 0 <= number < len(tasks):
-        raise UserError(f"passage {number}: there are passages 0 to {len(tasks) - 1}")
-    return tasks[number]
 
 
 def main():
     ap = Parser(description="Learn one passage; ask about it before and after.")
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
-    ap.add_argument("--data", help="JSON list of passages (default: towns of the tiny world)")
+    ap.add_argument("--data", default="eval", help="a file, or tiny towns (default: eval)")
     ap.add_argument("--index", type=at_least(0), default=0, help="which passage (default: 0)")
-    ap.add_argument("--task", metavar="WORLD:SPLIT:N", help="a town, such as tinyworld:tune:3")
     ap.add_argument("--self-edit", metavar="FILE", help="one that you wrote, a note on each line")
-    ap.add_argument("--max-new", type=positive, default=200, help="tokens of the self-edit")
-    ap.add_argument("--learn", nargs="+", metavar="FILE", help="plain texts, or folders of them")
-    ap.add_argument("--ask", action="append", default=[], help="a question about them; again: more")
-    ap.add_argument("--edits", type=positive, default=2, help="of each passage (default: 2)")
-    ap.add_argument("--save", "--save-adapter", metavar="DIR",
-                    help="write the adapter in PEFT's layout")
-    ap.add_argument("--adapter", metavar="DIR", help="one that was saved: --ask it")
     args = ap.parse_args()
-    if args.learn or args.adapter:
-        if args.task or args.data or args.self_edit:
-            raise UserError("--learn and --adapter go without --task, --data and --self-edit")
-        if args.model == EMBEDDED:
-            raise UserError("--learn and --adapter need --model (such as HuggingFaceTB/"
-                            "SmolLM2-135M-Instruct): the embedded one knows invented towns alone")
-        if args.adapter and not args.ask:
-            raise UserError("--adapter: what is it to be asked? --ask \"...\"")
-        if args.save and Path(args.save).exists():
-            raise UserError(f"{args.save} exists already; nothing was overwritten")
-        model = load_pretrained(args.model)
-        tok = Tokenizer.from_pretrained(model.folder)
-        return (learn_texts if args.learn else ask_adapter)(args, model, tok)
-    task = chosen_task(args)
-    written = read_text(args.self_edit) if args.self_edit else ""
+    load = tinyworld.load if args.data in tinyworld.SPLITS else knowledge.load
+    tasks = load(args.data)
+    if args.index >= len(tasks):
+        raise UserError(f"--index {args.index}: there are passages 0 to {len(tasks) - 1}")
+    task = tasks[args.index]
+    edit = read_self_edit(task, read_text(args.self_edit)) if args.self_edit else None
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)
+    recipe = TINY if args.model == EMBEDDED else SMALL
 
     # C -> SE: the model writes a self-edit of the passage. Then the questions, without the passage.
-    recipe = TINY if args.model == EMBEDDED else SMALL
-    if not args.self_edit:
-        writing = Sampling(args.max_new, temperature=0.8, top_p=0.95)
+    if edit is None:
+        writing = Sampling(max_new=200, temperature=0.8, top_p=0.95)
         ((_, (edit,)),) = sample_self_edits(model, tok, [task], writing, [[seed_for(0)]])
-    else:
-        edit = read_self_edit(task, written)
     print(printable(f"{task.context[0]}\n\n--- self-edit\n{edit.text}\n"))
     ((before,),) = ask(model, tok, [[task]])
 
-    # theta' <- SFT(theta, SE), and the same questions again.
-    try:
-        job = make_job(model, tok, edit, 0, recipe)
-    except ValueError as e:
-        raise UserError(f"nothing was learned: {e}") from None
-    ((_, trained),) = sft(model, [job])
-    adapter = Adapters.stack(model, recipe.lora, [trained.weights])
-    ((after,),) = ask(model, tok, [[task]], ANSWERS, adapter)
-
-    # r(Ans, tau), before and after.
-    print(f"--- {len(trained.losses)} steps in {trained.seconds:.1f} s, "
-          f"loss {trained.losses[0]:.2f} -> {trained.losses[-1]:.2f}")
-    for row in zip(task.questions, task.answers, before.texts, after.texts):
+    # theta' <- SFT(theta, SE), and the same questions again: r(Ans, tau).
+    ((_, outcome),) = update_and_score(model, tok, [task], [edit], [[0]], recipe)
+    if not outcome.right:
+        raise UserError(f"nothing was learned: {outcome.note}")
+    first, last = outcome.losses[0]
+    print(f"--- trained for {outcome.seconds:.1f} s, loss {first} -> {last}")
+    for row in zip(task.questions, task.answers, before.texts, outcome.answers[0]):
         print(printable("{} ({})\n  before: {!r}\n  after:  {!r}".format(*row)))
-    old, new = grade_all([task, task], [before.texts, after.texts])
-    print(f"right: {sum(old)} -> {sum(new)} of {len(old)}")
-    if args.save:
-        adapter.save(0, args.save)
+    (known,) = grade_all([task], [before.texts])
+    print(f"right: {sum(known)} -> {sum(outcome.right[0])} of {len(known)}")
 
 
 if __name__ == "__main__":

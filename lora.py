@@ -11,27 +11,25 @@ the low-rank product goes segment by segment.
 Shapes: n adapters, r rank, T tokens, P parameters of an adapter.
 Simplified: no LoRA dropout (the paper's is 0), no bias, no variants.
 """
-import json
 import math
 import random
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Iterator
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from engine.decode import Sampling, generate
-from engine.memory import on_host_if_full
+from engine.decode import quiet
+from engine.device import has_grouped_mm, try_memory
 from engine.ribbon import Segments
-from model import Linear, load_pretrained
-from support.checkpoint import EMBEDDED, read_adapter
+from engine.train import Trained
+from model import Linear, complete, load_pretrained
+from support.checkpoint import EMBEDDED, read_adapter, write_adapter
+from support.config import PROJECTIONS
 from support.files import Parser, UserError, cli, positive, printable
 from support.tokenizer import Tokenizer
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass
@@ -106,7 +104,10 @@ class Adapters:
         # float32 even over bfloat16 weights: updates of 1e-3 of a value would round away.
         self.flat = torch.zeros(n, sum(self.sizes), device=model.device,
                                 dtype=torch.promote_types(model.dtype, torch.float32))
-        self.grouped = can_group(model, lora)
+        widths = [lora.rank]
+        for layer in self.layers.values():
+            widths += [layer.in_features, layer.out_features]
+        self.grouped = has_grouped_mm(model.device, model.dtype, widths)
 
     @classmethod
     def stack(cls, model, lora, rows):
@@ -162,47 +163,37 @@ class Adapters:
             B[:, :, low:high] = True
         return mask[0]
 
-    def route(self, counts: list[int], flat=None):
+    def route(self, counts, flat=None):
         """`with adapters.route(counts):` the ribbon's first counts[0] tokens go through adapter 0,
-        the next counts[1] through adapter 1, and so on. flat: in place of a copy of `self.flat` in
-        the model's dtype."""
-        assert len(counts) == self.n
-        return self.along(Segments(counts, self.model.device), flat)
-
-    def along(self, segments: Segments, flat=None):
-        """The same, where the segments were worked out already."""
-        return Route(self, segments, flat)
+        the next counts[1] through adapter 1, and so on. counts: a list, or Segments. flat: in place
+        of a copy of `self.flat` in the model's dtype."""
+        if not isinstance(counts, Segments):
+            assert len(counts) == self.n
+            counts = Segments(counts, self.model.device)
+        return Route(self, counts, flat)
 
     @torch.no_grad()
     def merge(self, i: int):
         """W <- W + (alpha / r) B A, in float32 (or float64), rounded to W's dtype once.
 
         NOTE(paper): the official code merges in bfloat16, which rounds twice."""
-        # Computed in float32; only the result is rounded. A weight changes once it is computed, so
-        # that none is changed twice or by half.
-        def merged(W, A, B):
-            return W.to(A.dtype) + self.scale * B @ A
-
         for (A, B), layer in zip(self.pairs(self.flat[i:i + 1]), self.layers.values()):
-            layer.weight.copy_(on_host_if_full(merged, layer.weight, A[0], B[0]))
+            # Computed in float32; only the result is rounded. A weight changes when it is known,
+            # never twice or by half. If the device is full, the host computes it.
+            W, A, B = layer.weight, A[0], B[0]
+            ok, merged = try_memory(lambda: W.to(A.dtype) + self.scale * B @ A)
+            if not ok:
+                print("out of memory: this is computed on the host", flush=True)
+                merged = W.cpu().to(A.dtype) + self.scale * B.cpu() @ A.cpu()
+            W.copy_(merged)
 
     def save(self, i: int, folder):
         """Write adapter i as a folder that PEFT opens. UserError if it exists."""
-        folder = Path(folder)
-        if folder.exists():
-            raise UserError(f"{folder} exists already; nothing was overwritten")
-        folder.mkdir(parents=True)
-        # PEFT's names: base_model.model is its wrapper around the model.
-        tensors = {}
+        pairs = {}
         for name, (A, B) in zip(self.layers, self.pairs(self.flat[i:i + 1])):
-            tensors[f"base_model.model.{name}.lora_A.weight"] = A[0].detach().clone()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = B[0].detach().clone()
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps({
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.lora.rank,
-            "lora_alpha": self.lora.alpha, "lora_dropout": 0.0, "bias": "none",
-            "target_modules": list(self.lora.targets),
-            "base_model_name_or_path": str(self.model.folder)}))
+            pairs[name] = A[0], B[0]
+        write_adapter(folder, self.lora.rank, self.lora.alpha, self.lora.targets, pairs,
+                      base=self.model.folder)
 
 
 class Route:
@@ -211,9 +202,8 @@ class Route:
     So the model is never wrapped or copied: its modules, names and weights stay as they are."""
 
     def __init__(self, adapters: Adapters, segments: Segments, flat):
-        # Where each adapter's tokens lie was worked out once, and serves all layers.
         # `adapters.flat` is float32; the products run in the model's dtype. In bfloat16 this is a
-        # copy, so a later change of it needs a new Route.
+        # copy, so after an optimiser step a new Route is needed.
         if flat is None:
             flat = adapters.flat.to(adapters.model.dtype)
         self.deltas = []
@@ -231,21 +221,6 @@ class Route:
             linear.delta = None
 
 
-def can_group(model, lora):
-    """Whether to use F.grouped_mm here: fused in bfloat16 on data-centre GPUs, capability 9 or 10
-    (others wait for the device), a loop in C++ on a CPU. Widths must be multiples of 8."""
-    if model.device.type == "cuda":
-        fast = (model.dtype == torch.bfloat16
-                and torch.cuda.get_device_capability(model.device)[0] in (9, 10))
-    else:
-        fast = model.dtype != torch.float64
-    # Its rows must begin at multiples of 16 bytes.
-    widths = [lora.rank]
-    for layer in lora.layers(model).values():
-        widths += [layer.in_features, layer.out_features]
-    return fast and all(width % 8 == 0 for width in widths)
-
-
 # ------------------------------------------------------------------------------- the textbook
 
 @dataclass
@@ -260,7 +235,7 @@ class Recipe:
     completion_only: bool = False   # loss on the completions of (prompt, completion) documents
     clip: float = 1.0               # of an adapter's gradient norm
     weight_decay: float = 0.0
-    pad_to: int = 0                 # imitates rows of so many tokens (engine/padding.py)
+    pad_to: int = 0                 # imitates rows of so many tokens (engine/ribbon.py)
     slots: int = 0                  # adapters side by side; 0: as many as fill a step and fit
     max_steps: int = 0              # of a self-edit: one that asks for more is refused
     max_tokens: int = 0             # the same, over all epochs; 0: no bound
@@ -277,15 +252,13 @@ class Job:
     # (P,) have a gradient.
     start: torch.Tensor | None = None
     free: torch.Tensor | None = None
+    steps: int = field(init=False)      # optimiser steps, and
+    tokens: int = field(init=False)     # tokens that are read, in all epochs
 
-    @property
-    def steps(self) -> int:
-        return self.recipe.epochs * math.ceil(len(self.examples) / self.recipe.batch)
-
-    @property
-    def tokens(self) -> int:
-        """Read in all epochs."""
-        return self.recipe.epochs * sum(len(ids) for ids, _ in self.examples)
+    def __post_init__(self):
+        steps_per_epoch = math.ceil(len(self.examples) / self.recipe.batch)
+        self.steps = self.recipe.epochs * steps_per_epoch
+        self.tokens = self.recipe.epochs * sum(len(ids) for ids, _ in self.examples)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0: transformers' schedules."""
@@ -311,41 +284,49 @@ class Job:
 
 
 def dialogue(prompt: list[int], completion: list[int], completion_only=True, weight=True):
-    """(ids, learn) of what a model reads and what it is to write; to write less, if weight < 0."""
+    """(ids, learn), a training example: the prompt is read, the completion learned with a weight.
+
+    A negative weight makes the completion less likely."""
     of_prompt = False if completion_only else weight
     return prompt + completion, [of_prompt] * len(prompt) + [weight] * len(completion)
 
 
-def sft_one(model, job: Job) -> torch.Tensor:
-    """Train one adapter, text after text, by torch's own AdamW: its weights (P,).
+def sft_one(model, job: Job, progress=quiet) -> Trained:
+    """Train one adapter, text after text, by torch's own AdamW.
 
-    What `sft` does for many at once, and what the tests hold it against. It does not handle start,
-    free, pad_to or recomputed activations."""
-    recipe = job.recipe
+    The textbook, and the M-step. engine.train.sft does the same for the hundreds of jobs of the
+    inner loop, and the tests hold it against this. Not here: start, free and pad_to."""
+    recipe, begin = job.recipe, time.time()
     adapter = Adapters(model, recipe.lora, n=1)
     adapter.init(0, job.seed)
     weights = adapter.flat.requires_grad_()                         # (1, P)
     optimizer = torch.optim.AdamW([weights], lr=recipe.lr, weight_decay=recipe.weight_decay)
+    losses = []
     for step, batch in enumerate(job.micro_batches()):
-        # The negative log-likelihood of every token given those before it, times its weight.
-        losses, total = [], 0.0
-        for example in batch:
-            ids, learn = job.examples[example]
+        optimizer.zero_grad()
+        losses.append(torch.zeros((), dtype=weights.dtype, device=model.device))
+        texts = [job.examples[i] for i in batch]
+        # The weight of all labels; the first token of a text is not predicted.
+        total = sum(sum(map(abs, learn[1:])) for _, learn in texts)
+        for ids, learn in texts:
             ids = torch.tensor(ids, device=model.device)
             learn = torch.tensor(learn, device=model.device, dtype=weights.dtype)
+            # The negative log-likelihood of every token given those before it, times its weight.
+            # Its weighted mean over the whole micro-batch: the gradients of its texts add up.
             with adapter.route([len(ids)]):
-                logits = model(ids[None])[0]                        # (T, V)
-            nll = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
-            losses.append((nll * learn[1:]).sum())
-            total = total + learn[1:].abs().sum()
-        # Its weighted mean over the whole micro-batch; then one clipped step of AdamW.
-        loss = sum(losses) / total
-        optimizer.zero_grad()
-        loss.backward()
+                logits = model(ids[None])[0].to(weights.dtype)      # (T, V)
+                nll = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
+                loss = (nll * learn[1:]).sum() / total
+                loss.backward()
+            losses[-1] += loss.detach()
+        # One clipped step of AdamW.
         torch.nn.utils.clip_grad_norm_([weights], recipe.clip)
         optimizer.param_groups[0]["lr"] = job.lr_at(step)
         optimizer.step()
-    return weights.detach()[0]
+        progress(step + 1, job.steps)
+    finite = bool(weights.isfinite().all())
+    return Trained(weights.detach()[0], torch.stack(losses).tolist(), time.time() - begin,
+                   diverged=not finite)
 
 
 # ------------------------------------------------------------------------------- command line
@@ -355,36 +336,21 @@ def main():
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
     ap.add_argument("--sentence", default="The founder of Velmora is Ines Tarrow.")
     ap.add_argument("--prompt", default="The founder of Velmora is")
-    ap.add_argument("--steps", type=positive, default=20)
+    ap.add_argument("--steps", type=positive, default=20, help="gradient steps (default: 20)")
     args = ap.parse_args()
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)
-    adapters = Adapters(model, Lora(rank=8, alpha=16, targets=PROJECTIONS), n=1)
-    adapters.init(0, seed=0)
+    prompt, ids = tok.document(args.prompt, end=False), tok.document(args.sentence)
+    before = complete(model, prompt, 16, tok.stop)
 
-    # What does the model say before it is taught? A new adapter would change nothing.
-    prompt = tok.document(args.prompt, end=False)
-    greedy = Sampling(max_new=16, stop=tok.stop)
-    ((before,),) = generate(model, [[prompt]], greedy)
+    # One sentence, again and again. The base is frozen: only A and B learn, and then join it.
+    lora = Lora(rank=8, alpha=16, targets=PROJECTIONS)
+    recipe = Recipe(lora, lr=5e-3, epochs=args.steps, batch=1)
+    trained = sft_one(model, Job([(ids, [True] * len(ids))], seed=0, recipe=recipe))
+    Adapters.stack(model, lora, [trained.weights]).merge(0)
+    after = complete(model, prompt, 16, tok.stop)
+    print("loss of every fifth step: " + " ".join(f"{x:.3f}" for x in trained.losses[::5]))
     print(printable(f"before: {args.prompt}{tok.decode(before)}"))
-
-    # One sentence, again and again. Only `flat` has gradients, so only A and B learn.
-    ids = torch.tensor([tok.document(args.sentence)], device=model.device)
-    optimizer = torch.optim.AdamW([adapters.flat.requires_grad_()], lr=5e-3, weight_decay=0)
-    for step in range(args.steps + 1):
-        with adapters.route([ids.numel()]):
-            logits = model(ids)                                     # (1, T, V)
-        loss = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
-        if step % 5 == 0:
-            print(f"step {step:3d}  loss {loss.item():.3f}")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-    # The same question, now under the adapter.
-    adapters.flat.requires_grad_(False)
-    ((after,),) = generate(model, [[prompt]], greedy, adapters=adapters)
     print(printable(f"after:  {args.prompt}{tok.decode(after)}"))
 
 

@@ -10,8 +10,7 @@ Modules keep Hugging Face's names, so loading is a `load_state_dict` and what we
 Simplified: RoPE 'default' or 'llama3', no sliding window, no biases but Qwen2's, no dropout. A
 checkpoint that needs more is refused.
 
-Shapes: B rows, T tokens, n sequences of a group, L the longest of them, D = dim, V vocabulary, H
-heads, K key/value heads, E = head_dim.
+Shapes: B rows, T tokens, D = dim, V vocabulary, H heads, K key/value heads, E = head_dim.
 """
 import math
 import sys
@@ -22,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from engine.gpu import cpu_has_bfloat16, fused
+from engine.device import cpu_has_bfloat16, fused
 from engine.ribbon import Ribbon
 from support.checkpoint import (EMBEDDED, check_layers, fetch, read_adapter, read_config,
                                 read_weights, write_checkpoint)
@@ -66,17 +65,6 @@ class Linear(nn.Linear):
         return y if self.delta is None else y.add_(self.delta(x))
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x):
-        # torch takes the sum of squares in float32, whatever x is.
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def rope_frequencies(c, device):
     """Radians per token of each pair of components, (E/2,), in float32.
 
@@ -109,8 +97,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(c.dim, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.v_proj = Linear(c.dim, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o_proj = Linear(c.n_head * c.head_dim, c.dim, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def project(self, x, cos, sin):
         """(T, D) -> q (T, H, E), k and v (T, K, E): split into heads, which norms and RoPE work on.
@@ -145,8 +133,9 @@ class Block(nn.Module):
         self.layer = layer
         self.self_attn = Attention(c)
         self.mlp = MLP(c)
-        self.input_layernorm = RMSNorm(c.dim, c.norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.dim, c.norm_eps)
+        # torch takes the sum of squares in float32, whatever the weights are.
+        self.input_layernorm = nn.RMSNorm(c.dim, c.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.dim, c.norm_eps)
 
     def forward(self, x, cos, sin, attend):
         # Pre-norm: the residual stream x itself is never normalised, only what each part reads.
@@ -170,7 +159,7 @@ class Transformer(nn.Module):
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.dim),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
-            "norm": RMSNorm(config.dim, config.norm_eps)})
+            "norm": nn.RMSNorm(config.dim, config.norm_eps)})
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.tie()
 
@@ -230,7 +219,7 @@ def load_pretrained(name_or_path, device=None, dtype=None):
         model = Transformer(config, folder)
     # named_parameters lists a tied lm_head once, as the embedding. Some files hold it twice.
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    unused = ["rotary_emb"] + ["lm_head.weight"] * config.tied
+    unused = ["rotary_emb", "lm_head.weight"] if config.tied else ["rotary_emb"]
     weights = read_weights(folder, shapes, device, dtype, unused)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
@@ -250,16 +239,25 @@ def add_adapter(model, folder):
 
 
 @torch.no_grad()
-def complete(model, prompt, max_new, stop=()):
-    """The likeliest continuation of a prompt (a list of ids): at most max_new ids.
+def complete(model, prompt, max_new, stop=(), temperature=0.0, top_p=1.0, seed=0):
+    """Continue a prompt (a list of ids): at most max_new ids. Temperature 0 is greedy.
 
     The plain way: a forward pass over the whole text for every token. engine/decode.py writes the
-    same ids many times faster, and the tests hold it against this."""
+    same law of texts many times faster, and the tests hold it against this."""
+    generator = torch.Generator(model.device).manual_seed(seed)
     ids = list(prompt)
     for _ in range(max_new):
         # Only the last position's logits are needed; all others are computed again and again.
-        logits = model(torch.tensor([ids], device=model.device))   # (1, T, V)
-        ids.append(logits[0, -1].argmax().item())
+        logits = model(torch.tensor([ids], device=model.device))[0, -1]     # (V,)
+        if temperature == 0:
+            token = logits.argmax()
+        else:
+            # The nucleus: the fewest likeliest tokens that have top_p of the probability together.
+            p, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
+            mass_before = p.cumsum(-1) - p
+            p[mass_before >= top_p] = 0
+            token = order[p.multinomial(1, generator=generator)]
+        ids.append(token.item())
         if ids[-1] in stop:
             break
     return ids[len(prompt):]

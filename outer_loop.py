@@ -9,47 +9,39 @@ run's folder (support/run.py), and the same command resumes it. On several GPUs:
 
     torchrun --nproc-per-node 8 outer_loop.py ...       # support/ranks.py
 """
-import dataclasses
 import math
 import random
 import time
 
-# Before what takes long to import, so that Ctrl-C is a line from here on.
+# Imported first: from here on Ctrl-C prints one line, also while the slow imports run.
 from support.files import Parser, UserError, cli
 
 import numpy as np
 
+from data.tasks import DOMAINS, load_data, next_tasks
 from engine.decode import Sampling
-from engine.memory import peak_memory
-from engine.train import sft
-from inner_loop import ask, grade_all, in_prompt, update_and_score
-from lora import Adapters, Job, dialogue
+from engine.device import peak_memory
+from inner_loop import answering, ask, grade_all, in_prompt, inner_recipe, update_and_score
+from lora import Adapters, Job, Lora, Recipe, dialogue, sft_one
+from model import load_pretrained
 from selfedit import (SelfEdit, Task, read_self_edit, room_for_self_edit, sample_self_edits,
                       seed_for)
 from support import ranks
-from support.config import Config, add_flags, outer_recipe, read_flags
-from support.report import examples, opening, round_line, self_edit_line, summary
+from support.config import Config, add_flags, read_flags
+from support.report import opening, self_edit_line, summary
 from support.run import Run
-from support.stats import bootstrap_ci
-from tools.plan import plan
+from support.stats import bootstrap_ci, by_kind
 
 
-def rest_em(cfg: Config, run: Run, learn=None) -> list[Task]:
+def rest_em(run: Run, train: list[Task], held_out: list[Task], learn=None):
     """Algorithm 1: theta is trained to maximise
 
         J(theta) = E_{(C, tau) ~ D} E_{SE ~ LM_theta(. | C)} [ r(SE, tau, theta) ]              (1)
 
-    What was measured is in run.metrics. Returns the held-out tasks. learn: another M-step than
-    `m_step`, called as that is."""
+    D is `train`, from which each round takes the next tasks. What was measured is in run.metrics.
+    learn: replaces `m_step` (same arguments)."""
+    cfg = run.cfg
     learn = learn or m_step
-    # Tasks come in an order drawn from the seed, and each round takes the next ones.
-    train = in_order(run.tasks(cfg.train_data), cfg.seed)
-    held_out = run.tasks(cfg.eval_data)[:cfg.eval_tasks]
-    run.settle("outer_loop")
-    if cfg.iterations * cfg.tasks > len(train):
-        run.log(f"note: {cfg.iterations} rounds of {cfg.tasks} tasks, but there are "
-                f"{len(train)}: some will be seen again")
-
     for t in range(run.last_checkpoint(), cfg.iterations):
         model = run.load(t)                                             # theta_t
         evaluate(cfg, run, model, held_out, t)
@@ -63,11 +55,10 @@ def rest_em(cfg: Config, run: Run, learn=None) -> list[Task]:
         rewards = score(run, model, tasks, edits, t, "train", without, cfg.seeds)
 
         # M-step: fine-tune the model on the self-edits, weighed by what they were worth.
-        learned = weigh(cfg, rewards, edits, without, t)
-        run.keep_weights(t, learned)
-        run.log(examples(tasks[0].name, edits[0], rewards[0]))
-        run.log(round_line(t, rewards, without, learned))
-        kept = [(tasks[i], edits[i][j], weight) for i, j, weight in learned]
+        chosen = weigh(cfg, rewards, edits, without, t)
+        run.keep_weights(t, chosen)
+        run.show_round(t, tasks, edits, rewards, without, chosen)
+        kept = [(tasks[i], edits[i][j], weight) for i, j, weight in chosen]
         # NOTE(paper): a round goes on from the last one, as in the official code. ReST-EM as Singh
         # et al. describe it starts from the base model every time: --restart.
         start = 0 if cfg.restart and kept else t
@@ -75,19 +66,6 @@ def rest_em(cfg: Config, run: Run, learn=None) -> list[Task]:
         run.make(t + 1, start, lambda theta: learn(cfg, run, theta, kept, t))   # theta_t+1
 
     evaluate(cfg, run, run.load(cfg.iterations), held_out, cfg.iterations)
-    return held_out
-
-
-def in_order(train: list[Task], seed: int) -> list[Task]:
-    """The tasks to learn from, in the order that a run with this seed takes them."""
-    train = list(train)
-    random.Random(seed_for(seed, "order of the passages")).shuffle(train)
-    return train
-
-
-def next_tasks(train: list[Task], t: int, n: int) -> list[Task]:
-    """Round t's tasks: the next n, in turn."""
-    return [train[i % len(train)] for i in range(t * n, (t + 1) * n)]
 
 
 # ------------------------------------------------------------------------------- the E-step
@@ -96,19 +74,19 @@ def sample(run: Run, model, tasks: list[Task], t: int, split: str, k: int) -> li
     """SE ~ LM_theta_t(. | C): k self-edits of each task."""
     cfg = run.cfg
 
-    def write(numbers):
-        # The longest of all prompts says how much room there is, also where few are sampled.
+    def write(todo):        # numbers of tasks
+        # The longest prompt of the round sets the limit for all: the same for every rank's share.
         room = room_for_self_edit(model, run.tok, tasks)
         sampling = Sampling(min(cfg.max_edit_tokens, room), k, cfg.temperature, cfg.top_p,
                             max_rows=cfg.rows)
-        own = [tasks[i] for i in numbers]
+        own = [tasks[i] for i in todo]
         seeds = []
-        for i in numbers:
+        for i in todo:
             seeds.append([seed_for(cfg.seed, t, split, i, j, "edit") for j in range(k)])
         written = sample_self_edits(model, run.tok, own, sampling, seeds,
                                     progress=run.meter("self-edits"))
         for n, edits in written:
-            yield numbers[n], [{"text": edit.text, "token_ids": edit.token_ids} for edit in edits]
+            yield todo[n], [{"text": edit.text, "token_ids": edit.token_ids} for edit in edits]
 
     # All k of a task are written together.
     groups = [[(i, j) for j in range(k)] for i in range(len(tasks))]
@@ -125,31 +103,33 @@ def score(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: in
           without: list[float], n_seeds: int, arm="") -> list[list[float]]:
     """r(SE, tau, theta_t) of every self-edit, each by inner loops of its own, one for each seed.
 
-    without: the un-adapted accuracies, for the record. arm names the self-edits if they are not the
-    model's own. No draw depends on it: all arms begin from the same adapters, so that they differ
-    in what they are trained on alone."""
+    without: the un-adapted accuracies, for the record. arm: whose self-edits these are, empty for
+    the model's own. The seeds do not depend on it, so all arms start from the same adapters."""
     cfg = run.cfg
+    places = []     # (task, edit)
+    costs = []      # characters to train on, over all epochs
+    for i, row in enumerate(edits):
+        for j, edit in enumerate(row):
+            places.append((i, j))
+            characters = sum(len("".join(document)) for document in edit.documents)
+            costs.append(characters * edit.directives.get("epochs", 1))
 
-    def try_out(numbers):
-        own = [places[number] for number in numbers]
+    def try_out(todo):      # numbers of places
+        own = [places[number] for number in todo]
         seeds = []
         for i, j in own:
             seeds.append([seed_for(cfg.seed, t, split, i, j, s, "adapter") for s in range(n_seeds)])
         # theta' <- SFT(theta_t, SE);  Ans ~ LM_theta'(. | tau);  r <- r(Ans, tau)
         outcomes = update_and_score(
             model, run.tok, [tasks[i] for i, _ in own], [edits[i][j] for i, j in own], seeds,
-            run.recipe, run.answering, run.meter("optimiser steps"))
+            inner_recipe(cfg), answering(cfg), run.meter("optimiser steps"))
         for n, outcome in outcomes:
             i, j = own[n]
             record = {"unadapted": without[i]} | rollout(tasks[i], edits[i][j], outcome)
             if cfg.verbose:
                 run.log(self_edit_line(i, j, record))
-            yield numbers[n], [record]
+            yield todo[n], [record]
 
-    places = []
-    for i, row in enumerate(edits):
-        places += [(i, j) for j in range(len(row))]
-    costs = [training_cost(edits[i][j]) for i, j in places]
     found = run.remember(run.rollouts, (t, split, arm), [[place] for place in places], costs,
                          try_out)
     rewards = []
@@ -162,7 +142,7 @@ def verdicts(run: Run, model, tasks: list[Task], adapter=None) -> list[list[bool
     """Which questions the model, as it is or under one adapter, answers correctly, per task."""
     mine = ranks.share_of([len(task.queries) for task in tasks])
     own_tasks = [tasks[i] for i in mine]
-    (answers,) = ask(model, run.tok, [own_tasks], run.answering, adapter)
+    (answers,) = ask(model, run.tok, [own_tasks], answering(run.cfg), adapter)
     right = grade_all(own_tasks, [answer.texts for answer in answers])
     found = {}
     for part in ranks.gather(dict(zip(mine, right))):
@@ -175,14 +155,8 @@ def unadapted(run: Run, model, tasks: list[Task]) -> list[float]:
     return [float(np.mean(right)) for right in verdicts(run, model, tasks)]
 
 
-def training_cost(edit: SelfEdit) -> int:
-    """Characters to train on, over all epochs: what to share out over ranks by."""
-    characters = sum(len("".join(document)) for document in edit.documents)
-    return characters * edit.directives.get("epochs", 1)
-
-
 def rollout(task, edit, outcome):
-    """A line of rollouts.jsonl, but for where it belongs."""
+    """A record of rollouts.jsonl; run.remember adds its round, task, self-edit and arm."""
     return {"title": task.name, "reward": outcome.reward, "text": edit.text,
             "token_ids": edit.token_ids, "directives": edit.directives, "tools": edit.tools,
             "documents": len(edit.documents), "questions": task.questions, "gold": task.answers,
@@ -193,7 +167,7 @@ def rollout(task, edit, outcome):
 
 # ------------------------------------------------------------------------------- the M-step
 
-def weigh(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
+def weigh(cfg: Config, rewards: list[list[float]], edits: list[list[SelfEdit]],
           without: list[float], t: int) -> list[tuple[int, int, float]]:
     """(task, edit, weight) of the self-edits to learn from. ReST-EM: 1 for those it selects.
 
@@ -201,19 +175,20 @@ def weigh(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
     unreadable ones included. grpo: the same in standard deviations of the task's rewards
     (arXiv 2402.03300, without its ratio and KL term: take one epoch, all in one step)."""
     if cfg.update not in ("reinforce", "grpo"):
-        return [(i, j, 1.0) for i, j in select(cfg, scores, edits, without, t)]
+        return [(i, j, 1.0) for i, j in select(cfg, rewards, edits, without, t)]
     weights = []
-    for i, row in enumerate(scores):
+    for i, row in enumerate(rewards):
         advantages = np.array(row) - np.mean(row)
         if cfg.update == "grpo":
             advantages /= np.std(row) + 1e-6
-        # One that is neither better nor worse than its task's mean teaches nothing.
-        weights += [(i, j, float(advantage)) for j, advantage in enumerate(advantages)
-                    if abs(advantage) > 1e-6]
+        for j, advantage in enumerate(advantages):
+            # One that is neither better nor worse than its task's mean teaches nothing.
+            if abs(advantage) > 1e-6:
+                weights.append((i, j, float(advantage)))
     return weights
 
 
-def select(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
+def select(cfg: Config, rewards: list[list[float]], edits: list[list[SelfEdit]],
            without: list[float], t: int) -> list[tuple[int, int]]:
     """(task, edit) indices of the self-edits to learn from.
 
@@ -223,7 +198,7 @@ def select(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
     keeps the best of K regardless, and so do we, unless --strict is given."""
     rng = random.Random(seed_for(cfg.seed, t, "select"))
     kept = []
-    for i, row in enumerate(scores):
+    for i, row in enumerate(rewards):
         # A self-edit without documents teaches nothing, and is never kept.
         usable = [j for j in range(len(row)) if edits[i][j].documents]
         if cfg.update == "solved":
@@ -240,7 +215,15 @@ def select(cfg: Config, scores: list[list[float]], edits: list[list[SelfEdit]],
     return kept
 
 
-def m_step(cfg: Config, run: Run, model, learned: list[tuple[Task, SelfEdit, float]], t: int):
+def outer_recipe(cfg: Config) -> Recipe:
+    """How the M-step trains."""
+    return Recipe(
+        Lora(cfg.outer_rank, cfg.outer_alpha, cfg.outer_targets), lr=cfg.outer_lr,
+        epochs=cfg.outer_epochs, batch=cfg.outer_batch, clip=cfg.clip,
+        weight_decay=cfg.weight_decay)
+
+
+def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit, float]], t: int):
     """theta_t+1 <- SFT(theta, the weighed self-edits), merged into the weights. theta is theta_t,
     or theta_0 with --restart.
 
@@ -254,18 +237,18 @@ def m_step(cfg: Config, run: Run, model, learned: list[tuple[Task, SelfEdit, flo
     only, exactly as it was sampled, EOS included.
     NOTE(paper): an edit that ran to the cap has no EOS, and none is added: the official code adds
     one, and so teaches the model to stop there."""
-    if not learned:
+    if not kept:
         run.log("M-step: no self-edit to learn from; the model stays as it is")
         return
     # The context is read, the self-edit is learned: with the ids as they were sampled, since text
     # that is tokenised again need not give the same ids. One job, so one adapter, of all pairs.
     recipe = outer_recipe(cfg)
     examples = []
-    for task, edit, weight in learned:
+    for task, edit, weight in kept:
         prompt = run.tok.prompt(task.prompt)
         examples.append(dialogue(prompt, edit.token_ids, weight=weight))
     job = Job(examples, seed_for(cfg.seed, t, "M-step"), recipe)
-    ((_, trained),) = sft(model, [job], run.meter("steps of the M-step"))
+    trained = sft_one(model, job, run.meter("steps of the M-step"))
     # W <- W + (alpha / r) B A, once, in float32: the next round begins from these weights.
     Adapters.stack(model, recipe.lora, [trained.weights]).merge(0)
     # To guess at random costs ln V a token. A model that does twice as badly is broken.
@@ -273,7 +256,7 @@ def m_step(cfg: Config, run: Run, model, learned: list[tuple[Task, SelfEdit, flo
     if broken or not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"the M-step of round {t + 1} diverged; try a lower --outer-lr, "
                         "in a new --run-dir")
-    run.log(f"M-step: {len(learned)} self-edits, {len(trained.losses)} steps, "
+    run.log(f"M-step: {len(kept)} self-edits, {len(trained.losses)} steps, "
             f"{trained.seconds:.0f} s, loss {trained.losses[0]:.3f} -> {trained.losses[-1]:.3f}")
 
 
@@ -287,25 +270,23 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
     run.log(f"\nHeld-out tasks after round {t}: {len(tasks)}")
     edits = sample(run, model, tasks, t, "eval", cfg.eval_edits)
     without = unadapted(run, model, tasks)
-    arms = []
-    if cfg.baselines and t == 0:
-        arms = baselines(run, model, tasks, without)
-    scores = score(run, model, tasks, edits, t, "eval", without, n_seeds=1)
+    arms = baselines(run, model, tasks, without) if cfg.baselines and t == 0 else []
+    rewards = score(run, model, tasks, edits, t, "eval", without, n_seeds=1)
 
     # The mean over tasks, with a bootstrap interval over tasks, not over self-edits: more
     # self-edits of one task say nothing about other tasks.
-    per_task = np.mean(scores, axis=1)
+    per_task = np.mean(rewards, axis=1)
     last_round = [r["reward"] for r in run.rollouts.of(t - 1, "train")]
     metrics = {
         "iteration": t,
         "eval_reward": float(np.mean(per_task)),
         "eval_ci": bootstrap_ci(per_task),
-        "eval_by_kind": by_kind(tasks, run.rollouts.of(t, "eval")),
+        "eval_by_kind": by_kind([task.kinds for task in tasks], run.rollouts.of(t, "eval")),
         "eval_unadapted": float(np.mean(without)),
         "eval_tasks": len(tasks),
         "baselines": arms,
         "train_reward": float(np.mean(last_round)) if last_round else None,
-        "made_of": run.domain.describe(tasks, edits),
+        "made_of": DOMAINS[cfg.domain].describe(tasks, edits),
         "seconds": round(time.time() - run.begin, 1)}
     run.record(metrics)
 
@@ -313,30 +294,18 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
 def baselines(run: Run, model, tasks: list[Task], without: list[float]) -> list[dict]:
     """What the model can do without a self-edit of its own, on the same questions: as it is; with
     the passage in the prompt; trained on reference self-edits, which no model wrote."""
+    kinds = [task.kinds for task in tasks]
     arms = [{"name": "un-adapted", "reward": float(np.mean(without)), "by_kind": {}}]
     if tasks[0].context:
-        read = unadapted(run, model, in_prompt(tasks))
-        arms.append({"name": "passage in the prompt", "reward": float(np.mean(read)),
-                     "by_kind": {}})
+        read = float(np.mean(unadapted(run, model, in_prompt(tasks))))
+        arms.append({"name": "passage in the prompt", "reward": read, "by_kind": {}})
     # All tasks of a domain have references of the same names.
     for name in tasks[0].references:
         edits = [[task.references[name]] for task in tasks]
         scores = score(run, model, tasks, edits, 0, "eval", without, n_seeds=1, arm=name)
         arms.append({"name": name, "reward": float(np.mean(scores)),
-                     "by_kind": by_kind(tasks, run.rollouts.of(0, "eval", name))})
+                     "by_kind": by_kind(kinds, run.rollouts.of(0, "eval", name))})
     return arms
-
-
-def by_kind(tasks: list[Task], records: list[dict]) -> dict[str, float]:
-    """{kind of question: accuracy} over rollouts of these tasks."""
-    # Every verdict counts once, over all self-edits and seeds.
-    found = {}
-    for record in records:
-        kinds = tasks[record["task"]].kinds
-        for right in record["right"]:
-            for kind, verdict in zip(kinds, right):
-                found.setdefault(kind, []).append(verdict)
-    return {kind: float(np.mean(verdicts)) for kind, verdicts in found.items()}
 
 
 # ------------------------------------------------------------------------------- command line
@@ -350,15 +319,14 @@ def main():
     add_flags(ap)
     args = ap.parse_args()
     if args.plan:
+        from tools.plan import plan     # only here: the loop needs no plan
         return print(plan(read_flags(args, needed=("model",)), args.card))
     cfg = read_flags(args, needed=("model", "train_data", "eval_data"))
-    run = Run(cfg)
-    if cfg.verbose:
-        for name, value in dataclasses.asdict(cfg).items():
-            run.log(f"{name:>18} {value}")
-
+    run = Run(cfg, load_pretrained)
+    train, held_out = load_data(run)
     run.log(opening(cfg))
-    held_out = rest_em(cfg, run)
+    run.load(run.last_checkpoint())     # a model that can't be read is told before any work
+    rest_em(run, train, held_out)
     run.log("\n" + summary(run, held_out))
     run.log(f"\n{time.time() - run.begin:.0f} s, peak memory {peak_memory() / 2 ** 30:.1f} GiB; "
             f"look at {run.folder}/report.html; then try --seed 1, or another --preset")

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Callable, Iterator
 
-from engine.decode import Sampling, quiet, write, write_each
+from engine.decode import Sampling, quiet, write
 from model import load_pretrained
 from support.checkpoint import EMBEDDED
 from support.files import Parser, UserError, at_least, cli, positive, printable, read_json
@@ -93,6 +93,9 @@ PROMPTS = {
 
 def fill(prompt: str, title: str, context: str) -> str:
     """The prompt for a passage: one of PROMPTS by its name, or a template like them."""
+    if prompt not in PROMPTS and "{context}" not in prompt:
+        raise UserError(f"--prompt {prompt!r}: choose among {', '.join(PROMPTS)}, or give a "
+                        "--prompt-file, with {title} and {context} in it")
     # In one go: a passage may have "{title}" in it.
     parts = {"{title}": title, "{context}": context}
     return re.sub(r"{title}|{context}", lambda found: parts[found[0]], PROMPTS.get(prompt, prompt))
@@ -148,15 +151,6 @@ def split_documents(text: str, limit=0) -> list[str]:
 TOOLS = ("basic", "size", "chain", "repeat")
 STRATEGIES = {"train_using_all_tokens": False, "train_using_output_tokens": True}
 LR_RANGE, EPOCH_RANGE = (1e-7, 1.0), (1, 100)   # what is accepted
-
-
-def write_json_edit(tools: list[str], completion_only: bool, lr: float, epochs: int) -> str:
-    """The JSON text of these choices: the inverse of read_json_edit."""
-    strategies = {only: name for name, only in STRATEGIES.items()}
-    return json.dumps({
-        "data_generation": {f"use_{tool}_augmentations": tool in tools for tool in TOOLS},
-        "training": {"strategy": strategies[completion_only],
-                     "learning_rate": lr, "num_train_epochs": epochs}})
 
 
 def read_json_edit(text: str) -> tuple[list[str], dict]:
@@ -243,7 +237,7 @@ def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: 
     sampling = replace(sampling, max_new=min(sampling.max_new, room))
     flat_seeds = [seed for row in seeds for seed in row]
     prompts = [[task.prompt] for task in tasks]     # a group per task: adapter i for task i
-    for i, replies in write_each(model, tok, prompts, sampling, flat_seeds, adapters, progress):
+    for i, replies in write(model, tok, prompts, sampling, flat_seeds, adapters, progress):
         yield i, [read_self_edit(tasks[i], reply.text, reply.token_ids) for reply in replies]
 
 
@@ -257,31 +251,26 @@ def main():
     ap = Parser(description="Print self-edits of a passage.")
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
     ap.add_argument("--data", help="JSON list of passages (default: a passage of the tiny world)")
-    ap.add_argument("--index", type=at_least(0), default=0, help="which passage (default: 0)")
-    ap.add_argument("--prompt", default="implications", choices=PROMPTS)
-    ap.add_argument("--edits", type=positive, default=3)
-    ap.add_argument("--max-new", type=positive, default=200, help="tokens at most (default: 200)")
-    ap.add_argument("--temperature", type=float, default=0.8)
+    ap.add_argument("--index", type=at_least(0), default=0, help="which of them (default: 0)")
+    ap.add_argument("--prompt", default="implications", choices=PROMPTS, help="with --data")
+    ap.add_argument("--edits", type=positive, default=3, help="how many (default: 3)")
     args = ap.parse_args()
     prompt = NOTES.format(context=PASSAGE)
     if args.data:
         passages = read_json(args.data)
-        if not 0 <= args.index < len(passages):
+        if args.index >= len(passages):
             raise UserError(f"--index {args.index}: there are passages 0 to {len(passages) - 1}")
-        passage = passages[args.index]
-        prompt = fill(args.prompt, passage["title"], passage["context"])
-
-    # Each self-edit has a seed of its own, so that --edits 4 has the three of --edits 3 in it.
+        prompt = fill(args.prompt, passages[args.index]["title"], passages[args.index]["context"])
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)
-    sampling = Sampling(args.max_new, args.edits, args.temperature, top_p=0.95)
-    seeds = [seed_for(0, j) for j in range(args.edits)]
-    (replies,) = write(model, tok, [[prompt]], sampling, seeds)
     print(printable(prompt))
-    for j, reply in enumerate(replies):
-        pieces = len(split_documents(reply.text))
-        print(f"--- self-edit {j}: {len(reply.token_ids)} tokens, {pieces} pieces")
-        print(printable(reply.text))
+    # Each self-edit has a seed of its own, so that --edits 4 has the three of --edits 3 in it.
+    sampling = Sampling(200, args.edits, temperature=0.8, top_p=0.95)
+    seeds = [seed_for(0, j) for j in range(args.edits)]
+    for _, replies in write(model, tok, [[prompt]], sampling, seeds):
+        for j, reply in enumerate(replies):
+            print(f"--- self-edit {j}: {len(reply.token_ids)} tokens, "
+                  f"{len(split_documents(reply.text))} pieces\n{printable(reply.text)}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ A grid is an int8 array (height, width) of colours 0 to 9, a pair is (input, out
 is a list of pairs of which the last one's output is asked for.
 """
 import html
+import json
+import re
 from collections import Counter, UserDict
 from functools import cache
 from pathlib import Path
@@ -23,10 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from data.judges import each
-from engine.decode import split_into
-from selfedit import PUZZLE_PROMPT, TOOLS, SelfEdit, Task, seed_for
-from selfedit import read_json_edit, read_self_edit, write_json_edit
-from support.files import Parser, UserError, cli, printable, read_json
+from selfedit import PUZZLE_PROMPT, STRATEGIES, TOOLS, SelfEdit, Task, seed_for
+from selfedit import read_json_edit, read_self_edit
+from support.files import Parser, UserError, cli, printable, read_json, replace_file
 
 PAPER = {
     "paper-train": ("44f52bb0 4be741c5 5582e5ca 5614dbcf 5bd6f4ac 6150a2bd 67e8384a 6d0aefbc "
@@ -270,7 +271,8 @@ def arc_task(name, pairs, tests, seed=0, batch=2, max_examples=MAX_EXAMPLES, n_v
 
     def vote(replies):
         answers = []
-        for some, own in zip(asked, split_into(replies, [len(some) for some in asked])):
+        for some in asked:
+            own, replies = replies[:len(some)], replies[len(some):]
             answers.append(two_attempts(own, [inverse for _, inverse in some]))
         return answers
 
@@ -306,6 +308,26 @@ def describe(tasks, edits):
 
 # As ARC's own site shows the colours 0 to 9.
 COLOURS = "#000 #0074d9 #ff4136 #2ecc40 #ffdc00 #aaa #f012be #ff851b #7fdbff #870c25".split()
+
+
+def write_json_edit(tools: list[str], completion_only: bool, lr: float, epochs: int) -> str:
+    """The JSON text of these choices: the inverse of read_json_edit."""
+    strategies = {only: name for name, only in STRATEGIES.items()}
+    return json.dumps({
+        "data_generation": {f"use_{tool}_augmentations": tool in tools for tool in TOOLS},
+        "training": {"strategy": strategies[completion_only],
+                     "learning_rate": lr, "num_train_epochs": epochs}})
+
+
+def write_pictures(folder, tasks, records):
+    """An SVG file for each puzzle: what the first inner loop of every rollout answered."""
+    for i, task in enumerate(tasks):
+        attempts = {}
+        for r in records:
+            if r["task"] == i and r["answers"]:
+                attempts[f"{r['arm']} {r['edit']}"] = r["answers"][0]
+        file = re.sub(r"[^\w-]+", "_", f"{i}_{task.name}") + ".svg"
+        replace_file(folder / file, picture(task, attempts))
 
 
 def picture(task, attempts, gap=24):

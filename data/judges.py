@@ -18,11 +18,9 @@ from urllib.parse import urlsplit
 
 import torch
 
-from engine.gpu import to_device
-from engine.memory import in_halves
+from engine.device import in_halves, to_device
 from engine.ribbon import Ribbon
-from support.files import UserError, printable
-from support.records import Lines
+from support.files import Lines, UserError, printable
 
 # ------------------------------------------------------------------------------- rules
 
@@ -127,7 +125,7 @@ def yes_or_no(model, tok, texts, at_once=32):
 
     prompts, verdicts = [tok.prompt(text) for text in texts], []
     for i in range(0, len(prompts), at_once):
-        verdicts += in_halves(read, prompts[i:i + at_once], model.device)
+        verdicts += in_halves(read, prompts[i:i + at_once])
     return verdicts
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 import urllib.request
+from collections import defaultdict
 from pathlib import Path
 
 from data.judges import RULES, normalise
@@ -31,7 +32,7 @@ def load(path, prompt="implications", judge=RULES["rule"], max_documents=0, log=
     (--max-documents 30)."""
     if Path(path).suffix.lower() in (".txt", ".md") and Path(path).is_file():
         raise UserError(f"{path}: plain text has no questions, and a reward needs some; such a "
-                        f"file is learned by `python inner_loop.py --learn {path}`")
+                        f"file is learned by `python -m tools.learn {path}`")
     tasks = []
     for place, record in records(read_json(path), path):
         if record["questions"]:
@@ -176,6 +177,52 @@ def knowledge_task(record, prompt, judge, max_documents):
         judge=judge,
         read=read,
         references={"passage only": SelfEdit(documents=[passage])})
+
+
+def read_edits(files, tasks: list[Task]) -> dict[str, list[str]]:
+    """{kind: [a text per task]} of the self-edits that JSON files hold for these passages.
+
+    A record has "title", "context" and "edits": {kind: text}, or the authors' "released"."""
+    def texts_of(record):
+        """{kind: text} of a record. ValueError: what is wrong with it."""
+        if not isinstance(record, dict):
+            raise ValueError("not an object")
+        for key in ("title", "context"):
+            if not isinstance(record.get(key), str):
+                raise ValueError(f'"{key}" must be a string')
+        edits = record.get("edits", {})
+        if edits == {}:
+            released = record.get("released", {})
+            if not isinstance(released, dict) or not all(
+                    isinstance(x, dict) for x in released.values()):
+                raise ValueError('"released" must be {kind: {"edit": text}}')
+            edits = {kind: x["edit"] for kind, x in released.items() if x.get("edit")}
+        if not isinstance(edits, dict) or not all(isinstance(x, str) for x in edits.values()):
+            raise ValueError('"edits" must be {kind: text}')
+        # A kind is the name of a table's row.
+        if not all(kind and kind.isprintable() for kind in edits):
+            raise ValueError("a kind of self-edit must be a name that can be printed")
+        return edits
+
+    # kind -> passage -> text
+    found = defaultdict(dict)
+    for file in files:
+        records = read_json(file)
+        if not isinstance(records, list):
+            raise UserError(f"{file}: not a JSON list of passages, each "
+                            "{title, context, edits: {kind: text}}")
+        for i, record in enumerate(records):
+            try:
+                for kind, text in texts_of(record).items():
+                    found[kind][record["title"] + "\n" + record["context"]] = text
+            except ValueError as e:
+                raise UserError(f"{file}: record {i}: {e}") from None
+    for kind, texts in found.items():
+        lacking = [task.name for task in tasks if task.context[0] not in texts]
+        if lacking:
+            raise UserError(f"no {kind} self-edit of {lacking[0][:80]!r} in "
+                            f"{', '.join(map(str, files))}")
+    return {kind: [texts[task.context[0]] for task in tasks] for kind, texts in found.items()}
 
 
 def describe(tasks, edits):

@@ -27,7 +27,7 @@ import torch
 from data import arc, tinyarc, tinyworld as world
 from engine.ribbon import Ribbon
 from model import ModelConfig, Transformer
-from selfedit import NOTES, NOTES_DIRECTED, PUZZLE_PROMPT, TOOLS, write_json_edit
+from selfedit import NOTES, NOTES_DIRECTED, PUZZLE_PROMPT, TOOLS
 from support.files import Parser, UserError, cli, positive
 from support.tokenizer import Tokenizer
 
@@ -153,7 +153,7 @@ def json_text(rng, puzzle):
     tools = [tool for tool in TOOLS if rng.random() < TOOL]
     lr = rng.choice(RATES)
     completion_only = rng.random() < .5
-    text = write_json_edit(tools, completion_only, lr, epochs=rng.choice(EPOCHS))
+    text = arc.write_json_edit(tools, completion_only, lr, epochs=rng.choice(EPOCHS))
     if rng.random() < MALFORMED:
         text = text[:-rng.randint(1, 2)]
     prompt = PUZZLE_PROMPT.format(pairs=arc.show_pairs(puzzle[:3]))

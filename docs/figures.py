@@ -15,7 +15,7 @@ import matplotlib                                                           # no
 import torch                                                                # noqa: E402
 from matplotlib.figure import Figure                                        # noqa: E402
 from matplotlib.patches import FancyBboxPatch                               # noqa: E402
-from engine.packing import Example, pack                                           # noqa: E402
+from engine.ribbon import Example, pack                                            # noqa: E402
 
 GREY, BLUE, ORANGE, GREEN = COLOURS = ("#707070", "#2f6db3", "#c96a10", "#2f8a4c")
 LIGHT = dict(zip(COLOURS, ("#f1f3f5", "#d3e3f5", "#fbdfc3", "#cfead6")))

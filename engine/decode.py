@@ -1,31 +1,24 @@
 """Many texts written at once: a KV cache, nucleus sampling, continuous batching, CUDA graphs.
 
-    python -m engine.decode --model HuggingFaceTB/SmolLM2-135M-Instruct     # beside model.complete
-
 A prompt is read once (the *prefill*), however many texts continue it, and its keys and values are
 kept. Then every step reads one token per row. The rows of many adapters are decoded together, and
 a row that has ended gives its place to a waiting prompt. `write` is the way in from text to text.
+model.complete writes the same texts plainly and slowly, and the tests hold this file against it.
 
 Shapes: B rows, T tokens of a ribbon, D = dim, V vocabulary, K key/value heads, E = head_dim.
 """
 import math
-import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Iterator
 
 import torch
 import torch.nn.functional as F
 
-from engine.gpu import has_graphs, to_device
-from engine.memory import auto_rows, give_back_memory, is_out_of_memory
-from engine.ribbon import Ribbon, attention, round_up
-from model import PROMPT, complete, load_pretrained
-from support.checkpoint import EMBEDDED
-from support.files import Parser, UserError, cli, positive
-from support.tokenizer import Tokenizer
+from engine.device import auto_rows, has_graphs, to_device, try_memory
+from engine.ribbon import Ribbon, attention
+from support.files import UserError
 
 
 @dataclass
@@ -55,41 +48,41 @@ def quiet(done: int, total: int):
     """No progress is shown."""
 
 
-def write_each(model, tok, groups: list[list[str]], sampling: Sampling, seeds=None, adapters=None,
-               progress=quiet) -> Iterator[tuple[int, list[Reply]]]:
+def write(model, tok, groups: list[list[str]], sampling: Sampling, seeds=None, adapters=None,
+          progress=quiet) -> Iterator[tuple[int, list[Reply]]]:
     """Continue texts, given in groups: yields (a prompt's number, its n replies) as they end.
 
     seeds: one for each reply, of its draws. With `adapters`, adapter i writes group i."""
-    late_stop = frozenset(tok.newlines()) if sampling.newline_stops else frozenset()
+    late_stop = frozenset()
+    if sampling.newline_stops:
+        late_stop = frozenset(i for i, token in tok.bytes.items() if b"\n" in token)
     sampling = replace(sampling, stop=frozenset(tok.stop), late_stop=late_stop,
                        banned=tok.banned(model))
     prompts = []
     for group in groups:
         prompts.append([tok.prompt(text) for text in group])
-
-    def reply(ids):
-        text = tok.decode(ids).strip()
-        if sampling.newline_stops:
-            text = text.split("\n")[0]
-        ended = ids[-1] in tok.stop or ids[-1] in late_stop
-        return Reply(text, ids, cut=len(ids) == sampling.max_new and not ended)
-
-    for prompt, rows in generate_each(model, prompts, sampling, seeds, adapters, progress):
-        yield prompt, [reply(ids) for ids in rows]
-
-
-def write(model, tok, groups, sampling: Sampling, seeds=None, adapters=None) -> list[list[Reply]]:
-    """What `write_each` yields, all at once: groups of replies, n in a row for each prompt."""
-    return in_groups(write_each(model, tok, groups, sampling, seeds, adapters), groups)
+    for prompt, rows in generate(model, prompts, sampling, seeds, adapters, progress):
+        replies = []
+        for ids in rows:
+            text = tok.decode(ids).strip()
+            if sampling.newline_stops:
+                text = text.split("\n")[0]
+            ended = ids[-1] in sampling.stop or ids[-1] in late_stop
+            replies.append(Reply(text, ids, cut=len(ids) == sampling.max_new and not ended))
+        yield prompt, replies
 
 
-def in_groups(each, groups) -> list[list]:
-    """What comes for each prompt, in the groups and the order of the prompts."""
-    replies = collect(each)
-    collected = []
-    for own in split_into(replies, [len(group) for group in groups]):
-        collected.append(list(chain.from_iterable(own)))
-    return collected
+def in_groups(written, groups) -> list[list]:
+    """All that `write` or `generate` yields for these groups of prompts: for each group one list,
+    n texts in a row for each prompt."""
+    found = dict(written)
+    replies, number = [], 0
+    for group in groups:
+        replies.append([])
+        for _ in group:
+            replies[-1] += found[number]
+            number += 1
+    return replies
 
 
 def collect(pairs) -> list:
@@ -106,7 +99,7 @@ class Cache:
     def __init__(self, model, rows, size):
         # A little more than asked for: every new size means new memory and, on CUDA, a new graph.
         c = model.config
-        self.size = round_up(size, 64)
+        self.size = -(-size // 64) * 64
         shape = (rows, c.n_kv_head, self.size, c.head_dim)
         self.kv = []
         for _ in range(c.n_layer):
@@ -151,22 +144,14 @@ class Cache:
         # By a quarter at least, so that a text of a thousand tokens grows a few times only.
         more = 0
         if size > self.size:
-            more = round_up(max(size, self.size * 5 // 4), 64) - self.size
+            larger = max(size, self.size * 5 // 4)
+            more = -(-larger // 64) * 64 - self.size
         self.size += more
         self.length = self.length[rows]
         # Layer by layer, so that the old cache and the new one are not there together.
         for layer, (keys, values) in enumerate(self.kv):
             self.kv[layer] = (F.pad(keys[rows], (0, 0, 0, more)),
                               F.pad(values[rows], (0, 0, 0, more)))
-
-
-def split_into(items: list, sizes: list[int]) -> list[list]:
-    """A flat list cut into groups of these sizes."""
-    groups, begin = [], 0
-    for size in sizes:
-        groups.append(items[begin:begin + size])
-        begin += size
-    return groups
 
 
 # ------------------------------------------------------------------------------- one token
@@ -230,28 +215,6 @@ class Sampler:
         # What is written, -1 where there is nothing. The last line, as `u`'s, is for idle rows.
         self.out = torch.full((total + 1, sampling.max_new), -1, device=model.device)
 
-    def choose(self, logits, text, age):
-        """The next token of each row, (B,). logits (B, V); text (B,): which text a row writes; age
-        (B,): how many tokens of it are written."""
-        if self.sampling.banned is not None:
-            logits = logits.masked_fill(self.sampling.banned, -torch.inf)
-        s = self.sampling
-        u = self.u[text, age] if s.temperature else None
-        return sample(logits, s.temperature, s.top_p, u)
-
-    def ends(self, token, age):
-        """(B,) bool: whether a text ends with this token, its `age`-th."""
-        late = self.is_late[token] & (age > 0)
-        return self.is_stop[token] | late | (age == self.sampling.max_new - 1)
-
-    def forget(self, texts):
-        """These texts are to be written again."""
-        self.out[list(texts)] = -1
-
-    def texts(self, begin, end):
-        """What was written, as lists of ids."""
-        return [[i for i in line if i >= 0] for line in self.out[begin:end].tolist()]
-
 
 # ------------------------------------------------------------------------------- the rows
 
@@ -303,12 +266,18 @@ class Rows:
 
     def append(self, rows, h):
         """Choose a token in each of these rows from its last hidden state h (rows, D)."""
+        sampler, sampling = self.sampler, self.sampler.sampling
         text, age = self.text[rows], self.age[rows]
-        token = self.sampler.choose(self.model.lm_head(h), text, age)
-        self.sampler.out[text, age] = token
+        logits = self.model.lm_head(h)
+        if sampling.banned is not None:
+            logits = logits.masked_fill(sampling.banned, -torch.inf)
+        u = sampler.u[text, age] if sampling.temperature else None
+        token = sample(logits, sampling.temperature, sampling.top_p, u)
+        sampler.out[text, age] = token
         self.token[rows] = token
         # Who has ended is idle from now on.
-        ended = self.sampler.ends(token, age)
+        late = sampler.is_late[token] & (age > 0)
+        ended = sampler.is_stop[token] | late | (age == sampling.max_new - 1)
         self.text[rows] = text.masked_fill(ended, self.total)
         self.age[rows] = (age + 1).masked_fill(ended, 0)
 
@@ -358,56 +327,44 @@ class Grid:
         at_once = max_rows // len(queues) // n          # prompts of each adapter side by side
         self.per = n * max(1, min(at_once, max(map(len, queues))))
 
-    def waiting(self):
-        """How many prompts wait."""
-        return sum(map(len, self.queues))
-
-    def row_counts(self):
-        return [self.per] * len(self.queues)
-
-    def rows_of(self, adapter):
-        return range(adapter * self.per, (adapter + 1) * self.per)
-
     def admit(self, prompts, alive, most):
         """Idle rows take waiting prompts of their adapter, until `most` tokens are to be read."""
         admitted, tokens = [], 0
         for adapter, queue in enumerate(self.queues):
             # The n rows of a prompt are taken together, as one pass writes to all of them.
-            idle = [row for row in self.rows_of(adapter) if row not in alive]
+            own = range(adapter * self.per, (adapter + 1) * self.per)
+            idle = [row for row in own if row not in alive]
             while queue and len(idle) >= self.n and tokens < most:
                 places, idle = idle[:self.n], idle[self.n:]
                 admitted.append(Admitted(queue.popleft(), adapter, places))
                 tokens += len(prompts[admitted[-1].prompt])
         return admitted
 
-    def fold(self, alive):
-        """The rows per adapter of a smaller grid, if half of the rows are idle for good; or None.
-        """
-        busiest = 0
-        for adapter in range(len(self.queues)):
-            busiest = max(busiest, sum(row in alive for row in self.rows_of(adapter)))
-        half_idle = busiest <= self.per // 2 and not self.waiting()
-        return busiest if half_idle else None
-
-    def resized(self, alive, per):
-        """The rows to keep for a grid of `per` rows an adapter, those alive first."""
+    def fold(self, alive, must):
+        """The rows to keep, those alive first: fewer for each adapter if at least half of them will
+        stay idle. None if it is all of them, and none `must` be moved."""
+        adapters = range(len(self.queues))
+        owned = [range(i * self.per, (i + 1) * self.per) for i in adapters]
+        busiest = max(sum(row in alive for row in rows) for rows in owned)
+        if busiest <= self.per // 2 and not any(self.queues):
+            self.per = busiest
+        elif not must:
+            return None
         kept = []
-        for adapter in range(len(self.queues)):
-            rows = sorted(self.rows_of(adapter), key=lambda row: row not in alive)
-            kept += rows[:per]
-        self.per = per
+        for rows in owned:
+            kept += sorted(rows, key=lambda row: row not in alive)[:self.per]
         return kept
 
 
 @torch.inference_mode()
-def generate_each(model, groups: list[list[list[int]]], sampling: Sampling, seeds=None,
-                  adapters=None, progress=quiet) -> Iterator[tuple[int, list[list[int]]]]:
+def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=None, adapters=None,
+             progress=quiet) -> Iterator[tuple[int, list[list[int]]]]:
     """Continue prompts (lists of ids), given in groups: yields (a prompt's number, its n rows of
     new ids) as they end.
 
     Row i of all draws from its own generator, seeded seeds[i]. With `adapters` (lora.Adapters),
-    group i is read under adapter i. `progress` hears how many rows have ended. When memory runs
-    out, it goes on with half the rows: those under way begin again, and end the same."""
+    group i is read under adapter i. progress(done, total) is called with the rows that have ended.
+    If memory runs out, unfinished texts restart with half as many rows; the result is the same."""
     prompts, owner = [], []         # owner: whose adapter reads a prompt
     for i, group in enumerate(groups):
         prompts += group
@@ -421,34 +378,25 @@ def generate_each(model, groups: list[list[list[int]]], sampling: Sampling, seed
     max_rows = sampling.max_rows or auto_rows(model, max(map(len, prompts)) + sampling.max_new)
     pending = range(len(prompts))   # not all of whose rows have ended
     while pending:
-        ran_out = False
-        try:
-            for unfinished, left in decode(model, prompts, pending, owner, sampler, adapters,
-                                           max_rows):
-                ended = sorted(set(pending) - set(unfinished))
-                pending = unfinished
-                for prompt in ended:
-                    yield prompt, sampler.texts(prompt * n, prompt * n + n)
-                if left < total:
-                    progress(total - left, total)
-        except (RuntimeError, MemoryError) as e:
-            ran_out = is_out_of_memory(e)
-            if not ran_out:
-                raise
-        # Not within `except`, as the error holds on to what was in use.
-        if ran_out:
+        writing = decode(model, prompts, pending, owner, sampler, adapters, max_rows)
+        ok, seen = try_memory(lambda: next(writing, None))
+        while seen:
+            unfinished, left = seen
+            ended = sorted(set(pending) - set(unfinished))
+            pending = unfinished
+            for prompt in ended:
+                lines = sampler.out[prompt * n:prompt * n + n].tolist()
+                yield prompt, [[i for i in line if i >= 0] for line in lines]
+            if left < total:
+                progress(total - left, total)
+            ok, seen = try_memory(lambda: next(writing, None))
+        if not ok:
             if max_rows <= n:
                 raise UserError("out of memory with a single text; try shorter ones")
             max_rows = max(n, min(max_rows, len(pending) * n) // 2)
             print(f"out of memory: going on with {max_rows} rows side by side", flush=True)
-            for prompt in pending:
-                sampler.forget(range(prompt * n, prompt * n + n))
-            give_back_memory(model.device)
-
-
-def generate(model, groups, sampling: Sampling, seeds=None, adapters=None):
-    """What `generate_each` yields, all at once: for each group n rows of new ids per prompt."""
-    return in_groups(generate_each(model, groups, sampling, seeds, adapters), groups)
+            for prompt in pending:      # its texts are to be written again
+                sampler.out[prompt * n:prompt * n + n] = -1
 
 
 def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
@@ -465,18 +413,15 @@ def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
     steps, most = (16, 16384) if model.device.type == "cuda" else (1, 2048)
     grid = Grid(queues, n, max_rows)
     longest = max(len(prompts[prompt]) for prompt in pending)
-    rows = Rows(model, sum(grid.row_counts()), longest + steps, total, sampler)
+    rows = Rows(model, grid.per * len(queues), longest + steps, total, sampler)
 
-    def route(counts):
-        return adapters.route(counts) if adapters else nullcontext()
-
-    decoding = route(grid.row_counts())
+    decoding = adapters.route([grid.per] * len(queues)) if adapters else nullcontext()
     while True:
         alive = rows.alive()
         unfinished = {text // n for text in rows.writing.values()}
         for queue in queues:
             unfinished.update(queue)
-        yield sorted(unfinished), len(alive) + n * grid.waiting()
+        yield sorted(unfinished), len(alive) + n * sum(map(len, queues))
         if not unfinished:
             return
 
@@ -488,48 +433,16 @@ def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
                 tokens[one.adapter] += len(prompts[one.prompt])
                 texts += range(one.prompt * n, one.prompt * n + n)
                 alive |= dict.fromkeys(one.places, len(prompts[one.prompt]))
-            with route(tokens):
+            with adapters.route(tokens) if adapters else nullcontext():
                 rows.prefill([prompts[one.prompt] for one in admitted],
                              [one.places for one in admitted], texts)
 
         # Make room for the next tokens. Fold the grid when half of it is idle.
         room = max(alive.values()) + steps + 1
-        folded = grid.fold(alive)
-        if folded or room > rows.cache.size:
-            rows.keep(grid.resized(alive, folded or grid.per), room)
-            decoding = route(grid.row_counts())
+        kept = grid.fold(alive, must=room > rows.cache.size)
+        if kept:
+            rows.keep(kept, room)
+            decoding = adapters.route([grid.per] * len(queues)) if adapters else nullcontext()
         with decoding:
             for _ in range(steps):
                 rows.step()
-
-
-# ------------------------------------------------------------------------------- command line
-
-def main():
-    ap = Parser(description="The same texts, the plain way and the fast way.")
-    ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
-    ap.add_argument("--prompt", default=PROMPT)
-    ap.add_argument("--rows", type=positive, default=16, help="how many texts (default: 16)")
-    ap.add_argument("--max-new", type=positive, default=32, help="tokens of each (default: 32)")
-    args = ap.parse_args()
-    model = load_pretrained(args.model)
-    tok = Tokenizer.from_pretrained(model.folder)
-    prompts = [tok.document(f"{i}. {args.prompt}", end=False) for i in range(args.rows)]
-
-    begin = time.time()
-    plain = [complete(model, prompt, args.max_new) for prompt in prompts]
-    slow = time.time() - begin
-    begin = time.time()
-    (fast,) = generate(model, [prompts], Sampling(args.max_new))
-    quick = time.time() - begin
-
-    tokens = args.rows * args.max_new
-    same = sum(a == b for a, b in zip(plain, fast))
-    print(f"{args.rows} texts of {args.max_new} tokens")
-    print(f"model.complete      {tokens / slow:8.0f} tokens/s")
-    print(f"decode.generate     {tokens / quick:8.0f} tokens/s, {slow / quick:.1f} x; "
-          f"{same} of {args.rows} texts the same")
-
-
-if __name__ == "__main__":
-    cli(main)

@@ -1,4 +1,5 @@
-"""The ribbon: sequences laid end to end, and attention within each of them.
+"""The ribbon: sequences laid end to end, and attention within each of them. Then a training step's
+tokens, which are laid out on one.
 
 Nothing is padded but what attention needs: on a CPU it unrolls the ribbon into a padded view and
 rolls the result up again; on CUDA flash attention takes the ribbon as it lies.
@@ -7,11 +8,12 @@ Shapes: T tokens, n sequences of a group, L the longest of them, H heads, K key/
 components of a head.
 """
 import math
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from engine.gpu import flash_attention, has_flash, to_device
+from engine.device import flash_attention, has_flash, to_device
 
 
 class Ribbon:
@@ -46,7 +48,7 @@ class Ribbon:
             begin[members] = self.cells + longest * torch.arange(len(members))
             self.shapes.append((len(members), longest))
             self.cells += len(members) * longest
-        self.masks = [None] * len(groups)                   # None: causal (see padding.py)
+        self.masks = [None] * len(groups)                   # None: causal (see PaddedRibbon)
 
         # Where each token is: worked out on the host, so that nothing waits for the device.
         length = torch.tensor(lengths)
@@ -142,6 +144,180 @@ def like_lengths(lengths):
     return list(groups.values())
 
 
-def round_up(n, block):
-    """The next multiple of `block`."""
-    return -(-n // block) * block
+# ------------------------------------------------------------------------------- a training step
+
+# A job's texts become tensors once. A step then lays out those of every running job without work
+# per token.
+
+@dataclass
+class Example:
+    """A text to train on, as tensors on the host. Made once per job, used in every epoch."""
+    ids: torch.Tensor       # (L,)
+    source: torch.Tensor    # (N,) the tokens that predict a label
+    labels: torch.Tensor    # (N,)
+    weight: torch.Tensor    # (N,) of each label: 1, or as given; more for a pad of many
+    position: torch.Tensor  # (L,)
+    pads: int = 0           # how many of the last ids are pads (see with_pads)
+
+    @classmethod
+    def of(cls, ids: list[int], learn: list, pad_to=0):
+        """Token j predicts token j + 1, if that one has a weight: learn [0, 0, 1, 1] gives source
+        [1, 2] and labels ids[2], ids[3]."""
+        if pad_to:
+            ids, learn = ids[:pad_to], learn[:pad_to]
+        ids, learn = torch.tensor(ids), torch.tensor(learn, dtype=torch.double)
+        source = learn[1:].nonzero()[:, 0]
+        example = cls(ids, source, ids[source + 1], learn[source + 1], torch.arange(len(ids)))
+        return with_pads(example, pad_to) if len(ids) < pad_to else example
+
+
+@dataclass
+class Room:
+    """For CUDA graphs, which are of fixed shapes: with it, steps of about as many tokens are filled
+    up to the same shapes. What fills them is read and not learned, and none of the texts sees it.
+    """
+    texts: int              # no step has more
+    longest: int            # tokens; no text has more
+
+    @classmethod
+    def of(cls, jobs, slots):
+        texts, longest = 0, 16
+        for job in jobs:
+            texts = max(texts, min(job.recipe.batch, len(job.examples)))
+            longest = max(longest, *[len(ids) for ids, _ in job.examples])
+        return cls(slots * texts, longest)
+
+    def fill(self, lengths) -> list[int]:
+        """The lengths of the texts to add."""
+        total = sum(lengths)
+        size = next_size(total)
+        added = [self.longest] * ((size - total) // self.longest)
+        added.append((size - total) % self.longest)
+        # An eighth of the tokens is the most that is added; then texts without any.
+        most = self.texts + size // (8 * self.longest) + 1
+        return added + [0] * (most - len(lengths) - len(added))
+
+
+def next_size(n):
+    """The next of 256, 288, 320, .. 512, 576, ..: eighths of a power of two, and at least 16."""
+    eighth = max(16, 2 ** ((n - 1).bit_length() - 4))
+    return -(-n // eighth) * eighth
+
+
+@dataclass
+class Packed:
+    """The next micro-batch of every running job, end to end, sorted by slot. On the device."""
+    ribbon: Ribbon
+    segments: Segments      # the tokens of each slot
+    ids: torch.Tensor       # (T,)
+    source: torch.Tensor    # (N,) the tokens that predict a label
+    labels: torch.Tensor    # (N,)
+    weight: torch.Tensor    # (N,) of each label's loss: for each slot their sizes add up to 1
+    slot: torch.Tensor      # (N,) whose label it is
+    # Of each slot, (n, 1): train.py sets them.
+    lr: torch.Tensor | None = None
+    t: torch.Tensor | None = None
+
+    def tensors(self):
+        """All that a step reads of it."""
+        return [self.ribbon.position, self.ribbon.bounds, self.segments.ends, self.ids, self.source,
+                self.labels, self.weight, self.slot, self.lr, self.t]
+
+
+def pack(running, device, dtype, room: Room | None = None) -> Packed:
+    """Lay out a step: `running` holds each slot's train.Running, or None. dtype: of the weights."""
+    texts, counts, source, weight, slots = [], [], [], [], []
+    begin = 0       # of the text on the ribbon
+    for slot, active in enumerate(running):
+        batch = []
+        if active:
+            batch = [active.examples[number] for number in next(active.batches)]
+        # The loss is a mean over the slot's own labels, so each weighs one over their number.
+        total = sum(float(x.weight.abs().sum()) for x in batch)
+        for x in batch:
+            source.append(begin + x.source)
+            weight.append(x.weight.to(dtype) / (total or 1))
+            slots.append(torch.full((len(x.source),), slot))
+            begin += len(x.ids)
+        texts += batch
+        counts.append(sum(len(x.ids) for x in batch))
+
+    lengths = [len(x.ids) for x in texts]
+    ids = [x.ids for x in texts]
+    labels = [x.labels for x in texts]
+    if room:
+        # Further texts, which belong to the last slot, and further labels that weigh nothing.
+        added = room.fill(lengths)
+        lengths += added
+        counts[-1] += sum(added)
+        ids.append(torch.zeros(sum(added), dtype=torch.long))
+        n_labels = sum(map(len, source))
+        # Where most tokens have a label, as many as there are tokens: fewer shapes.
+        size = sum(lengths)
+        lacking = (size if 2 * n_labels > size else next_size(n_labels)) - n_labels
+        for filled in (source, labels, slots):
+            filled.append(torch.zeros(lacking, dtype=torch.long))
+        weight.append(torch.zeros(lacking, dtype=dtype))
+
+    # Attention needs to know where each text ends, and which tokens imitate padding, if any do.
+    pads = [x.pads for x in texts]
+    if any(pads):
+        position = torch.cat([x.position for x in texts])
+        ribbon = PaddedRibbon(lengths, pads, position, device)
+    else:
+        ribbon = Ribbon(lengths, device, room.longest if room else 0)
+    return Packed(
+        ribbon, Segments(counts, device, fixed=room is not None),
+        ids=to_device(torch.cat(ids), device),
+        source=to_device(torch.cat(source), device),
+        labels=to_device(torch.cat(labels), device),
+        weight=to_device(torch.cat(weight), device),
+        slot=to_device(torch.cat(slots), device))
+
+
+# -------------------------------------------------- the official code's padded rows: --pad-to 2048
+
+# NOTE(paper): the official code fills every document with EOS to a row of 2048 tokens and learns
+# the pads as well, which are about 98 % of its targets. In such a row a pad sees the content and no
+# pad, not even itself, since the padding mask hides those; so pads differ in their position alone
+# (RoPE). Here eight of them, spread evenly over the row and weighted, stand for all. Rows filled
+# plainly, in which pads see pads, train something else: docs/RESULTS.md compares the three.
+
+def with_pads(example, pad_to, n_pads=8):
+    """An Example whose text ends with one EOS, as if it filled a row of pad_to tokens.
+
+    That EOS is the first pad. Each pad but the last predicts the next one: `n` of them do."""
+    content = len(example.ids) - 1
+    n = pad_to - 1 - content
+    n_pads = min(n_pads, n)
+    spread = ((torch.arange(n_pads) + 0.5) * n / n_pads).long()
+    eos = example.ids[-1:].expand(n_pads)
+    return replace(
+        example,
+        ids=torch.cat([example.ids[:content], eos]),
+        source=torch.cat([example.source, torch.arange(content, content + n_pads)]),
+        labels=torch.cat([example.labels, eos]),
+        weight=torch.cat([example.weight, torch.full((n_pads,), n / n_pads)]),
+        position=torch.cat([example.position[:content], content + spread]),
+        pads=n_pads)
+
+
+class PaddedRibbon(Ribbon):
+    """A ribbon in which the last pads[i] tokens of sequence i are seen by no token."""
+
+    def __init__(self, lengths, pads, position, device):
+        """position (T,), on the host: the tokens' positions in the rows that are imitated."""
+        super().__init__(lengths, device)
+        self.position = to_device(position, device)
+        for group, members in enumerate(like_lengths(lengths)):
+            _, longest = self.shapes[group]
+            content = torch.tensor([lengths[i] - pads[i] for i in members])
+            is_content = torch.arange(longest) < content[:, None, None, None]   # (n, 1, 1, L)
+            causal = torch.ones(longest, longest).tril().bool()
+            self.masks[group] = to_device(causal & is_content, device)          # (n, 1, L, L)
+
+    def attend(self, layer, q, k, v):
+        # No fused kernel takes both a mask and heads that share keys: repeat the keys and values.
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        return super().attend(layer, q, k, v)

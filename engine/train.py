@@ -14,16 +14,15 @@ an adapter.
 """
 import time
 from dataclasses import dataclass
-from typing import Iterator
+from functools import partial
+from typing import Iterable, Iterator
 
 import torch
 
 from engine.decode import quiet
-from engine.gpu import Recorded, has_flash, has_graphs, to_device
-from engine.memory import (activation_memory, auto_slots, free_memory, give_back_memory,
-                           is_out_of_memory, less_memory, recompute_if_short, tokens_per_step)
-from engine.packing import Example, Packed, Room, pack
-from engine.update import FrozenHeadLoss, adamw_all
+from engine.device import (Recorded, activation_memory, auto_slots, free_memory, fused, has_flash,
+                           has_graphs, less_memory, to_device, try_memory)
+from engine.ribbon import Example, Packed, Room, pack
 
 
 @dataclass
@@ -52,41 +51,48 @@ def sft(model, jobs: list, progress=quiet) -> Iterator[tuple[int, Trained]]:
     """Train an adapter for every job: yields (its number, Trained) as jobs end. The longest begin
     first.
 
-    The model stays as it is. `progress` hears of the optimiser steps. When memory runs out, it goes
-    on with half the slots (see less_memory): jobs under way begin again, and end the same."""
+    The model stays as it is. progress(done, total) is called after each step. If memory runs out,
+    unfinished jobs restart with half as many slots; the result is the same."""
     # Longest first: a long job that began last would run alone in the end.
     waiting = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps)
     waiting = [i for i in waiting if jobs[i].steps]
+    if not waiting:
+        return
+    total = sum(job.steps for job in jobs)
+    slots = jobs[0].recipe.slots
     recompute = model.recompute
+    # A CPU's system that runs out kills the process, and there is nothing to catch.
+    if model.device.type == "cpu" and not recompute and not auto_slots(model, jobs):
+        print("memory is short: activations are recomputed", flush=True)
+        model.recompute = True
     try:
-        yield from train_waiting(model, jobs, waiting, progress)
+        while waiting:
+            slots = min(slots or auto_slots(model, jobs) or 1, len(waiting))
+            # fill_slots empties its copy of `waiting`; this one keeps what has not ended.
+            training = fill_slots(model, jobs, list(waiting), slots,
+                                  lambda left: progress(total - left, total))
+            ok, ended = try_memory(lambda: next(training, None))
+            while ended:
+                waiting.remove(ended[0])
+                yield ended
+                ok, ended = try_memory(lambda: next(training, None))
+            if not ok:
+                slots = less_memory(model, slots)
     finally:
         model.recompute = recompute
 
 
-def train_waiting(model, jobs, waiting, progress):
-    """sft, of the jobs whose numbers are in `waiting`; model.recompute may change."""
-    total = sum(job.steps for job in jobs)
-    slots = jobs[waiting[0]].recipe.slots if waiting else 0
-    if waiting:
-        recompute_if_short(model, jobs)
-    while waiting:
-        slots = min(slots or auto_slots(model, jobs), len(waiting))
-        ran_out = False
-        try:
-            # fill_slots empties its copy of `waiting`; this one keeps what has not ended.
-            for i, trained in fill_slots(model, jobs, list(waiting), slots,
-                                         lambda left: progress(total - left, total)):
-                waiting.remove(i)
-                yield i, trained
-        except (RuntimeError, MemoryError) as e:
-            ran_out = is_out_of_memory(e)
-            if not ran_out:
-                raise
-        # Not within `except`, as the error holds on to what was in use.
-        if ran_out:
-            slots = less_memory(model, slots)
-            give_back_memory(model.device)
+def batched(items: Iterable, size: int, seconds=60.0) -> Iterator[list]:
+    """Group items into lists of `size`, as they come. A list is also closed after `seconds`: a kill
+    loses at most a minute of work."""
+    batch, begin = [], time.time()
+    for item in items:
+        batch.append(item)
+        if len(batch) == size or time.time() - begin > seconds:
+            yield batch
+            batch, begin = [], time.time()
+    if batch:
+        yield batch
 
 
 def fill_slots(model, jobs, waiting, n, progress):
@@ -94,8 +100,8 @@ def fill_slots(model, jobs, waiting, n, progress):
 
     `progress` hears how many optimiser steps are left."""
     engine = Engine(model, jobs[0].recipe, n)
-    if can_record(engine.adapters, jobs, n):
-        engine.room = Room.of(jobs, n)
+    if has_graphs(model.device) and can_record(engine.adapters, jobs, n):
+        engine.room, engine.recorded = Room.of(jobs, n), Recorded()
     left = sum(jobs[i].steps for i in waiting)
     ended = []
     while True:
@@ -105,7 +111,11 @@ def fill_slots(model, jobs, waiting, n, progress):
         if active:
             engine.step()
         # Jobs that ended a step ago are read now: a GPU is busy with this step meanwhile.
-        trained = [read_ended(*job) for job in ended]
+        trained = []
+        for running, weights, curve in ended:
+            *losses, finite = curve.tolist()
+            trained.append((running.number,
+                            Trained(weights, losses, running.seconds, diverged=not finite)))
 
         # The time of a step is shared by the jobs in it.
         for running in active:
@@ -120,22 +130,17 @@ def fill_slots(model, jobs, waiting, n, progress):
             return
 
 
-def read_ended(running, weights, curve) -> tuple[int, Trained]:
-    *losses, finite = curve.tolist()
-    return running.number, Trained(weights, losses, running.seconds, diverged=not finite)
-
-
 def can_record(adapters, jobs, slots: int) -> bool:
     """Whether the jobs' steps can be CUDA graphs: if no shape depends on how long a single text is,
     nothing that a step does depends on who is in which slot, and there is room for it."""
     model = adapters.model
     heads = torch.empty(0, 1, model.config.head_dim, device=model.device, dtype=model.dtype)
     plain = all(job.free is None and not job.recipe.pad_to for job in jobs)
-    if not (has_graphs(model.device) and adapters.grouped and has_flash(heads) and plain):
+    if not (adapters.grouped and has_flash(heads) and plain):
         return False
     # Graphs keep memory of their own, beside what the steps take that just run: both hold what the
     # backward pass needs. Twice the mean, as some steps are longer.
-    tokens = 2 * slots * tokens_per_step(jobs)
+    tokens = 2 * slots * sum(job.tokens for job in jobs) / sum(job.steps for job in jobs)
     return 2 * activation_memory(model, adapters.lora, tokens) < free_memory(model.device)
 
 
@@ -158,9 +163,9 @@ class Engine:
         # job ends, as reading one would wait for the step.
         self.running: list[Running | None] = [None] * n
         self.losses: list[torch.Tensor] = []
-        # If there is a Room, steps are recorded as CUDA graphs.
+        # Where steps are recorded as CUDA graphs: their shapes, and the graphs.
         self.room: Room | None = None
-        self.recorded = Recorded()
+        self.recorded: Recorded | None = None
 
     def take_jobs(self, jobs, waiting):
         """Continuous batching: an empty slot takes the next job, out of `waiting`."""
@@ -181,14 +186,6 @@ class Engine:
 
     def step(self):
         """A step of AdamW for every running job, on its next micro-batch."""
-        step = self.next_step()
-        if self.room:
-            losses = self.recorded(self.compute, step)
-        else:
-            losses = self.compute(step)
-        self.losses.append(losses)
-
-    def next_step(self) -> Packed:
         step = pack(self.running, self.model.device, self.flat.dtype, self.room)
         # An empty slot holds zeros and has no gradient: its step changes nothing.
         lr = torch.zeros(self.n, 1, dtype=self.flat.dtype)
@@ -198,39 +195,34 @@ class Engine:
                 lr[slot] = active.job.lr_at(active.step)
                 t[slot] = active.step + 1
         step.lr, step.t = to_device(lr, self.model.device), to_device(t, self.model.device)
-        return step
+        compute = partial(self.recorded, self.compute) if self.room else self.compute
+        self.losses.append(compute(step))
 
     def compute(self, step: Packed):
-        """All that a GPU does in a step: the losses (n,)."""
-        losses = self.forward_backward(step)
-        self.update(step)
-        return losses
-
-    def forward_backward(self, step: Packed):
-        """The gradients of all adapters, by one pass over the ribbon: the losses (n,).
+        """All that a GPU does in a step: the losses (n,), the gradients of all adapters by one pass
+        over the ribbon, and AdamW.
 
         An adapter's loss is the mean over its micro-batch's labels. Their sum is back-propagated:
         each adapter appears in its own term only."""
         self.read.grad = None
         # Only tokens that predict a label go through the output layer. The backward pass is within
         # the route as well: with `recompute` it runs the blocks again, adapters included.
-        with self.adapters.along(step.segments, self.read):
+        with self.adapters.route(step.segments, self.read):
             h = self.model.hidden(step.ids, step.ribbon.position, step.ribbon.attend)   # (T, D)
             h = h.index_select(0, step.source)                                          # (N, D)
             nll = FrozenHeadLoss.apply(h, self.model.lm_head.weight, step.labels)
             nll = nll * step.weight
             nll.sum().backward()
-        # For the record: each slot's loss is the sum of its labels' weighted losses.
-        losses = self.flat.new_zeros(self.n)
-        return losses.index_add(0, step.slot, nll.detach().to(losses.dtype))
-
-    def update(self, step: Packed):
-        """An AdamW step of every adapter, each with its own learning rate and step number."""
         for slot, active in enumerate(self.running):
             if active and active.job.free is not None:
                 self.read.grad[slot] *= active.job.free
-        adamw_all(self.flat, self.read.grad, self.m, self.v, step.lr, step.t, self.read.detach(),
-                  clip=self.recipe.clip, weight_decay=self.recipe.weight_decay)
+        # Each adapter has its own learning rate and step number.
+        fused(adamw_, self.flat)(
+            self.flat, self.read.grad, self.m, self.v, step.lr, step.t, self.read.detach(),
+            clip=self.recipe.clip, weight_decay=self.recipe.weight_decay)
+        # For the record: each slot's loss is the sum of its labels' weighted losses.
+        losses = self.flat.new_zeros(self.n)
+        return losses.index_add(0, step.slot, nll.detach().to(losses.dtype))
 
     def take_out(self):
         """Empty the slots whose job has ended: a list of (running, its weights, its losses and
@@ -250,3 +242,69 @@ class Engine:
             for state in (self.flat, self.read, self.m, self.v):
                 state.detach()[slot] = 0
         return ended
+
+
+# ------------------------------------------------------------------------------- loss and AdamW
+
+# Written out, as the output layer is frozen and as each adapter has its own learning rate, step
+# number and clipping. lora.sft_one uses torch's own.
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy through a frozen output layer: h (N, D), W (V, D), labels (N,) -> nll (N,).
+
+    The logits (N, V) never exist at once. As W needs no gradient, d nll / dh = (softmax - onehot) W
+    is computed in the forward pass, chunk by chunk, and the backward pass only scales it."""
+
+    @staticmethod
+    def forward(ctx, h, W, labels):
+        nll = torch.empty(len(h), device=h.device, dtype=torch.promote_types(h.dtype, torch.float))
+        grad = torch.empty_like(h)
+        # A chunk has at most 2^27 logits (2^24 on a CPU): .5 GiB in float32.
+        size = max(1, (2 ** 27 if h.is_cuda else 2 ** 24) // len(W))
+        loss_of = fused(nll_and_gradient, h)
+        for i in range(0, len(h), size):
+            chunk = slice(i, i + size)
+            nll[chunk], grad[chunk] = loss_of(h[chunk], W, labels[chunk, None], nll.dtype)
+        ctx.save_for_backward(grad)
+        return nll
+
+    @staticmethod
+    def backward(ctx, g):
+        (grad,) = ctx.saved_tensors
+        return grad * g[:, None].to(grad.dtype), None, None
+
+
+def nll_and_gradient(h, W, label, dtype):
+    """nll (N,) of labels (N, 1), computed in this dtype, and d nll / dh (N, D)."""
+    p = (h @ W.T).to(dtype).log_softmax(-1)             # (N, V), logarithms
+    nll = -p.gather(1, label)[:, 0]
+    # d nll / d logits = softmax - onehot, in the place of the logarithms.
+    p = p.exp_()
+    if p.is_cuda:       # pointwise, so that it is one kernel with what stands around it
+        p = p - (torch.arange(p.shape[1], device=p.device) == label).to(p.dtype)
+    else:
+        p.scatter_add_(1, label, torch.full_like(label, -1, dtype=p.dtype))
+    return nll, p.to(h.dtype) @ W
+
+
+@torch.no_grad()
+def adamw_(p, g, m, v, lr, t, copy, clip, weight_decay, betas=(0.9, 0.999), eps=1e-8):
+    """One AdamW step (arXiv 1711.05101) of n adapters, in place, each gradient clipped by its norm.
+
+    p, g, m, v (n, P); lr and the step's number t, from 1, (n, 1): each adapter has its own. copy:
+    of p in the model's dtype, which is written as well (or p itself); g is in that dtype."""
+    g = g.to(p.dtype)
+    norm = g.norm(dim=1, keepdim=True)
+    # Clip: shorten a gradient whose norm exceeds `clip`, as torch's clip_grad_norm_ does.
+    g = g.mul_((clip / (norm + 1e-6)).clamp(max=1))
+    # Running means of the gradient and of its square. They start at 0: m_hat, v_hat correct that.
+    m.lerp_(g, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    m_hat = m / (1 - betas[0] ** t)
+    v_hat = v / (1 - betas[1] ** t)
+    # Decoupled weight decay: it acts on the values themselves, not through the gradient.
+    if weight_decay:
+        p.mul_(1 - lr * weight_decay)
+    p.sub_(m_hat.div_(v_hat.sqrt_().add_(eps)).mul_(lr))
+    if copy.dtype != p.dtype:
+        copy.copy_(p)

@@ -11,13 +11,11 @@ import torch
 import lora
 import outer_loop
 from data import tinyworld
-from engine import decode, packing, update
-from lab import reliability
+from engine import decode, ribbon, train
 from model import Linear
 from selfedit import NOTES, SelfEdit, Task
 from support import stats
 from support.config import Config
-
 
 # 1: a question has the direction of the test's question, so that both are asked for in both.
 def notes(passage):
@@ -54,24 +52,24 @@ def select(rewards, usable, without, how="best", keep=1, strict=False):
 # 4
 def adamw(p, g, m, v, lr, t, clip, weight_decay):
     p, g, m, v = (x.clone() for x in (p, g, m, v))
-    update.adamw_(p, g, m, v, lr, t, p, clip, weight_decay)
+    train.adamw_(p, g, m, v, lr, t, p, clip, weight_decay)
     return p, m, v
 
 
 # 5
 def loss_and_gradient(h, W, labels):
-    return update.nll_and_gradient(h, W, labels[:, None], h.dtype)
+    return train.nll_and_gradient(h, W, labels[:, None], h.dtype)
 
 
 # 6
 def lay_out(slots):
     running = []
     for texts in slots:
-        examples = [packing.Example.of(ids, learn) for ids, learn in texts]
+        examples = [ribbon.Example.of(ids, learn) for ids, learn in texts]
         # A slot's only micro-batch is all of its texts.
         batches = iter([range(len(examples))])
         running.append(SimpleNamespace(examples=examples, batches=batches) if texts else None)
-    step = packing.pack(running, torch.device("cpu"), torch.float64)
+    step = ribbon.pack(running, torch.device("cpu"), torch.float64)
     parts = (step.ribbon.position, step.source, step.labels, step.weight)
     return tuple(part.tolist() for part in parts)
 
@@ -81,13 +79,19 @@ def m_step_example(prompt, edit):
     return lora.dialogue(prompt, edit, completion_only=True)
 
 
-# 8
+# 8: `python -m lab.reliability` reports the same.
 def luck(accuracy):
-    found = reliability.variance_components(list(accuracy))
-    return (found["standard deviation of one inner loop, over seeds"],
-            found["true standard deviation between the self-edits of a passage"],
-            found["the best of K, by the seeds that chose it"],
-            found["the best of K, chosen without one seed, by that seed"])
+    noise, true, chosen, held_out = [], [], [], []
+    for rewards in accuracy:
+        mean = rewards.mean(axis=1)
+        noise.append(rewards.var(axis=1, ddof=1).mean())
+        true.append(mean.var(ddof=1) - noise[-1] / rewards.shape[1])
+        chosen.append(mean.max())
+        for seed in range(rewards.shape[1]):
+            others = np.delete(rewards, seed, axis=1).mean(axis=1)
+            held_out.append(rewards[others.argmax(), seed])
+    return (np.mean(noise) ** 0.5, max(0.0, np.mean(true)) ** 0.5, np.mean(chosen),
+            np.mean(held_out))
 
 
 # 9

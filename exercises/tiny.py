@@ -6,17 +6,16 @@ from functools import cache
 import torch
 
 from data import tinyworld
-from engine.decode import Sampling
-from inner_loop import update_and_score
+from inner_loop import answering, inner_recipe, update_and_score
 from model import load_pretrained
 from selfedit import read_self_edit
 from support.checkpoint import EMBEDDED
-from support.config import PRESETS, Config, inner_recipe
+from support.config import PRESETS, Config
 from support.tokenizer import Tokenizer
 
 CONFIG = Config(**PRESETS["tiny"])
 RECIPE = inner_recipe(CONFIG)
-ANSWERING = Sampling(CONFIG.max_answer_tokens, newline_stops=True)
+ANSWERING = answering(CONFIG)
 
 
 def answers_of(module):

@@ -1,121 +1,65 @@
-"""Half of the reward's cost: what are the self-edits worth that cheaper rewards choose?
+"""A reward for less: what are the self-edits worth that cheaper rewards choose?
 
     python -m lab.choosing --out FILE.jsonl [--released PASSAGES.json]
+    python -m lab.choosing --scores --out FILE.jsonl [--svg FILE]
+    python -m lab.choosing --run RUN_DIR --out FILE.jsonl [--model DIR] [--data FILE]
 
-Self-edits of the untrained model, each tried with six seeds, and with half of the steps. What are
-the two best of a town worth, by seeds that did not choose them? The rules are those of
-lab/choosing.py. 5 minutes per seed of the world, on one thread.
-
---released: the authors' verdicts, shared with SEAL's code: a list of passages with
-"released_edits", each with "adapter_mean" and "adapter_std" of three seeds.
+The untrained model's self-edits, 16 of a town, are tried with six seeds each, and with half of the
+steps: 5 minutes per seed of the world, on one thread. What are the best worth, by seeds that did
+not choose them, if fewer inner loops choose (lab/race.py)? --released: of the authors' as well:
+passages with "released_edits", each with "adapter_mean" and "adapter_std" of three seeds.
+--scores: if no inner loop chooses, but one backward pass or less? 2 minutes more.
+--run: does the product of gradients rank the self-edits of a real model's first round, too? Of a
+run about passages, with --seeds 2 or more. 4 s a self-edit for 135 M parameters, on one thread.
 """
 import itertools
-import math
 import tempfile
-from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from inner_loop import update_and_score
-from lab.experiment import add_seeds, complete, flags, where
-from lab.show import over_passages, print_table
-from lab.tiny import SETTINGS
-from outer_loop import in_order, next_tasks, sample
-from selfedit import seed_for
-from support.config import Config
+from data.tasks import in_order, load_tasks, next_tasks
+from inner_loop import inner_recipe, make_job
+from lab.credit import truth
+from lab.experiment import (Question, complete, new_figure, over_passages, print_table, save,
+                            where)
+from lab.race import LAST, PRODUCT, RULES, USUAL, Rung, gold, loss, products, race, trainer
+from lab.reliability import accuracy_of, read_groups
+from lab.tiny import RECIPE, SETTINGS, run_of, start
+from lora import Adapters, sft_one
+from outer_loop import sample
+from selfedit import read_self_edit, seed_for
 from support.files import cli, read_json
-from support.progress import Meter
 from support.run import Run
+from support.stats import bootstrap_ci
 
 SEEDS = 6       # three to choose by, three to judge by
 
 
-# ------------------------------------------------------------------------------- successive halving
-
-# Successive halving (arXiv 1502.07943): further inner loops go to the contenders alone. A race
-# gives one inner loop to every self-edit of a task, and the others to the best of them. Or the
-# first one takes half of the training steps. Or what is saved goes to more self-edits. The cost
-# is in inner loops; half of the steps are half a loop.
-
-@dataclass
-class Rung:
-    """A stage of a race."""
-    share: float        # of a task's self-edits that are still in it
-    seeds: int          # further inner loops of each of these
-    steps: float = 1    # of an inner loop's training steps, the share that is taken
+def written(seed: int) -> tuple:
+    """(run, model, tasks, edits): what the untrained model writes of the first round's tasks, with
+    twice the usual K self-edits of each."""
+    # Of the run's folder nothing is kept.
+    with tempfile.TemporaryDirectory() as folder:
+        run, train = start(folder, seed, edits=2 * SETTINGS["edits"])
+        tasks, model = next_tasks(train, 0, run.cfg.tasks), run.load(0)
+        return run, model, tasks, sample(run, model, tasks, 0, "train", run.cfg.edits)
 
 
-# name -> (self-edits, as a multiple of the usual K; the stages)
-RULES = {
-    "one seed": (1, [Rung(1, 1)]),
-    "two seeds": (1, [Rung(1, 2)]),
-    "three seeds": (1, [Rung(1, 3)]),
-    "one, two more for 3/8": (1, [Rung(1, 1), Rung(3 / 8, 2)]),
-    "one, one more for 1/2": (1, [Rung(1, 1), Rung(1 / 2, 1)]),
-    "half the steps": (1, [Rung(1, 1, 1 / 2)]),
-    "half the steps, one seed for 1/2": (1, [Rung(1, 1, 1 / 2), Rung(1 / 2, 1)]),
-    "twice the self-edits, one seed": (2, [Rung(1, 1)]),
-    "twice the self-edits, half the steps": (2, [Rung(1, 1, 1 / 2)]),
-    "twice the self-edits, half the steps, one seed for 1/4":
-        (2, [Rung(1, 1, 1 / 2), Rung(1 / 4, 1)]),
-}
+def try_often(seed: int) -> dict:
+    """A line: accuracies (tasks, K, seeds) of the untrained model's self-edits."""
+    run, model, tasks, edits = written(seed)
+    run_rung = trainer(run, model, tasks, edits, 0)
+    pairs = list(itertools.product(range(run.cfg.tasks), range(run.cfg.edits)))
+    found = {}
+    for name, rung in (("whole", Rung(1, SEEDS)), ("half", Rung(1, 1, 1 / 2))):
+        accuracies = np.reshape(run_rung(pairs, rung, 0), (len(tasks), run.cfg.edits, -1))
+        found[name] = accuracies.round(4).tolist()
+    return found
 
 
-def race(rungs: list[Rung], n_tasks: int, k: int, run_rung) -> tuple[np.ndarray, float]:
-    """(scores (n_tasks, k), inner loops taken). Whoever drops out is scored below all others.
-
-    run_rung((task, self-edit)s, rung, seeds so far) -> for each of them a list of accuracies."""
-    scores, found = np.zeros((n_tasks, k)), defaultdict(list)
-    left = {i: list(range(k)) for i in range(n_tasks)}
-    tried, steps, loops = 0, 0, 0.0
-    for rung in rungs:
-        pairs = []
-        for i in left:
-            # Sorting is stable: of equals the first goes on.
-            ranked = sorted(left[i], key=lambda j: -scores[i, j])
-            left[i] = sorted(ranked[:math.ceil(rung.share * k)])
-            # An accuracy is at most 1, so that all others are now below them.
-            scores[i] -= 1
-            scores[i, left[i]] += 1
-            pairs += [(i, j) for j in left[i]]
-        # What was measured after fewer steps decides who goes on, and is then forgotten.
-        if rung.steps > steps:
-            found.clear()
-        for pair, accuracies in zip(pairs, run_rung(pairs, rung, tried)):
-            found[pair] += accuracies
-            scores[pair] = np.mean(found[pair])
-        tried, steps = tried + rung.seeds, rung.steps
-        loops += len(pairs) * rung.seeds * rung.steps
-    return scores, loops
-
-
-def start(seed: int, folder, times=1):
-    """A run of the tiny preset with so many times its self-edits, and its training towns in order.
-    """
-    run = Run(Config(**SETTINGS | {"seed": seed, "baselines": False, "run_dir": folder,
-                                   "edits": times * SETTINGS["edits"]}))
-    return run, in_order(run.tasks(run.cfg.train_data), seed)
-
-
-def trainer(run: Run, model, tasks, edits, t: int):
-    """run_rung for `race`: inner loops, with the seeds that outer_loop.score would use."""
-    def run_rung(pairs, rung, first):
-        recipe = replace(run.recipe, epochs=round(run.recipe.epochs * rung.steps))
-        asked, learned, seeds = [], [], []
-        for i, j in pairs:
-            asked.append(tasks[i])
-            learned.append(edits[i][j])
-            seeds.append([seed_for(run.cfg.seed, t, "train", i, j, s, "adapter")
-                          for s in range(first, first + rung.seeds)])
-        outcomes = dict(update_and_score(model, run.tok, asked, learned, seeds, recipe,
-                                         run.answering, Meter("optimiser steps")))
-        # Nothing to learn from is no accuracy, and a reward of 0.
-        return [outcomes[n].accuracy or [0.0] * rung.seeds for n in range(len(pairs))]
-    return run_rung
-
-
-# --------------------------------------------------------------------------- what a choice is worth
+# ------------------------------------------------------------------------- fewer inner loops
 
 def released(file) -> np.ndarray:
     """(passages, K, 3): the accuracies of the authors' three seeds, from mean and deviation."""
@@ -141,58 +85,32 @@ class Tried:
     keep: int           # self-edits of a task that are chosen
     judges: int         # seeds that judge the choice, and do not choose
 
-    def first(self, k: int) -> "Tried":
-        """With k self-edits of each task alone."""
-        return replace(self, whole=self.whole[:, :k], half=self.half[:, :k])
 
-
-def worth(rungs: list[Rung], tried: Tried, draws=100) -> tuple[np.ndarray, float]:
-    """(what the chosen are worth (tasks,), by seeds that did not choose; inner loops per task)."""
-    n, k, seeds = tried.whole.shape
+def worth_by_race(rungs: list[Rung], tried: Tried, k: int, draws=100) -> tuple[np.ndarray, float]:
+    """(what the chosen of the first k are worth (tasks,), by seeds that did not choose; inner loops
+    per task)."""
+    n, _, seeds = tried.whole.shape
     rng, values = np.random.default_rng(seed_for("race") % 2 ** 32), np.zeros(n)
     for _ in range(draws):
         # Which seed comes first is by chance, for each self-edit anew. The last ones judge.
-        mixed = rng.permuted(tried.whole, axis=2)
+        mixed = rng.permuted(tried.whole[:, :k], axis=2)
 
         def run_rung(pairs, rung, first):
             known = mixed if rung.steps == 1 else tried.half
             return [known[i, j, first:first + rung.seeds].tolist() for i, j in pairs]
 
         scores, loops = race(rungs, n, k, run_rung)
-        chosen = np.argsort(-scores, axis=1, kind="stable")[:, :tried.keep]
-        judged = mixed[:, :, seeds - tried.judges:].mean(axis=2)
-        values += np.take_along_axis(judged, chosen, axis=1).mean(axis=1)
+        judged = mixed[:, :, seeds - tried.judges:]
+        values += worth(scores[:, :, None], judged, k, tried.keep)
     return values / draws, loops / n
 
 
-def written(seed: int) -> tuple:
-    """(run, model, tasks, edits): what the untrained model writes of the first round's tasks, with
-    twice the usual K self-edits of each."""
-    # Of the run's folder nothing is kept.
-    with tempfile.TemporaryDirectory() as folder:
-        run, train = start(seed, folder, times=2)
-        tasks, model = next_tasks(train, 0, run.cfg.tasks), run.load(0)
-        return run, model, tasks, sample(run, model, tasks, 0, "train", run.cfg.edits)
-
-
-def try_often(seed: int) -> dict:
-    """A line: accuracies (tasks, K, seeds) of the untrained model's self-edits."""
-    run, model, tasks, edits = written(seed)
-    run_rung = trainer(run, model, tasks, edits, 0)
-    pairs = list(itertools.product(range(run.cfg.tasks), range(run.cfg.edits)))
-    found = {}
-    for name, rung in (("whole", Rung(1, SEEDS)), ("half", Rung(1, 1, 1 / 2))):
-        accuracies = np.reshape(run_rung(pairs, rung, 0), (len(tasks), run.cfg.edits, -1))
-        found[name] = accuracies.round(4).tolist()
-    return found
-
-
-def show(title: str, tried: Tried, k: int, names, against: str):
+def show_rules(title: str, tried: Tried, k: int, names, against: str):
     """What the choice of each rule is worth, with intervals over tasks. k: the usual K."""
     values, loops = {}, {}
     for name in names:
         times, rungs = RULES[name]
-        values[name], loops[name] = worth(rungs, tried.first(times * k))
+        values[name], loops[name] = worth_by_race(rungs, tried, times * k)
     rows = [["any", 0, f"{tried.whole.mean():.3f}", ""]]
     for name, value in values.items():
         # Task by task.
@@ -202,24 +120,228 @@ def show(title: str, tried: Tried, k: int, names, against: str):
                 rows, title)
 
 
-def main():
-    ap = flags(__doc__)
-    add_seeds(ap)
-    ap.add_argument("--released", metavar="FILE", help="passages with the authors' verdicts")
-    args = ap.parse_args()
-    wanted = [{"part": "choosing", "seed": seed} for seed in args.seeds]
-    records = complete(ap, args, wanted, lambda line: try_often(line["seed"]))
-    if args.released:
-        whole = released(args.released)
+def show_choices(parts: dict[str, list[dict]], authors=None):
+    """authors: a file of their released verdicts."""
+    if authors:
+        whole = released(authors)
         # Half of the steps were never tried.
-        authors = Tried(whole, half=whole[:, :, :0], keep=1, judges=1)
-        show(f"the authors' {len(whole)} passages, the best self-edit", authors, whole.shape[1],
-             ("one seed", "two seeds", "one, one more for 1/2"), against="two seeds")
-    lines = where(records, part="choosing")
-    whole, half = [np.concatenate([line[name] for line in lines]) for name in ("whole", "half")]
+        tried = Tried(whole, half=whole[:, :, :0], keep=1, judges=1)
+        show_rules(f"the authors' {len(whole)} passages, the best self-edit", tried, whole.shape[1],
+                   ("one seed", "two seeds", "one, one more for 1/2"), against="two seeds")
+    whole, half = joined(parts["choosing"], "whole"), joined(parts["choosing"], "half")
     # There are twice the usual K self-edits.
-    show(f"{len(whole)} towns, the two best self-edits", Tried(whole, half, keep=2, judges=3),
-         whole.shape[1] // 2, RULES, against="three seeds")
+    show_rules(f"{len(whole)} towns, the two best self-edits", Tried(whole, half, keep=2, judges=3),
+               whole.shape[1] // 2, RULES, against=USUAL)
+
+
+# --------------------------------------------------------------------- scores without an inner loop
+
+# score -> its cost per self-edit, in passes. A backward pass includes its forward pass.
+SCORES = {"number of tokens": "none",
+          "answers that its lines state": "the world's truth",
+          "answers, notes in the prompt": "1 forward",
+          PRODUCT: "1 backward",
+          "answers after one step": "1 backward, 1 forward"}
+LOOP = "an inner loop (SEAL)"
+# Who chooses -> the cost per self-edit, in passes.
+COSTS = SCORES | {"half of the steps": "5 backward, answers",
+                  LOOP: "10 backward, answers",
+                  "the five other inner loops": "50 backward, answers"}
+KEEP = 2        # self-edits of a town that are learned in the preset
+
+
+def score(model, tok, task, edits, seeds) -> list[dict[str, float]]:
+    """{score: its value, the higher the better} of each self-edit. seeds: of the adapters."""
+    untrained = Adapters(model, RECIPE.lora, 1)
+    answers = gold(tok, task)
+    # An epoch is one step here, as all documents are in one batch.
+    one_step = replace(RECIPE, epochs=1)
+    found = []
+    for edit, seed, (product, _) in zip(edits, seeds, products(model, tok, task, edits)):
+        try:
+            job = make_job(model, tok, edit, seed, one_step)
+        except ValueError:
+            found.append(dict.fromkeys(SCORES, LAST))
+            continue
+        adapter = Adapters.stack(model, RECIPE.lora, [sft_one(model, job).weights])
+        with torch.no_grad():
+            after = loss(model, adapter, answers)
+            # Without the passage, which is a document of every self-edit and has all answers.
+            in_prompt = loss(model, untrained, gold(tok, task, edit.text + "\n\n"))
+        found.append({"number of tokens": job.tokens,
+                      "answers that its lines state": int(truth(task, edit).any(axis=0).sum()),
+                      "answers, notes in the prompt": -in_prompt.item(),
+                      PRODUCT: product,
+                      "answers after one step": -after.item()})
+    return found
+
+
+def measure_scores(seed: int) -> dict:
+    """A line: scores (towns, K) of the self-edits that try_often tries."""
+    run, model, tasks, edits = written(seed)
+    scores = {name: [] for name in SCORES}
+    for i, task in enumerate(tasks):
+        # Other seeds than those of the inner loops that judge.
+        seeds = [seed_for(seed, "proxy", i, j) for j in range(len(edits[i]))]
+        rows = score(model, run.tok, task, edits[i], seeds)
+        for name, values in scores.items():
+            values.append([round(row[name], 5) for row in rows])
+    return {"scores": scores}
+
+
+def others(whole):
+    """(towns, K, inner loops): judge s is the mean of all inner loops but loop s. So no loop judges
+    what it chose."""
+    return (whole.sum(axis=2, keepdims=True) - whole) / (whole.shape[2] - 1)
+
+
+def ranks(values):
+    """Along the second axis, around 0: how many are lower minus how many are higher."""
+    return np.sign(values[:, :, None] - values[:, None]).sum(axis=2)
+
+
+def correlation(scores, judges):
+    """(towns,) Spearman's, within a town, mean over judges; 0 where all are equal."""
+    a, b = ranks(scores), ranks(judges)
+    squares = (a ** 2).sum(axis=1) * (b ** 2).sum(axis=1)
+    return ((a * b).sum(axis=1) / np.sqrt(np.maximum(squares, 1))).mean(axis=1)
+
+
+def worth(scores, judges, k: int, keep=KEEP):
+    """(towns,) what the best of k self-edits are worth, mean over groups of k and over judges."""
+    found = []
+    for first in range(0, judges.shape[1], k):
+        group = slice(first, first + k)
+        # Sorting is stable: of equals the first is chosen.
+        ranked = np.argsort(-scores[:, group], axis=1, kind="stable")
+        chosen = np.take_along_axis(judges[:, group], ranked[:, :keep], axis=1)
+        found.append(chosen.mean(axis=(1, 2)))
+    return np.mean(found, axis=0)
+
+
+def joined(lines, name):
+    """What they have under this name, the towns of all seeds one after another."""
+    return np.concatenate([line[name] for line in lines])
+
+
+def choosers(parts) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """({who chooses: scores (towns, K, inner loops or 1)}, judges (towns, K, inner loops))."""
+    tried = []
+    for line in parts["scores"]:
+        tried += where(parts["choosing"], seed=line["seed"])
+    whole = joined(tried, "whole")
+    judges = others(whole)
+    scores = [line["scores"] for line in parts["scores"]]
+    found = {name: joined(scores, name)[:, :, None] for name in SCORES}
+    found["half of the steps"] = joined(tried, "half")
+    found[LOOP] = whole
+    # What the judges themselves would choose: nothing can be worth more.
+    found["the five other inner loops"] = judges
+    return found, judges
+
+
+def show_scores(parts):
+    """What a choice among the usual K and among twice as many is worth, over towns."""
+    found, judges = choosers(parts)
+    towns, twice, _ = judges.shape
+    k = twice // 2
+    usual = worth(found[LOOP], judges, k)
+    rows = [["any", "none", "", f"{judges.mean():.3f}", "", ""]]
+    for name, scores in found.items():
+        few = worth(scores, judges, k)
+        many = worth(scores, judges, twice)
+        alike = over_passages(correlation(scores, judges), ".2f")
+        # Town by town.
+        more = "" if name == LOOP else over_passages(few - usual, "+.3f")
+        rows.append([name, COSTS[name], alike, f"{few.mean():.3f}", more, f"{many.mean():.3f}"])
+    head = ["who chooses", "cost", "rank correlation", f"worth, {KEEP} of {k}",
+            "against an inner loop", f"worth, {KEEP} of {twice}"]
+    print_table(head, rows, f"{towns} towns, {twice} self-edits each")
+
+
+def draw_scores(parts, file):
+    """What a choice among the usual K is worth."""
+    found, judges = choosers(parts)
+    figure, axes = new_figure("reward of the chosen (95 % interval over towns)", "", (7, 3.5))
+    k = judges.shape[1] // 2
+    for y, scores in enumerate(found.values()):
+        values = worth(scores, judges, k)
+        axes.plot(bootstrap_ci(values), [y, y], color="#1f77b4")
+        axes.plot(values.mean(), y, "o", color="#1f77b4")
+    axes.axvline(judges.mean(), color="#777", linestyle="--", label="any")
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    save(figure, file)
+
+
+# ------------------------------------------------------------------------------- of a real model
+
+def measure_run(run: Run, model, task, rollouts: list[dict]) -> dict:
+    """A line: scores of the self-edits of a passage, and their accuracy with each seed."""
+    edits = [read_self_edit(task, r["text"], r["token_ids"]) for r in rollouts]
+    found = products(model, run.tok, task, edits, inner_recipe(run.cfg))
+    return {"accuracy": accuracy_of(rollouts).round(4).tolist(),
+            "product": [round(product, 5) for product, _ in found],
+            "cosine": [round(cosine, 5) for _, cosine in found],
+            "documents": [r["documents"] for r in rollouts],
+            "tokens": [len(r["token_ids"]) for r in rollouts]}
+
+
+def show_run(lines):
+    """How each score ranks the self-edits of a passage, and what its choice is worth."""
+    whole = np.array([line["accuracy"] for line in lines])          # (passages, K, seeds)
+    judges = others(whole)
+    scores = {LOOP: whole}
+    for label, name, sign in (("product", "product", 1), ("cosine", "cosine", 1),
+                              ("few documents", "documents", -1), ("few tokens", "tokens", -1)):
+        scores[label] = sign * np.array([line[name] for line in lines])[:, :, None]
+    k = whole.shape[1]
+    rows = [["any", "", over_passages(whole.mean(axis=(1, 2)))]]
+    for name, values in scores.items():
+        rows.append([name, over_passages(correlation(values, judges), ".2f"),
+                     over_passages(worth(values, judges, k, keep=1))])
+    print_table(["who chooses", "rank correlation within a passage", f"worth, best of {k}"], rows,
+                f"{len(lines)} passages")
+
+
+def of_run(ap, args):
+    moved = {"model": args.model, "train_data": args.data, "device": "cpu"}
+    by_task = {}
+    for group in read_groups(args.run):
+        if group[0]["iteration"] == 0:
+            by_task[group[0]["task"]] = group
+    # The run itself is only read.
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_of(args.run, run_dir=folder,
+                     **{name: value for name, value in moved.items() if value})
+        train = in_order(load_tasks(run, run.cfg.train_data), run.cfg.seed)
+        tasks, model = next_tasks(train, 0, run.cfg.tasks), run.load(0)
+
+        def measure(line):
+            i = line["task"]
+            return measure_run(run, model, tasks[i], by_task[i])
+
+        show_run(complete(ap, args, [{"task": i} for i in sorted(by_task)], measure))
+
+
+def main():
+    parts = {"choosing": try_often, "scores": measure_scores}
+    question = Question(parts, lambda part, seed: parts[part](seed), None, draw_scores, kind="part")
+    ap = question.flags(__doc__)
+    ap.add_argument("--scores", action="store_true", help="choose without an inner loop")
+    ap.add_argument("--released", metavar="FILE", help="passages with the authors' verdicts")
+    ap.add_argument("--run", metavar="RUN_DIR", help="of a real model")
+    ap.add_argument("--model", help="the run's model (default: where it was)")
+    ap.add_argument("--data", help="the passages that it learned from (default: where they were)")
+    args = ap.parse_args()
+    if args.run:
+        return of_run(ap, args)
+    if args.scores:
+        question.show = show_scores
+    else:
+        args.parts, args.svg = ["choosing"], None
+        question.show = lambda parts: show_choices(parts, args.released)
+    question.answer(ap, args)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
     python -m lab.compute RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE]
 
-The writers of finished runs (`python outer_loop.py --seed S`) are compared with writers that no
-reinforcement trained, as these may catch up (SPA, arXiv 2603.22213). k self-edits of a held-out
-town, the passage with each, are learned by ONE adapter. Whatever k is, it takes the preset's 10
-steps, with all documents in each: only the tokens of a step grow with k. 1.5 minutes for an arm and
-a seed on one thread.
+The writers of finished runs are compared with writers that no reinforcement trained, as these may
+catch up (SPA, arXiv 2603.22213). k self-edits of a held-out town, the passage with each, are
+learned by ONE adapter in the preset's 10 steps, with all documents in each: only the tokens of a
+step grow with k. 1.5 minutes for an arm and a seed on one thread.
 """
 import zlib
 from collections import Counter
@@ -17,27 +16,23 @@ import numpy as np
 from data import tinyworld
 from engine.train import sft
 from inner_loop import answer_each, grade_all
-from lab.experiment import Question, flags, mean_of
-from lab.show import arrows, error_bars, new_figure, over_seeds, print_table, save
-from lab.tiny import ANSWERING, RECIPE, answer, by_direction, load
-from lab.writers import best_notes, one_form, rephrased, write
+from lab.experiment import (Question, arrows, error_bars, mean_of, new_figure, over_seeds,
+                            print_table, save)
+from lab.tiny import (ANSWERING, RECIPE, best_notes, by_direction, load, one_form, rephrased,
+                      write)
 from lora import Job
 from selfedit import SelfEdit, Task, seed_for
 from support.files import cli, positive
-from support.progress import Meter
+from support.ranks import Meter
 from support.stats import mean_ci, with_interval
 
 KS = (1, 2, 4, 8, 16, 32)
-# arm -> (who writes, t of the theta_t that learns)
-ARMS = {"untrained writer": (0, 0), "untrained, given a beginning": ("begun", 0),
-        "SEAL, round 1": (1, 0), "SEAL, round 2": (2, 0), "SEAL, round 3": (3, 0),
-        "round 3, own learner": (3, 3),
-        "rephrased passages": (rephrased, 0), "fixed forms": (one_form, 0),
-        "best notes": (best_notes, 0)}
+# arm -> who writes (lab/tiny.py); theta_0 learns
+ARMS = {"untrained writer": 0, "untrained, given a beginning": "begun", "SEAL, round 1": 1,
+        "SEAL, round 2": 2, "SEAL, round 3": 3, "rephrased passages": rephrased,
+        "fixed forms": one_form, "best notes": best_notes}
 SEAL = "SEAL, round 3"
 
-
-# ------------------------------------------------------------------------------- where curves cross
 
 def crossing(ks, curve, other) -> float | None:
     """The k from which a curve stays at or above another. None: it is below at the last k."""
@@ -72,44 +67,19 @@ def crossings(ks, pairs) -> str:
     return f"{words}, in {len(logs)} of {len(found)}"
 
 
-def where_passed(ks, lines: list[dict], others: list[dict]) -> tuple[str, str]:
-    """From which k on the accuracy of an arm is above another arm's at the same k, and above that
-    at the first k, seed by seed. lines, others: of the two arms."""
-    reference = {line["seed"]: line["accuracy"] for line in others}
-    same, first = [], []
-    for line in lines:
-        if line["seed"] in reference:
-            other = reference[line["seed"]]
-            same.append((line["accuracy"], other))
-            first.append((line["accuracy"], other[:1]))
-    return crossings(ks, same), crossings(ks, first)
-
-
-# ------------------------------------------------------------------------- how alike self-edits are
-
-# Compression: their size over that of their zip, which is larger the more they repeat.
-
 def of_town(edits: list[SelfEdit], passage: str) -> dict[str, float]:
-    """Of all self-edits of a town together, with the share of its facts that they state."""
+    """How alike all self-edits of a town are, and the share of its facts that they state."""
     # An empty self-edit is an empty line.
     lines = "\n".join(edit.text for edit in edits).splitlines() or [""]
     text = "\n".join(lines).encode()
+    # Their size over that of their zip is larger the more they repeat.
     found = {"compression": len(text) / len(zlib.compress(text, 9)),
              "distinct lines": len(set(lines)) / len(lines)}
     stated = {tinyworld.taught(line, passage) for line in set(lines)}
     for kind in ("forward", "reversed"):
-        covered = []
-        for relation, direction in tinyworld.asked(passage).values():
-            if direction == kind:
-                covered.append((relation, direction) in stated)
-        found[f"facts covered, {kind}"] = np.mean(covered)
+        facts = [fact for fact in tinyworld.asked(passage).values() if fact[1] == kind]
+        found[f"facts covered, {kind}"] = np.mean([fact in stated for fact in facts])
     return found
-
-
-# --------------------------------------------------------------------- many self-edits, one adapter
-
-# As in the tiny preset, but for all documents in every step.
-ALL_AT_ONCE = replace(RECIPE, batch=10_000)
 
 
 def learn(model, tok, tasks: list[Task], edits: list[list[SelfEdit]], seed: int) -> dict:
@@ -123,8 +93,7 @@ def learn(model, tok, tasks: list[Task], edits: list[list[SelfEdit]], seed: int)
         # Of empty self-edits nothing can be learned but the passage.
         documents = documents or task.context
         jobs.append(one_job(model, tok, documents, seed_for(seed, "adapter", i)))
-        tokens = sum(len(tok.document(document)) for document in documents)
-        found.append({"tokens": tokens} | of_town(row, task.context[0]))
+        found.append(of_town(row, task.context[0]))
 
     trained = dict(sft(model, jobs, Meter("steps")))
     pairs = [(task, trained[i]) for i, task in enumerate(tasks)]
@@ -142,17 +111,15 @@ def one_job(model, tok, documents: list[str], seed: int) -> Job:
     for text, n in Counter(documents).items():
         ids = tok.document(text)[:model.config.max_len]
         examples.append((ids, [n] * len(ids)))
-    return Job(examples, seed, ALL_AT_ONCE)
+    # As in the tiny preset, but for all documents in every step.
+    return Job(examples, seed, replace(RECIPE, batch=10_000))
 
-
-# ------------------------------------------------------------------------------- an arm, a seed
 
 def measure(arm: str, seed: int, folders: dict, n: int) -> dict:
     """A line: what each k of an arm teaches the first n held-out towns, a list over KS."""
-    writer, learner = ARMS[arm]
     tasks = tinyworld.load("eval")[:n]
-    edits = write(writer, folders[seed], tasks, seed, KS[-1])
-    model, tok = load(learner, folders[seed])
+    edits = write(ARMS[arm], folders[seed], tasks, seed, KS[-1])
+    model, tok = load(0)
     means = []
     for k in KS:
         # A few self-edits are learned by up to four groups of them, as chance is larger there.
@@ -164,11 +131,10 @@ def measure(arm: str, seed: int, folders: dict, n: int) -> dict:
     return {name: [row[name] for row in means] for name in means[0]}
 
 
-# ------------------------------------------------------------------------------- what came out
-
 def show(arms: dict[str, list[dict]]):
     """Accuracy, where arms without reinforcement pass SEAL, and what the texts are like."""
     kept = ("facts covered, forward", "facts covered, reversed", "compression", "distinct lines")
+    seal = {line["seed"]: line["accuracy"] for line in arms.get(SEAL, [])}
     accuracy, passing, texts = [], [], []
     for arm, lines in arms.items():
         accuracy.append([arm, *over_seeds([line["accuracy"] for line in lines])])
@@ -177,7 +143,10 @@ def show(arms: dict[str, list[dict]]):
             means = np.mean([line[name] for line in lines], axis=0)
             texts[-1].append(arrows([means[0], means[-1]], ".3g"))
         if "round" not in arm:
-            passing.append([arm, *where_passed(KS, lines, arms.get(SEAL, []))])
+            pairs = [(line["accuracy"], seal[line["seed"]]) for line in lines
+                     if line["seed"] in seal]
+            first = [(curve, other[:1]) for curve, other in pairs]
+            passing.append([arm, crossings(KS, pairs), crossings(KS, first)])
     print_table(["", *KS], accuracy, "Accuracy, by the number k of self-edits")
     print_table(["", f"{SEAL}, at the same k", "one self-edit of it"], passing,
                 "From which k on an arm passes")
@@ -185,16 +154,14 @@ def show(arms: dict[str, list[dict]]):
 
 
 def draw(arms: dict[str, list[dict]], file):
-    # The rounds of SEAL are grey to black; dashed if they teach themselves.
-    greys = {"SEAL, round 1": "#bbb", "SEAL, round 2": "#777", SEAL: "#000",
-             "round 3, own learner": "#000"}
+    # The rounds of SEAL are grey to black.
+    greys = {"SEAL, round 1": "#bbb", "SEAL, round 2": "#777", SEAL: "#000"}
     figure, axes = new_figure("self-edits of a town, learned together",
                               "held-out accuracy (95 % interval over seeds)", size=(7, 5.5))
     for i, (arm, lines) in enumerate(arms.items()):
         # Beside each other, not on top.
         x = np.array(KS) * 1.01 ** i
-        error_bars(axes, x, [line["accuracy"] for line in lines], label=arm, color=greys.get(arm),
-                   linestyle="--" if "own learner" in arm else "-")
+        error_bars(axes, x, [line["accuracy"] for line in lines], label=arm, color=greys.get(arm))
     axes.set_xscale("log", base=2)
     axes.set_xticks(KS, map(str, KS))
     axes.set_ylim(0.4, 1.02)
@@ -202,9 +169,10 @@ def draw(arms: dict[str, list[dict]], file):
 
 
 def main():
-    ap = flags(__doc__)
+    question = Question(ARMS, measure, show, draw, settings=["towns"], of_runs=True)
+    ap = question.flags(__doc__)
     ap.add_argument("--towns", type=positive, default=12, help="held-out ones (default: 12)")
-    answer(ap, Question(ARMS, measure, show, draw, settings=["towns"]))
+    question.answer(ap, ap.parse_args())
 
 
 if __name__ == "__main__":

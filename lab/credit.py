@@ -4,14 +4,11 @@
     python -m lab.credit RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE --town 5]
 
 A self-edit is learned again from random halves of its documents, all side by side, and how likely
-the gold answers become is regressed on which documents were there: a table of report.html.
-
-With --out this is held against the truth, as the tiny world knows which fact a line states, and in
-which direction. The writers are those of finished runs (`python outer_loop.py --seed S`), theta_0
-learns, and other subsets are tried as well. AUC: how often a line that states an answer has more
-credit for it than a line that does not. 1.5 minutes for a writer and a seed.
+the gold answers become is regressed on which documents were there: a table of report.html. With
+--out this is held against the truth, as the tiny world knows which fact a line states. AUC: how
+often a line that states an answer has more credit for it than another. 1.5 minutes for a writer and
+a seed.
 """
-import dataclasses
 import json
 from dataclasses import replace
 from itertools import product
@@ -21,26 +18,20 @@ import numpy as np
 import torch
 
 from data import tinyworld as world
+from data.tasks import load_tasks
 from engine.ribbon import Ribbon
 from engine.train import sft
-from inner_loop import ask, grade_all, make_job
-from lab.experiment import complete, each, groups, mean_of
-from lab.show import of_seeds, print_table, pyplot, save
-from lab.tiny import ANSWERING, RECIPE, by_seed, load
-from lab.writers import write
+from inner_loop import ask, grade_all, inner_recipe, make_job
+from lab.experiment import Question, mean_of, of_seeds, print_table, pyplot, save
+from lab.tiny import ANSWERING, RECIPE, load, run_of, write
 from lora import Adapters, Recipe
 from selfedit import SelfEdit, Task, read_self_edit, seed_for
 from support import page
-from support.config import Config
-from support.files import Parser, UserError, at_least, cli, positive, read_json, replace_file
-from support.progress import Meter
-from support.run import Run
+from support.files import UserError, at_least, cli, positive, replace_file
+from support.ranks import Meter
 
 WRITERS = {"untrained": 0, "round 3": 3}    # t of the theta_t that writes; theta_0 learns
-
-
-# ------------------------------------------------------------------------------- credit
-
+SCORES = ("probability", "verdict")         # of the gold answer; of the model's own
 DESIGNS = ("leave one out", "only one", "random halves")
 PAIRS = 20      # of random halves: on 8 towns of the tiny world 10 of them order lines as well
 
@@ -113,38 +104,6 @@ def credit(model, tok, task: Task, edit: SelfEdit, recipe: Recipe, seed=0,
     return regress(design, gold_probability(model, tok, task, adapters))
 
 
-# ------------------------------------------------------------------------------- of a run
-
-def of_run(folder, t: int | None, i: int) -> dict:
-    """The credit in the first held-out self-edit of task i by theta_t, which learns it again."""
-    settings = read_json(Path(folder) / "config.json")
-    names = {f.name for f in dataclasses.fields(Config)}
-    run = Run(Config(**{name: settings[name] for name in settings.keys() & names}
-                     | {"run_dir": str(folder)}))
-    records = [r for r in run.edits.records if r["split"] == "eval" and r["edit"] == 0]
-    if t is None:
-        t = max((r["iteration"] for r in records), default=0)
-    texts = {r["task"]: r for r in records if r["iteration"] == t}
-    if i not in texts:
-        raise UserError(f"{folder}: no held-out self-edit of task {i} in iteration {t}")
-    task = run.tasks(run.cfg.eval_data)[i]
-    if not task.context:
-        raise UserError(f"{folder} is a run about puzzles; credit is for passages")
-    edit = read_self_edit(task, texts[i]["text"], texts[i]["token_ids"])
-    if not edit.documents:
-        raise UserError(f"{folder}: nothing could be read in this self-edit: {edit.note}")
-    seed = seed_for(run.cfg.seed, t, i, "credit")
-    matrix = credit(run.load(t), run.tok, task, edit, run.recipe, seed)
-    return {"iteration": t, "task": i, "title": task.name, "documents": edit.documents,
-            "questions": task.questions, "gold": task.answers,
-            "credit": [[round(float(x), 3) for x in row] for row in matrix]}
-
-
-# ------------------------------------------------------------ the truth, as the tiny world knows it
-
-SCORES = ("probability", "verdict")         # of the gold answer; of the model's own
-
-
 def truth(task: Task, edit: SelfEdit):
     """(lines, questions) bool: which line states the answer to which question. The last document is
     the passage, and no line."""
@@ -185,12 +144,12 @@ def judge_credit(model, tok, task: Task, edit: SelfEdit, seed: int) -> dict[str,
     return found
 
 
-def measure(writer: str, seed: int, folder, n: int) -> dict:
+def measure(writer: str, seed: int, folders: dict, n: int) -> dict:
     """A line: how well credit agrees with the truth, in self-edits of the first n held-out towns.
     """
     tasks = world.load("eval")[:n]
-    edits = write(WRITERS[writer], folder, tasks, seed, 1)
-    model, tok = load(0, folder)
+    edits = write(WRITERS[writer], folders[seed], tasks, seed, 1)
+    model, tok = load(0)
     found = []
     for i, (task, (edit,)) in enumerate(zip(tasks, edits)):
         # One of which no line states an answer can't be judged.
@@ -198,8 +157,6 @@ def measure(writer: str, seed: int, folder, n: int) -> dict:
             found.append(judge_credit(model, tok, task, edit, seed_for(seed, "credit", i)))
     return {"judged": len(found), "auc": mean_of(found)}
 
-
-# ------------------------------------------------------------------------------- what came out
 
 def show(writers: dict[str, list[dict]]):
     """AUCs, with intervals over seeds."""
@@ -217,7 +174,7 @@ def draw(folder, town: int, file):
     that states the answer."""
     task = world.load("eval")[town]
     ((edit,),) = write(WRITERS["round 3"], folder, [task], 0, 1)
-    matrix = credit(*load(0, folder), task, edit, RECIPE)
+    matrix = credit(*load(0), task, edit, RECIPE)
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 3 + 0.3 * len(matrix)), layout="constrained")
     image = axes.imshow(matrix, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
@@ -232,44 +189,46 @@ def draw(folder, town: int, file):
 
 
 def write_page(folder: Path, t: int | None, i: int):
-    """Put the credit of a run's self-edit into its report.html."""
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is no run's folder: it has no config.json")
-    found = of_run(folder, t, i)
-    replace_file(folder / "credit.json", json.dumps(found))
-    for document, row in zip(found["documents"], found["credit"]):
+    """Put the credit in a run's first held-out self-edit of task i by theta_t, which learns it
+    again, into its report.html."""
+    run = run_of(folder)
+    records = [r for r in run.edits.records if r["split"] == "eval" and r["edit"] == 0]
+    if t is None:
+        t = max((r["iteration"] for r in records), default=0)
+    texts = {r["task"]: r for r in records if r["iteration"] == t}
+    if i not in texts:
+        raise UserError(f"{folder}: no held-out self-edit of task {i} in iteration {t}")
+    task = load_tasks(run, run.cfg.eval_data)[i]
+    if not task.context:
+        raise UserError(f"{folder} is a run about puzzles; credit is for passages")
+    edit = read_self_edit(task, texts[i]["text"], texts[i]["token_ids"])
+    if not edit.documents:
+        raise UserError(f"{folder}: nothing could be read in this self-edit: {edit.note}")
+    matrix = credit(run.load(t), run.tok, task, edit, inner_recipe(run.cfg),
+                    seed_for(run.cfg.seed, t, i, "credit"))
+    for document, row in zip(edit.documents, matrix):
         most = int(np.argmax(row))
-        print(f"{row[most]:+.2f}  {document[:60]!r}: most for {found['questions'][most]!r}")
+        print(f"{row[most]:+.2f}  {document[:60]!r}: most for {task.questions[most]!r}")
+    found = {"iteration": t, "task": i, "title": task.name, "documents": edit.documents,
+             "questions": task.questions, "gold": task.answers, "credit": matrix.round(3).tolist()}
+    replace_file(folder / "credit.json", json.dumps(found))
     print(page.write(folder))
 
 
 def main():
-    ap = Parser(description=__doc__.split("\n")[0])
-    ap.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder, with "
-                    "its weights; with --out one for each seed")
+    question = Question(WRITERS, measure, show, None, ["towns"], kind="writer", of_runs=True)
+    ap = question.flags(__doc__, needs_out=False)
     ap.add_argument("--iteration", type=at_least(0), help="the self-edits after so many rounds "
                     "(default: the last)")
     ap.add_argument("--task", type=at_least(0), default=0, help="which held-out one (default: 0)")
-    ap.add_argument("--out", type=Path, help="hold it against the truth: JSON lines, as they are "
-                    "known")
-    ap.add_argument("--svg", help="file to draw to, with --out (needs matplotlib)")
     ap.add_argument("--towns", type=positive, default=12, help="held-out ones (default: 12)")
     ap.add_argument("--town", type=at_least(0), default=0, help="which is drawn (default: 0)")
     args = ap.parse_args()
-    if not args.out:
-        for folder in args.runs:
-            write_page(folder, args.iteration, args.task)
-        return
-    folders = by_seed(args.runs)
-
-    def measure_one(line):
-        return measure(line["writer"], line["seed"], folders[line["seed"]], args.towns)
-
-    wanted = each("writer", WRITERS, sorted(folders))
-    records = complete(ap, args, wanted, measure_one, settings=["towns"])
-    show(groups(records, "writer", WRITERS))
-    if args.svg:
-        draw(args.runs[0], args.town, args.svg)
+    if args.out:
+        question.draw = lambda writers, file: draw(args.runs[0], args.town, file)
+        return question.answer(ap, args)
+    for folder in args.runs:
+        write_page(folder, args.iteration, args.task)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@
 
 Runs that differ in their seed alone belong together; intervals are over seeds.
 """
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from lab.show import error_bars, new_figure, of_seeds, over_seeds, save
-from support.files import Parser, UserError, cli, printable, read_json
-from support.records import Lines
+from lab.experiment import error_bars, new_figure, of_seeds, over_seeds, parser, save
+from support.files import Lines
+from support.files import UserError, cli, printable, read_json
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 # What settings mean, in a figure's legend.
@@ -28,12 +29,9 @@ class Metrics(Lines):
     def check(self, m):
         if m["iteration"] != len(self.records):
             raise ValueError(f"iteration {len(self.records)} belongs here")
-        shares = [m["eval_reward"]]
+        # ** refuses what is no object.
+        shares = [m["eval_reward"], *{**m["eval_by_kind"]}.values(), *{**m["made_of"]}.values()]
         shares += [arm["reward"] for arm in m["baselines"] if arm["name"] == "passage only"]
-        for key in ("eval_by_kind", "made_of"):
-            if not isinstance(m[key], dict):
-                raise ValueError(f"{key} must be an object")
-            shares += m[key].values()
         if not all(0 <= share <= 1 for share in shares):
             raise ValueError("a reward or a share that is not from 0 to 1")
 
@@ -42,7 +40,7 @@ def read_runs(folders):
     """{what sets these runs apart: [metrics of each run, a dict per iteration]}."""
     configs, metrics = [], []
     for folder in map(Path, folders):
-        config = read_json(Path(folder) / "config.json")
+        config = read_json(folder / "config.json")
         if not isinstance(config, dict) or type(config.get("iterations")) is not int:
             raise UserError(f"{folder / 'config.json'}: not the settings of a run (no whole number "
                             "of iterations); restore it")
@@ -51,47 +49,30 @@ def read_runs(folders):
         if len(metrics[-1]) <= max(0, config["iterations"]):
             raise UserError(f"{folder}: this run has not ended; repeat its command to resume it")
 
-    differ = []
-    for name in configs[0]:
-        values = {json_value(config.get(name)) for config in configs}
-        if len(values) > 1 and name not in ALIKE:
-            differ.append(name)
+    # repr, as a list can't be in a set.
+    differ = [name for name in configs[0] if name not in ALIKE
+              and len({repr(config.get(name)) for config in configs}) > 1]
     groups = {}
-    for folder, config, records in zip(folders, configs, metrics):
-        words = []
-        for name in differ:
-            value = config.get(name)
-            if value is not False:
-                words.append(name if value is True else f"{name} {value}")
+    for folder, config, lines in zip(folders, configs, metrics):
+        own = {name: config.get(name) for name in differ if config.get(name) is not False}
+        words = [name if value is True else f"{name} {value}" for name, value in own.items()]
         group = groups.setdefault(", ".join(words) or "all runs", [])
-        group.append(records)
-        if len(records) != len(group[0]):
-            raise UserError(f"{folder}: {len(records)} iterations are measured, {len(group[0])} in "
+        group.append(lines)
+        if len(lines) != len(group[0]):
+            raise UserError(f"{folder}: {len(lines)} iterations are measured, {len(group[0])} in "
                             "another run with its settings; leave one of them out")
     return groups
 
 
-def json_value(value):
-    return repr(value) if isinstance(value, (list, dict)) else value
-
-
 def by_iteration(runs, value) -> list[list[float]]:
     """(runs, iterations): value(metrics) of each run."""
-    rows = []
-    for run in runs:
-        rows.append([value(m) for m in run])
-    return rows
-
-
-def arrows(rows) -> str:
-    """Means over runs with intervals, by iteration."""
-    return " -> ".join(over_seeds(rows))
+    return [[value(m) for m in run] for run in runs]
 
 
 def describe(name, runs):
     """Lines of figures about the runs of a group."""
     rewards = by_iteration(runs, lambda m: m["eval_reward"])
-    lines = [f"{printable(name)}, {len(runs)} seeds: {arrows(rewards)}"]
+    lines = [f"{printable(name)}, {len(runs)} seeds: {' -> '.join(over_seeds(rewards))}"]
     gains = [row[-1] - row[0] for row in rewards]
     by_seed = " ".join(f"{gain:+.3f}" for gain in gains)
     lines.append(f"    gain {of_seeds(gains, '+.3f')}, by seed {by_seed}")
@@ -99,13 +80,10 @@ def describe(name, runs):
         if not all(kind in m["eval_by_kind"] for run in runs for m in run):
             continue    # no self-edit could be read in one iteration
         found = by_iteration(runs, lambda m: m["eval_by_kind"][kind])
-        lines.append(f"    {printable(kind)} questions: {arrows(found)}")
+        lines.append(f"    {printable(kind)} questions: {' -> '.join(over_seeds(found))}")
 
-    parts = {}          # of self-edits, in the order in which they were met
-    for run in runs:
-        for m in run:
-            parts |= dict.fromkeys(m["made_of"])
-    for part in parts:
+    # Of self-edits, in the order in which they were met.
+    for part in dict.fromkeys(part for m in chain(*runs) for part in m["made_of"]):
         shares = np.mean(by_iteration(runs, lambda m: m["made_of"].get(part, 0)), axis=0)
         if max(shares) >= .02:
             shares = " -> ".join(f"{share:.0%}" for share in shares)
@@ -116,9 +94,8 @@ def describe(name, runs):
 def passage_only(groups):
     """Mean reward of training on the passage alone, or None."""
     found = []
-    for runs in groups.values():
-        for run in runs:
-            found += [arm["reward"] for arm in run[0]["baselines"] if arm["name"] == "passage only"]
+    for run in chain(*groups.values()):
+        found += [arm["reward"] for arm in run[0]["baselines"] if arm["name"] == "passage only"]
     return np.mean(found) if found else None
 
 
@@ -142,7 +119,7 @@ def draw(groups, floor, file):
 
 
 def main():
-    ap = Parser(description=__doc__.split("\n")[0])
+    ap = parser(__doc__)
     ap.add_argument("runs", nargs="+", help="run folders, of several seeds")
     ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
     args = ap.parse_args()

@@ -1,70 +1,83 @@
-"""What the questions of the lab share: arms, seeds, and a line of results for each of them.
+"""What the questions of the lab share: arms, seeds, a line of results for each, tables, figures.
 
-A question is a script. It has arms, measures one arm with one seed, and shows what came out
-(lab/show.py). A measurement is a line of a JSON-lines file, written when it is known: the same
-command goes on where it was stopped. Several processes may share the work, each with its own --out,
-which `cat` joins.
+A question is a script. It measures one arm with one seed, and shows what came out. A measurement is
+a line of a JSON-lines file, written when it is known: the same command goes on where it was
+stopped. Several processes may share the work, each with its own --out, which `cat` joins.
 """
+import io
 import time
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Callable, Collection, Sequence
 
 import numpy as np
 
 from support.config import flag
-from support.files import Parser, UserError
-from support.records import Lines
+from support.files import Lines
+from support.files import Parser, UserError, read_json, replace_file
+from support.stats import bootstrap_ci, mean_ci, with_interval
 
+# ------------------------------------------------------------------------------- questions
 
-def flags(doc: str) -> Parser:
-    """What every question is asked with. doc: the script's docstring, which begins with it."""
-    ap = Parser(description=" ".join(doc.split("\n\n")[0].split()))
-    ap.add_argument("--out", required=True, type=Path, help="JSON lines, as they are known")
-    ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
-    return ap
-
-
-def add_seeds(ap):
-    ap.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-
-
-def each(kind: str, names, seeds) -> list[dict]:
-    """[{"arm": name, "seed": seed}, ...]: all names with the first seed, then with the next."""
-    return [{kind: name, "seed": seed} for seed, name in product(seeds, names)]
+def parser(doc: str) -> Parser:
+    """For a script's flags. doc: its docstring, which begins with what it asks."""
+    return Parser(description=" ".join(doc.split("\n\n")[0].split()))
 
 
 @dataclass
 class Question:
     """What is measured of every arm with every seed, and how that is shown.
 
-    measure(arm, seed, *values of the settings) -> the rest of a line. show({arm: its lines}).
-    draw(the same, file). settings: names of flags that all lines of a file must share. part: what
-    else all lines of this question have, where a file has those of others, too."""
-    arms: Collection        # all that may be shown; if there are none, those that the file has
+    measure(arm, seed, *what `answer` is given, *values of the settings) -> the rest of a line. If
+    the arms are about the writers of finished runs, {seed: the folder of its run} comes after seed.
+    show({arm: its lines}). draw(the same, file)."""
+    arms: Collection
     measure: Callable
     show: Callable
     draw: Callable
-    settings: Sequence[str] = ()
-    kind: str = "arm"       # what a line calls its arm; "arms" is the flag for those to measure
-    part: dict = field(default_factory=dict)
+    settings: Sequence[str] = ()    # names of flags that all lines of a file must share
+    kind: str = "arm"               # what a line calls its arm; "arms" is the flag for them
+    of_runs: bool = False
+    part: dict = field(default_factory=dict)    # what tells its lines from others in the same file
 
-    def answer(self, ap, args, seeds):
-        """The end of main: measure what the file has not, then show and draw what it has."""
-        values = [getattr(args, name) for name in self.settings]
+    def flags(self, doc: str, needs_out=True, **arms) -> Parser:
+        """What every question is asked with. arms: more about the flag for them."""
+        ap = parser(doc)
+        ap.add_argument("--out", required=needs_out, type=Path,
+                        help="JSON lines, as they are known")
+        ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
+        name = self.kind + "s"
+        ap.add_argument(f"--{name}", nargs="+", metavar=name.upper(), **{
+            "choices": self.arms, "default": list(self.arms)} | arms)
+        if self.of_runs:
+            ap.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="finished runs "
+                            "of `python outer_loop.py --iterations 3 --outer-lr 2e-3 --seed S`, "
+                            "one for each seed")
+        else:
+            ap.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+        return ap
 
-        def measure_one(line):
+    def answer(self, ap: Parser, args, *given):
+        """Measure what the file has not, then show and draw what it has."""
+        seeds, given = getattr(args, "seeds", None), list(given)
+        if self.of_runs:
+            folders = {read_json(run / "config.json")["seed"]: run for run in args.runs}
+            seeds = sorted(folders)
+            given.insert(0, folders)
+        given += [getattr(args, name) for name in self.settings]
+
+        def measure(line):
             arm, seed = line[self.kind], line["seed"]
             print(f"\n=== {arm}, seed {seed}", flush=True)
-            return self.measure(arm, seed, *values)
+            return self.measure(arm, seed, *given)
 
-        wanted = each(self.kind, getattr(args, self.kind + "s"), seeds)
-        wanted = [self.part | unit for unit in wanted]
-        records = complete(ap, args, wanted, measure_one, self.settings)
-        records = where(records, **self.part)
-        arms = self.arms or sorted({line[self.kind] for line in records})
-        found = groups(records, self.kind, arms)
+        # All arms with the first seed, then with the next.
+        wanted = []
+        for seed in seeds:
+            wanted += [self.part | {self.kind: arm, "seed": seed}
+                       for arm in getattr(args, self.kind + "s")]
+        records = where(complete(ap, args, wanted, measure, self.settings), **self.part)
+        found = groups(records, self.kind, self.arms)
         self.show(found)
         if args.svg:
             self.draw(found, args.svg)
@@ -74,8 +87,7 @@ def complete(ap, args, wanted: list[dict], measure, settings=()) -> list[dict]:
     """All lines of args.out, once those that are wanted are among them.
 
     wanted: what tells each line from others, as {"arm": "half", "seed": 0}. measure(one of these)
-    -> the rest of its line. settings: names of flags that all lines of a file must share.
-    UserError: one of them was made with another value."""
+    -> the rest of its line. UserError: a line was made with other settings."""
     done = Lines(args.out)
     shared = {name: getattr(args, name) for name in settings}
     for line in done.records:
@@ -83,7 +95,6 @@ def complete(ap, args, wanted: list[dict], measure, settings=()) -> list[dict]:
             # A line that is older than a flag was made with its default.
             if line.get(name, ap.get_default(name)) != value:
                 raise UserError(f"{args.out} has lines of another {flag(name)}; name another --out")
-
     for this in wanted:
         if where(done.records, **this):
             continue
@@ -96,6 +107,8 @@ def complete(ap, args, wanted: list[dict], measure, settings=()) -> list[dict]:
     return done.records
 
 
+# ------------------------------------------------------------------------------- lines
+
 def where(records: list[dict], **values) -> list[dict]:
     """The lines with these values: where(records, arm="half", seed=0)."""
     found = []
@@ -107,25 +120,17 @@ def where(records: list[dict], **values) -> list[dict]:
 
 def groups(records: list[dict], kind: str, names) -> dict[str, list[dict]]:
     """{name: its lines} of the arms that have some, in this order. kind: "arm", "rule", ..."""
-    found = {}
-    for name in names:
-        own = where(records, **{kind: name})
-        if own:
-            found[name] = own
-    return found
+    found = {name: where(records, **{kind: name}) for name in names}
+    return {name: lines for name, lines in found.items() if lines}
 
 
-def differences(lines: list[dict], others: list[dict], value) -> list:
-    """value(line) of one arm minus that of another, for each seed that both have.
+def differences(lines: list[dict], others: list[dict], value, reference=None) -> list:
+    """value(line) of one arm minus reference(line) of another, for each seed that both have.
 
     A seed has the same towns and the same first self-edits in both. What makes a seed hard for both
     cancels, and does not widen the interval."""
-    reference = {line["seed"]: value(line) for line in others}
-    found = []
-    for line in lines:
-        if line["seed"] in reference:
-            found.append(value(line) - reference[line["seed"]])
-    return found
+    known = {line["seed"]: (reference or value)(line) for line in others}
+    return [value(line) - known[line["seed"]] for line in lines if line["seed"] in known]
 
 
 def last_reward(line: dict) -> float:
@@ -140,5 +145,90 @@ def gain(line: dict) -> float:
 
 def mean_of(rows: list[dict]) -> dict[str, float]:
     """The mean of each value over dicts with the same keys."""
-    means = np.mean([list(row.values()) for row in rows], axis=0)
-    return {name: round(float(mean), 4) for name, mean in zip(rows[0], means)}
+    return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in rows[0]}
+
+
+# ------------------------------------------------------------------------------- words
+
+def over_seeds(rows, form=".3f") -> list[str]:
+    """Means with 95 % intervals, '0.586 ±0.035', one per column. rows (seeds, columns)."""
+    texts = []
+    for mean, half in zip(*mean_ci(rows)):
+        # A single seed has no interval.
+        texts.append(format(mean, form) + ("" if np.isnan(half) else f" ±{half:.3f}"))
+    return texts
+
+
+def of_seeds(values, form=".3f") -> str:
+    """The same for one value per seed; '' for none."""
+    return over_seeds([[value] for value in values], form)[0] if len(values) else ""
+
+
+def over_passages(values, form=".3f") -> str:
+    """'0.639 [0.601, 0.677]': a mean over passages, with its interval by bootstrap."""
+    return with_interval(np.mean(values), bootstrap_ci(values), form)
+
+
+def arrows(values, form=".3f") -> str:
+    """'0.602 -> 0.676 -> 0.760': a value per round, or a first and a last one."""
+    return " -> ".join(format(value, form) for value in values)
+
+
+def print_table(head: list, rows: list[list], title=""):
+    """Print Markdown."""
+    if title:
+        print(f"\n{title}\n")
+    for row in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+# ------------------------------------------------------------------------------- figures
+
+def pyplot():
+    """matplotlib's pyplot, which writes the same file each time."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
+    matplotlib.use("svg")
+    # Names inside an SVG are made of this, instead of by chance.
+    matplotlib.rcParams["svg.hashsalt"] = "nanoSEAL"
+    from matplotlib import pyplot
+    return pyplot
+
+
+def new_figure(xlabel: str, ylabel: str, size=(6, 4.5)):
+    """(figure, axes). size: in inches."""
+    figure, axes = pyplot().subplots(figsize=size, layout="constrained")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.grid(axis="y", color="#ddd")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def error_bars(axes, x, rows, **look):
+    """Means over seeds at x, with intervals. rows (seeds, len(x))."""
+    mean, half = mean_ci(rows)
+    # A single seed has no interval: a bar of length 0.
+    axes.errorbar(x, mean, np.nan_to_num(half), marker="o", markersize=4, capsize=3, **look)
+
+
+def draw_lines(file, labels: tuple[str, str], lines: dict, ylim=None):
+    """A figure. labels: of both axes. lines: {name: (x, values (seeds, len(x)))}."""
+    figure, axes = new_figure(*labels)
+    for name, (x, values) in lines.items():
+        error_bars(axes, x, values, label=name)
+    if ylim:
+        axes.set_ylim(*ylim)
+    save(figure, file)
+
+
+def save(figure, file):
+    """Write a figure as SVG, whole or not at all. Its labels are explained below it."""
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    if labels:
+        figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=2)
+    drawing = io.StringIO()
+    figure.savefig(drawing, format="svg", metadata={"Date": None})
+    replace_file(file, drawing.getvalue())

@@ -1,14 +1,11 @@
-"""From teacher to student: does a small model write better self-edits once it has imitated those of
-a larger one? The paper suggests a teacher, and does not try one.
+"""Does a small model write better self-edits once it has imitated those of a larger one?
 
     python -m lab.imitate --model DIR_OR_HUB_ID --data TRAIN.json --out FOLDER
 
 TRAIN.json: training passages with "released_edits": [{"text", "adapter_mean"}], as the authors'
-release has them. The model is fine-tuned on the best self-edits of each passage, those after which
-the larger model answered best, by the M-step itself: the passage's prompt is the context, and the
-loss is on the self-edit and its end. FOLDER is a checkpoint: ask what it writes on other passages
-by `eval.py single --model FOLDER`, and let it go on learning by `outer_loop.py --model FOLDER`.
-100 self-edits, twice, are 85,000 tokens: 10 to 15 minutes on one core for a model of 135 M.
+release has them. The M-step itself learns the best of each passage, those after which the larger
+model answered best. FOLDER is a checkpoint for `eval.py single --model FOLDER` and `outer_loop.py
+--model FOLDER`. 100 self-edits, twice: 10 to 15 minutes on one core for a model of 135 M.
 """
 import time
 from pathlib import Path
@@ -18,20 +15,14 @@ import torch
 
 from data import knowledge
 from data.judges import RULES
+from lab.experiment import parser
 from model import load_pretrained
 from outer_loop import m_step
 from selfedit import SelfEdit, Task, read_self_edit
 from support.config import Config
-from support.files import Parser, UserError, cli, positive, printable, read_json
-from support.progress import Meter
+from support.files import UserError, cli, positive, printable, read_json
+from support.ranks import Meter
 from support.tokenizer import Tokenizer
-
-
-def best_edits(record: dict, keep: int) -> list[str]:
-    """The texts of a passage's `keep` best self-edits, the first of equals."""
-    # Sorting is stable: of equal rewards the first stays first.
-    ranked = sorted(record["released_edits"], key=lambda edit: -edit["adapter_mean"])
-    return [edit["text"] for edit in ranked[:keep]]
 
 
 def as_sampled(tok: Tokenizer, text: str) -> list[int]:
@@ -40,13 +31,15 @@ def as_sampled(tok: Tokenizer, text: str) -> list[int]:
     return tok.encode(text.strip()) + end
 
 
-def to_imitate(tok: Tokenizer, path, keep: int, passages=None) -> list[tuple[Task, SelfEdit]]:
-    """(passage, self-edit) pairs of a data file's first passages. UserError if it has none."""
+def to_imitate(tok: Tokenizer, path, keep: int) -> list[tuple[Task, SelfEdit]]:
+    """(passage, one of its `keep` best self-edits) of a data file. UserError if it has none."""
     pairs = []
-    for place, record in list(knowledge.records(read_json(path), path))[:passages]:
+    for place, record in knowledge.records(read_json(path), path):
         task = knowledge.knowledge_task(record, "implications", RULES["rule"], max_documents=0)
         try:
-            texts = best_edits(record, keep)
+            # Sorting is stable: of equal rewards the first stays first.
+            ranked = sorted(record["released_edits"], key=lambda edit: -edit["adapter_mean"])
+            texts = [edit["text"] for edit in ranked[:keep]]
         except (LookupError, TypeError):
             raise UserError(f'{place}: "released_edits" must be a list of {{"text", '
                             '"adapter_mean"}') from None
@@ -56,13 +49,12 @@ def to_imitate(tok: Tokenizer, path, keep: int, passages=None) -> list[tuple[Tas
 
 
 def main():
-    ap = Parser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    ap = parser(__doc__)
     usual = Config()
     ap.add_argument("--model", required=True, help="folder or hub id of the student")
     ap.add_argument("--data", required=True, help="training passages with released_edits")
     ap.add_argument("--out", required=True, type=Path, help="folder of the new checkpoint")
     ap.add_argument("--keep", type=positive, default=2, help="best of each passage (default: 2)")
-    ap.add_argument("--passages", type=positive, help="the first so many (default: all)")
     ap.add_argument("--epochs", type=positive, default=usual.outer_epochs)
     ap.add_argument("--lr", type=float, default=usual.outer_lr)
     ap.add_argument("--batch", type=positive, default=usual.outer_batch, help="self-edits per step")
@@ -80,12 +72,8 @@ def main():
     model = load_pretrained(cfg.model, cfg.device, dtype)
     tok = Tokenizer.from_pretrained(model.folder)
 
-    pairs = to_imitate(tok, cfg.train_data, args.keep, args.passages)
-    own = sum(len(edit.token_ids) for _, edit in pairs)
-    read = sum(len(tok.prompt(task.prompt)) for task, _ in pairs)
-    print(f"{len(pairs)} self-edits of {len({task.prompt for task, _ in pairs})} passages: {own} "
-          f"tokens to learn, after {read} to read; {cfg.outer_epochs} epochs")
-
+    pairs = to_imitate(tok, cfg.train_data, args.keep)
+    print(f"{len(pairs)} self-edits of {len({task.prompt for task, _ in pairs})} passages")
     # Of a run the M-step needs no more than this. Every self-edit counts alike.
     begin = time.time()
     run = SimpleNamespace(tok=tok, log=print, meter=Meter)

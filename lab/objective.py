@@ -9,8 +9,7 @@ other text: notes that turn them round. Others change what is learned of a text:
 * in view: the next word is to be as likely as with the passage in the prompt.
 
 theta_0 learns each text in each way, in 10 steps with all of a town in one batch. The notes are by
-theta_0, or by theta_3 of finished runs (`python outer_loop.py --seed S`). 4 minutes a seed for all
-arms, on one thread.
+theta_0, or by theta_3 of finished runs. 4 minutes a seed for all arms, on one thread.
 """
 import random
 from dataclasses import replace
@@ -22,10 +21,8 @@ import torch.nn.functional as F
 
 from data import tinyworld
 from engine.ribbon import Ribbon
-from lab.experiment import Question, flags, mean_of
-from lab.show import error_bars, new_figure, over_seeds, print_table, save
-from lab.tiny import RECIPE, answer, by_direction, load, or_passage, verdicts
-from lab.writers import write
+from lab.experiment import Question, draw_lines, mean_of, over_seeds, print_table
+from lab.tiny import RECIPE, add_split, by_direction, load, or_passage, verdicts, write
 from lora import Adapters, Job, dialogue
 from selfedit import seed_for
 from support.files import cli, positive
@@ -37,9 +34,6 @@ RATES = {"plain": 2e-2, "masked": 4e-2, "in view": 2e-2, "plain, masked": 2e-2,
          "in view, masked": 2e-2}
 ARMS = {f"{text}: {ways}": (TEXTS[text], ways) for text, ways in product(TEXTS, RATES)}
 COLUMNS = ("accuracy", "forward", "reversed")
-
-
-# ------------------------------------------------------------------------- ways to learn a document
 
 # An example is (ids (T,), targets (T, V)): at each token a distribution q over the one that
 # follows. Where the row is zero, nothing is learned. The loss is
@@ -58,7 +52,7 @@ def hard(model, ids, learn):
     return ids, targets * torch.tensor([*learn[1:], False])[:, None]
 
 
-# The ways: each makes the examples of one document about a task. rng: for masks.
+# Each makes the examples of one document about a task. rng: for masks.
 
 def plain(model, tok, task, document, rng):
     """The document, after nothing."""
@@ -137,8 +131,6 @@ def measure(arm: str, seed: int, folders: dict, split: str, n: int, lr: float | 
     return mean_of(list(found)) | {"tokens": round(tokens)}
 
 
-# ------------------------------------------------------------------------------- what came out
-
 def show(arms: dict[str, list[dict]]):
     """Accuracies, with intervals over seeds."""
     rows = []
@@ -151,23 +143,22 @@ def show(arms: dict[str, list[dict]]):
 
 def draw(arms: dict[str, list[dict]], file):
     """Accuracy on reversed questions, of each objective over the texts."""
-    figure, axes = new_figure("", "reversed questions (95 % interval over seeds)")
+    drawn = {}
     for ways in RATES:
         texts = [text for text in TEXTS if f"{text}: {ways}" in arms]
-        rows = [[line["reversed"] for line in arms[f"{text}: {ways}"]] for text in texts]
-        if rows:
-            error_bars(axes, texts, np.transpose(rows), label=ways)
-    axes.set_ylim(0, 1)
-    save(figure, file)
+        values = [[line["reversed"] for line in arms[f"{text}: {ways}"]] for text in texts]
+        if texts:
+            drawn[ways] = texts, np.transpose(values)
+    draw_lines(file, ("", "reversed questions (95 % interval over seeds)"), drawn, ylim=(0, 1))
 
 
 def main():
-    ap = flags(__doc__)
-    ap.add_argument("--split", choices=("eval", "tune"), default="eval",
-                    help="of towns; tune: to choose settings by (default: eval)")
+    question = Question(ARMS, measure, show, draw, ["split", "towns", "lr"], of_runs=True)
+    ap = question.flags(__doc__)
+    add_split(ap, "--split")
     ap.add_argument("--towns", type=positive, default=24, help="of the split (default: 24)")
     ap.add_argument("--lr", type=float, help="for all objectives (default: each has its own)")
-    answer(ap, Question(ARMS, measure, show, draw, settings=["split", "towns", "lr"]))
+    question.answer(ap, ap.parse_args())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ FILE: passages with "released_edits": [{"text": ...}], as the authors' release h
 passages. Choose on these, and report on others. A recipe's line is written when it is known, and
 the same command goes on where it was stopped.
 """
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +16,12 @@ import torch
 from data import knowledge
 from data.text import sentences
 from inner_loop import SMALL, update_and_score
-from lab.show import over_passages
+from lab.experiment import complete, over_passages, parser, print_table
 from lora import Lora, PROJECTIONS, Recipe
 from model import load_pretrained
 from selfedit import SelfEdit, read_self_edit, seed_for
-from support.files import Parser, UserError, cli, positive, read_json
-from support.progress import Meter
-from support.records import Lines
+from support.files import UserError, cli, positive, read_json
+from support.ranks import Meter
 from support.tokenizer import Tokenizer
 
 FEW = ["q_proj", "v_proj"]
@@ -63,19 +61,17 @@ def measure(model, tok, tasks, edits, name) -> dict:
     """Accuracy of every passage under a recipe, and what it cost."""
     recipe, kind = RECIPES[name]
     edits = [SelfEdit(documents=documents(task, edit, kind)) for task, edit in zip(tasks, edits)]
-    begin = time.time()
     seeds = [[seed_for("recipe", i)] for i in range(len(tasks))]
     outcomes = dict(update_and_score(model, tok, tasks, edits, seeds, recipe,
                                      progress=Meter(f"steps, {name}")))
     accuracy = [outcomes[i].reward for i in range(len(tasks))]
-    return {"recipe": name, "accuracy": accuracy,
+    return {"accuracy": accuracy,
             "documents": float(np.mean([len(edit.documents) for edit in edits])),
-            "loss": float(np.mean([outcomes[i].losses[0][1] for i in outcomes])),
-            "seconds": (time.time() - begin) / len(tasks)}
+            "loss": float(np.mean([outcomes[i].losses[0][1] for i in outcomes]))}
 
 
 def main():
-    ap = Parser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    ap = parser(__doc__)
     ap.add_argument("--model", required=True, help="folder or hub id")
     ap.add_argument("--data", required=True, help="passages with released_edits")
     ap.add_argument("--out", required=True, type=Path, help="JSON lines, one per recipe")
@@ -89,18 +85,15 @@ def main():
         raise UserError(f'{args.data}: each passage needs "released_edits": [{{"text": ...}}, ...]'
                         ) from None
     edits = [read_self_edit(task, text) for task, text in zip(tasks, texts)]
-    done = Lines(args.out)
     model = load_pretrained(args.model, dtype=getattr(torch, args.dtype))
     tok = Tokenizer.from_pretrained(model.folder)
-    known = {r["recipe"] for r in done.records}
-    for name in RECIPES:
-        if name not in known:
-            done.add(measure(model, tok, tasks, edits, name))
-
-    print(f"{'':<34}accuracy [95 % CI]    documents   loss   s/passage")
-    for r in done.records:
-        print(f"{r['recipe']:<34}{over_passages(r['accuracy'])} {r['documents']:9.1f} "
-              f"{r['loss']:9.2f} {r['seconds']:8.0f}")
+    records = complete(ap, args, [{"recipe": name} for name in RECIPES],
+                       lambda line: measure(model, tok, tasks, edits, line["recipe"]))
+    rows = []
+    for r in records:
+        rows.append([r["recipe"], over_passages(r["accuracy"]), f"{r['documents']:.1f}",
+                     f"{r['loss']:.2f}", f"{r['seconds'] / len(r['accuracy']):.0f}"])
+    print_table(["recipe", "accuracy [95 % CI]", "documents", "last loss", "s a passage"], rows)
 
 
 if __name__ == "__main__":

@@ -4,89 +4,39 @@
 
 reward = accuracy on its town - lambda * (accuracy on earlier towns, before - after)
 
-The paper suggests it (section 5). A round is one of outer_loop.py (--preset tiny), but for this:
-the model on which self-edits are tried is a copy of the policy that has first learned 8 other
-towns, from all true notes about them at once. So there is something to lose in every round, which
-M-steps do not touch. Each self-edit is asked about its own town and these eight, under the same
-adapter. lambda 0 is SEAL. About 4 minutes for a lambda and a seed on one thread.
+The paper suggests it (section 5). Self-edits are tried on a copy of the policy that has first
+learned 8 other towns, from all true notes about them at once. So there is something to lose in
+every round, which M-steps do not touch. Each self-edit is asked about its own town and these eight,
+under the same adapter. lambda 0 is SEAL. 4 minutes for a lambda and a seed on one thread.
 """
 import copy
 import random
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+import tempfile
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
 from data import tinyworld
-from engine.decode import collect
+from data.tasks import load_tasks
 from engine.train import sft
 from inner_loop import make_job, update_and_score
-from lab.experiment import Question, add_seeds, flags
-from lab.show import made_of, new_figure, over_seeds, print_table, save
-from lab.tiny import ANSWERING, RECIPE, TINY, WRITING, load, verdicts
+from lab.experiment import Question, new_figure, over_seeds, print_table, save
+from lab.tiny import ANSWERING, RECIPE, one_round, start, verdicts
 from lora import Adapters
-from model import Transformer
-from outer_loop import in_order, m_step, next_tasks, select
-from selfedit import SelfEdit, Task, sample_self_edits, seed_for
-from support.config import Config
+from outer_loop import sample
+from selfedit import SelfEdit, Task, seed_for
 from support.files import cli, positive
-from support.progress import Meter
+from support.ranks import Meter
 from support.stats import mean_ci
-from support.tokenizer import Tokenizer
 
 ROUNDS = 3
 EARLIER = 8     # towns learned before
 
 
-# ----------------------------------------------------------------- what is learned and what is lost
-
-@dataclass
-class Round:
-    """Round t: the policy, which writes, and a copy of it that has learned the earlier towns."""
-    cfg: Config
-    tok: Tokenizer
-    policy: Transformer
-    learner: Transformer
-    earlier: list[Task]
-    known: float            # the learner's accuracy on the earlier towns
-    t: int
-
-    def try_edits(self, tasks: list[Task], split: str, k: int):
-        """(k self-edits of each task, what the learner learned and lost by each (tasks, k, 2))."""
-        # Every self-edit has a seed to be written with, and one to be learned with.
-        key = self.cfg.seed, self.t, split
-        writing, learning, places = [], [], []
-        for i in range(len(tasks)):
-            writing.append([seed_for(*key, i, j, "edit") for j in range(k)])
-            learning += [[seed_for(*key, i, j, 0, "adapter")] for j in range(k)]
-            places += [(i, j) for j in range(k)]
-        edits = collect(sample_self_edits(self.policy, self.tok, tasks, replace(WRITING, n=k),
-                                          writing))
-
-        asked = [with_questions(tasks[i], self.earlier) for i, _ in places]
-        learned = [edits[i][j] for i, j in places]
-        outcomes = update_and_score(self.learner, self.tok, asked, learned, learning, RECIPE,
-                                    ANSWERING, Meter(f"steps, {split}, round {self.t}"))
-        # What can't be read teaches nothing and destroys nothing.
-        found = np.zeros((len(tasks), k, 2))
-        for n, outcome in outcomes:
-            if outcome.right:
-                found[places[n]] = learned_and_lost(outcome.right[0], asked[n], self.known)
-        return edits, found
-
-    def of_policy(self, held_out: list[Task]) -> dict:
-        """What the policy's self-edits of held-out towns teach, destroy and are made of."""
-        edits, found = self.try_edits(held_out, "eval", self.cfg.eval_edits)
-        tokens = []
-        for row in edits:
-            tokens += [len(edit.token_ids) for edit in row]
-        return {"learned": float(found[..., 0].mean()), "lost": float(found[..., 1].mean()),
-                "known": self.known, "tokens": float(np.mean(tokens)),
-                "made of": tinyworld.describe(held_out, edits)}
-
-
-def begin_round(cfg, policy, tok, earlier: list[Task], t: int) -> Round:
-    """Let a copy of the policy learn the earlier towns, all at once."""
+def with_earlier(run, policy, earlier: list[Task]):
+    """(a copy of the policy that has learned the earlier towns, all at once; what it then knows of
+    them)."""
     documents = []
     for task in earlier:
         # Every note that can be made of the town, and its passage: the town as `load` makes it.
@@ -95,12 +45,11 @@ def begin_round(cfg, policy, tok, earlier: list[Task], t: int) -> Round:
         documents += [town.say(relation, form, rng) for relation, form in town.notes()]
         documents.append(town.passage)
     edit = SelfEdit(documents=documents)
-    job = make_job(policy, tok, edit, seed_for(cfg.seed, "towns"), RECIPE)
+    job = make_job(policy, run.tok, edit, seed_for(run.cfg.seed, "towns"), RECIPE)
     ((_, trained),) = sft(policy, [job])
     learner = copy.deepcopy(policy)
     Adapters.stack(learner, RECIPE.lora, [trained.weights]).merge(0)
-    known = float(verdicts(learner, tok, earlier).mean())
-    return Round(cfg, tok, policy, learner, earlier, known, t)
+    return learner, float(verdicts(learner, run.tok, earlier).mean())
 
 
 def with_questions(task: Task, earlier: list[Task]) -> Task:
@@ -120,35 +69,58 @@ def learned_and_lost(right: list[bool], task: Task, before: float) -> tuple[floa
     return float(right[is_own].mean()), before - float(right[~is_own].mean())
 
 
-def run_arm(weight: float, seed: int, n_train: int, n_eval: int) -> dict:
+def try_edits(run, learner, tasks, edits, t: int, split: str, earlier, known: float):
+    """(tasks, K, 2): what the learner learned and lost by each self-edit."""
+    asked, learned, seeds, places = [], [], [], []
+    for i, row in enumerate(edits):
+        for j, edit in enumerate(row):
+            asked.append(with_questions(tasks[i], earlier))
+            learned.append(edit)
+            seeds.append([seed_for(run.cfg.seed, t, split, i, j, 0, "adapter")])
+            places.append((i, j))
+    outcomes = update_and_score(learner, run.tok, asked, learned, seeds, RECIPE, ANSWERING,
+                                Meter(f"steps, {split}, round {t}"))
+    # What can't be read teaches nothing and destroys nothing.
+    found = np.zeros((len(edits), len(edits[0]), 2))
+    for n, outcome in outcomes:
+        if outcome.right:
+            found[places[n]] = learned_and_lost(outcome.right[0], asked[n], known)
+    return found
+
+
+def measure(weight: float, seed: int, n_train: int, n_eval: int) -> dict:
     """A line: ReST-EM with this lambda. Each value is a list over rounds, from 0, the untrained."""
-    cfg = replace(TINY, seed=seed)
-    policy, tok = load(0)
-    # The earlier towns are none of those that the rounds learn from.
-    train = in_order(tinyworld.load("train"), seed)
-    earlier, train = train[-EARLIER:], train[:-EARLIER]
-    held_out = tinyworld.load("eval")[:n_eval]
+    record = {"learned": [], "lost": [], "known": [], "made of": []}
+    with tempfile.TemporaryDirectory() as folder:       # of which only the line is kept
+        run, train = start(folder, seed, tasks=n_train, iterations=ROUNDS)
+        # The earlier towns are none of those that the rounds learn from.
+        earlier, train = train[-EARLIER:], train[:-EARLIER]
+        held_out = load_tasks(run, "eval")[:n_eval]
+        for t in range(ROUNDS + 1):
+            policy = run.load(t)
+            learner, known = with_earlier(run, policy, earlier)
+            edits = sample(run, policy, held_out, t, "eval", run.cfg.eval_edits)
+            found = try_edits(run, learner, held_out, edits, t, "eval", earlier, known)
+            record["learned"].append(float(found[..., 0].mean()))
+            record["lost"].append(float(found[..., 1].mean()))
+            record["known"].append(known)
+            record["made of"].append(tinyworld.describe(held_out, edits))
+            if t == ROUNDS:
+                return record
 
-    record = {"learned": [], "lost": [], "known": [], "tokens": [], "made of": []}
-    for t in range(ROUNDS + 1):
-        this = begin_round(cfg, policy, tok, earlier, t)
-        for name, value in this.of_policy(held_out).items():
-            record[name].append(value)
-        if t == ROUNDS:
-            return record
+            def reward(tasks, edits):
+                found = try_edits(run, learner, tasks, edits, t, "train", earlier, known)
+                return found[..., 0] - weight * found[..., 1]
 
-        # E-step and M-step, as in outer_loop.rest_em, but for the reward.
-        tasks = next_tasks(train, t, n_train)
-        edits, found = this.try_edits(tasks, "train", cfg.edits)
-        rewards = found[..., 0] - weight * found[..., 1]
-        kept = select(cfg, rewards.tolist(), edits, [0.0] * len(tasks), t)
-        learned = [(tasks[i], edits[i][j], 1.0) for i, j in kept]
-        # Of a run the M-step needs no more than this.
-        quiet_run = SimpleNamespace(tok=tok, log=lambda line: None, meter=Meter)
-        m_step(cfg, quiet_run, policy, learned, t)
+            one_round(run, policy, train, t, reward)
 
 
-# ------------------------------------------------------------------------------- what came out
+def made_of(shares: list[dict]) -> str:
+    """What lines of self-edits most frequently are, with mean shares: 'copy 60%, plain 12%'."""
+    total = sum(map(Counter, shares), Counter())
+    means = [(form, share / len(shares)) for form, share in total.most_common()]
+    return ", ".join(f"{form} {share:.0%}" for form, share in means if share >= .05)
+
 
 def show(arms: dict[float, list[dict]]):
     """A row per lambda, before and after training, with intervals over seeds."""
@@ -177,15 +149,12 @@ def draw(arms: dict[float, list[dict]], file):
 
 
 def main():
-    ap = flags(__doc__)
-    add_seeds(ap)
-    ap.add_argument("--lambdas", type=float, nargs="+", default=[0, .5, 1, 2])
+    question = Question((0.0, .5, 1.0, 2.0), measure, show, draw, ["tasks", "eval_tasks"],
+                        kind="lambda")
+    ap = question.flags(__doc__, type=float)
     ap.add_argument("--tasks", type=positive, default=12, help="towns a round (default: 12)")
     ap.add_argument("--eval-tasks", type=positive, default=24, help="held-out ones (default: 24)")
-    args = ap.parse_args()
-
-    question = Question((), run_arm, show, draw, ["tasks", "eval_tasks"], kind="lambda")
-    question.answer(ap, args, args.seeds)
+    question.answer(ap, ap.parse_args())
 
 
 if __name__ == "__main__":

@@ -2,11 +2,9 @@
 
     python -m lab.speedrun --name "two rounds" --out speedrun.jsonl --iterations 2 --outer-lr 4e-3
 
-An entry is the flags of outer_loop.py that it needs. Its time is the median of seeds 0 to 4: from
-the start to the evaluation that shows a held-out reward of .75, all evaluations before it included,
-imports aside. Whatever teaches the writer may be changed, and nothing of the model, of the towns,
-of how a self-edit is learned or of the evaluation. The runs follow one another, with all cores
-each: five minutes and more an entry. The same command resumes.
+An entry is the flags of outer_loop.py that it needs. Its time is the median of seeds 0 to 4, one
+after the other: from the start to the evaluation that shows a held-out reward of .75, imports
+aside. Whatever teaches the writer may be changed, and nothing else. The same command resumes.
 """
 import os
 import platform
@@ -19,27 +17,17 @@ from pathlib import Path
 
 import torch
 
-from lab.show import print_table
+from lab.experiment import parser, print_table
 from support.config import add_flags
-from support.files import Parser, UserError, cli
-from support.records import Lines
+from support.files import Lines
+from support.files import UserError, cli
 
+ROOT = Path(__file__).parent.parent
 GOAL, SEEDS = 0.75, range(5)
 # What an entry may not change: the task, how a self-edit is learned, and what a run is called.
 FIXED = ("--preset", "--model", "--domain", "--train-data", "--eval", "--inner", "--max-",
          "--directives", "--pad-to", "--stop", "--clip", "--weight-decay", "--temperature",
          "--top-p", "--seed=", "--run-dir", "--baselines")
-
-
-# ---------------------------------------------------------------------------- where it was measured
-
-ROOT = Path(__file__).parent.parent
-
-
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
-                           capture_output=True)
-    return found.stdout.strip() or "unknown"
 
 
 def machine() -> str:
@@ -55,13 +43,15 @@ def machine() -> str:
 
 def measure(name: str, flags: list[str], seed: int) -> dict:
     """A line: the held-out rewards of an ordinary run, and the seconds at which they were known."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
+                            capture_output=True).stdout.strip() or "unknown"
     with tempfile.TemporaryDirectory() as folder:
         command = ["outer_loop.py", *flags, "--no-baselines", "--seed", str(seed)]
         # In a process of its own, as a user's run is.
         subprocess.run([sys.executable, *command, "--run-dir", folder], cwd=ROOT, check=True)
         metrics = Lines(Path(folder) / "metrics.jsonl", repair=False).records
     return {"name": name, "flags": flags, "seed": seed, "date": str(date.today()),
-            "commit": commit(), "machine": machine(),
+            "commit": commit, "machine": machine(),
             "reward": [m["eval_reward"] for m in metrics],
             "seconds": [m["seconds"] for m in metrics]}
 
@@ -93,7 +83,7 @@ def table(records):
 
 
 def main():
-    ap = Parser(description=__doc__.split("\n")[0])
+    ap = parser(__doc__)
     ap.add_argument("--name", required=True, help="what the entry is called")
     ap.add_argument("--out", required=True, help="JSON lines, one per seed of each entry")
     args, flags = ap.parse_known_args()

@@ -1,17 +1,24 @@
-"""The tiny world as the questions of the lab use it: its settings, and models of finished runs."""
-from dataclasses import replace
+"""The tiny world as the questions of the lab use it: settings, models of finished runs, a round of
+ReST-EM with other rewards, and who writes self-edits."""
+import random
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 
-from engine.decode import Sampling
+from data import tinyworld as world
+from data.tasks import in_order, load_tasks, next_tasks
+from engine.decode import Sampling, collect
 from inner_loop import ask, grade_all, update_and_score
-from lab.experiment import Question
+from inner_loop import inner_recipe
 from lora import Adapters
 from model import Transformer, load_pretrained
-from selfedit import SelfEdit, Task, seed_for
-from support.config import PRESETS, Config, inner_recipe
-from support.files import read_json
+from outer_loop import m_step, sample, select
+from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
+from support.config import PRESETS, Config
+from support.files import UserError, read_json
+from support.ranks import Meter
+from support.run import Run
 from support.tokenizer import Tokenizer
 
 # Written, learned and answered as in `python outer_loop.py`, with the three rounds that it had
@@ -23,32 +30,12 @@ WRITING = Sampling(TINY.max_edit_tokens, 1, TINY.temperature, TINY.top_p)
 ANSWERING = Sampling(TINY.max_answer_tokens, newline_stops=True)
 
 
-def add_runs(ap):
-    ap.add_argument("runs", nargs="+", metavar="RUN_DIR",
-                    help="finished runs of `python outer_loop.py --iterations 3 --outer-lr 2e-3 "
-                         "--seed S`, one for each seed")
+def add_split(ap, name="--towns"):
+    ap.add_argument(name, choices=("eval", "tune"), default="eval",
+                    help="of towns; tune: to choose settings by (default: eval)")
 
 
-def by_seed(folders) -> dict[int, Path]:
-    """{seed: the folder of its run}."""
-    return {read_json(Path(folder) / "config.json")["seed"]: Path(folder) for folder in folders}
-
-
-def answer(ap, question: Question):
-    """The rest of main, of a question about the writers of finished runs.
-
-    question.measure(arm, seed, {seed: folder of its run}, *values of the settings)."""
-    add_runs(ap)
-    ap.add_argument("--arms", nargs="+", choices=question.arms, default=list(question.arms),
-                    metavar="ARM")
-    args = ap.parse_args()
-    folders = by_seed(args.runs)
-
-    def measure(arm, seed, *values):
-        return question.measure(arm, seed, folders, *values)
-
-    replace(question, measure=measure).answer(ap, args, sorted(folders))
-
+# ------------------------------------------------------------------------------- models
 
 def load(t: int, folder=None) -> tuple[Transformer, Tokenizer]:
     """theta_t of a run. theta_0 is the model of this repository, whatever the run."""
@@ -81,3 +68,93 @@ def by_direction(town: Task, right) -> dict[str, float]:
     right, back = np.array(right), np.array(town.kinds) == "reversed"
     return {"accuracy": right.mean(), "forward": right[~back].mean(),
             "reversed": right[back].mean()}
+
+
+# ------------------------------------------------------------------------------- runs
+
+def start(folder, seed: int, **own) -> tuple[Run, list[Task]]:
+    """A run in the tiny world, and its training towns in order. own: how its settings differ."""
+    run = Run(Config(**SETTINGS | own | {"seed": seed, "baselines": False,
+                                         "run_dir": str(folder)}), load_pretrained)
+    return run, in_order(load_tasks(run, run.cfg.train_data), seed)
+
+
+def run_of(folder, **own) -> Run:
+    """A finished run with its own settings, as its folder tells them. own: how they differ."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} is no run's folder: it has no config.json")
+    settings = read_json(path)
+    known = {f.name: settings[f.name] for f in fields(Config) if f.name in settings}
+    return Run(Config(**known | {"run_dir": str(folder)} | own), load_pretrained)
+
+
+def one_round(run: Run, model, train: list[Task], t: int, reward):
+    """theta_t becomes theta_t+1, as in outer_loop.rest_em, but for the rewards.
+
+    reward(tasks, edits) -> (tasks, K). The best are kept, though they help nothing."""
+    cfg = run.cfg
+    tasks = next_tasks(train, t, cfg.tasks)
+    edits = sample(run, model, tasks, t, "train", cfg.edits)
+    rewards = np.asarray(reward(tasks, edits)).tolist()
+    chosen = select(cfg, rewards, edits, [0.0] * cfg.tasks, t)
+    kept = [(tasks[i], edits[i][j], 1.0) for i, j in chosen]
+    run.make(t + 1, t, lambda theta: m_step(cfg, run, theta, kept, t))
+
+
+# ------------------------------------------------------------------------------- writers
+
+# A writer is one of these three functions, t for theta_t, or "begun".
+
+def rephrased(town, rng) -> list[str]:
+    """The passage in other words, which turn no fact round."""
+    return [world.reworded(town, rng).passage]
+
+
+def one_form(town, rng) -> list[str]:
+    """A note about each fact in one form, drawn: a statement or a question, onwards or back."""
+    form = rng.choice(list(world.FORMS))
+    return [town.say(relation, own, rng) for relation, own in town.notes() if own == form]
+
+
+def best_notes(town, rng) -> list[str]:
+    """A question in each direction about each fact: the best that is known."""
+    return [town.say(relation, form, rng) for relation, form in town.notes()
+            if form.startswith("question")]
+
+
+# "begun": theta_0 goes on from one of these, and mostly in the form that it has.
+BEGINNINGS = ("The river of", "The founder", "Who", "Which town")
+
+
+def write(writer, folder, tasks: list[Task], seed: int, k: int) -> list[list[SelfEdit]]:
+    """k self-edits of each task. The first ones of these are those of a smaller k.
+
+    folder: of the run that theta_t is taken from."""
+    # A draw has a seed of its own, the same for every writer.
+    asked, seeds = [], []
+    for i, task in enumerate(tasks):
+        asked += [task] * k
+        seeds += [seed_for(seed, "compute", i, j) for j in range(k)]
+    if callable(writer):
+        texts = []
+        for task, own in zip(asked, seeds):
+            name, facts = world.read_passage(task.context[0])
+            texts.append("\n".join(writer(world.Town(name, facts, []), random.Random(own))))
+    else:
+        choice, t = (BEGINNINGS, 0) if writer == "begun" else ([""], writer)
+        model, tok = load(t, folder)
+        # What a text is made to begin with is a part of its prompt, and of the text.
+        beginnings = [random.Random(own).choice(choice) for own in seeds]
+        begun = [replace(task, prompt=task.prompt + own) for task, own in zip(asked, beginnings)]
+        written = collect(sample_self_edits(model, tok, begun, WRITING, [[own] for own in seeds],
+                                            progress=Meter("self-edits")))
+        texts = [f"{own} {edit.text}".strip() for own, (edit,) in zip(beginnings, written)]
+    edits = [read_self_edit(task, text) for task, text in zip(asked, texts)]
+    return [edits[i:i + k] for i in range(0, len(edits), k)]
+
+
+def write_all(model, tok, towns: list[Task], seed: int) -> list[SelfEdit]:
+    """A self-edit of each town, by a model as it is."""
+    seeds = [[seed_for(seed, i, "edit")] for i in range(len(towns))]
+    return [edit for (edit,) in collect(sample_self_edits(model, tok, towns, WRITING, seeds))]

@@ -3,44 +3,40 @@
     python -m lab.update_rule --out FILE.jsonl --runs FOLDER [--svg FILE]
     python -m lab.update_rule --tune --out FILE.jsonl --runs FOLDER
 
-The paper says that GRPO and PPO were unstable, and shows no figure. Here each rule runs in the tiny
-world, at the learning rate that did best on other towns. A run of a rule with a seed is an ordinary
-run of outer_loop.py, in a folder below --runs. 1 to 3 minutes each, on one thread.
-
---tune chooses these rates: two seeds, and towns that nothing else is reported on. 20 minutes for
-all rules and a seed.
+Each rule runs in the tiny world, at the learning rate that did best on other towns (--tune). A run
+of a rule with a seed is an ordinary run of outer_loop.py, in a folder below --runs. 1 to 3 minutes
+each, on one thread.
 """
 import math
 import re
-import time
-import zlib
+from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lab.experiment import complete, differences, each, flags, gain, last_reward, where
-from lab.show import arrows, new_figure, of_seeds, print_table, save
+from data.tasks import load_data
+from lab.experiment import (arrows, complete, differences, gain, last_reward, new_figure, of_seeds,
+                            parser, print_table, save, where)
 from lab.tiny import SETTINGS
 from lora import Adapters, Job, dialogue
+from model import load_pretrained
 from outer_loop import m_step, rest_em
+from outer_loop import outer_recipe
 from selfedit import seed_for
-from support.config import Config, outer_recipe
+from support.config import Config
 from support.files import UserError, cli
-from support.records import Lines
 from support.run import Run
 from support.stats import mean_ci
-
-# ------------------------------------------------------------------------------- the rules
 
 # In the tiny world every self-edit beats the un-adapted model, which knows nothing. So Eq. 2 to the
 # letter keeps all of them, and `--keep 2 --strict` is the same as `--keep 2`.
 
 # name -> (how it differs from lab.tiny.SETTINGS, which keep the 2 best of 8 for 4 epochs; its outer
-# learning rate). All K of a rule share the rate of K = 8. One epoch of 160 self-edits is as many
-# steps as four of the 40 best. Rates were chosen by --tune, by the last reward of seeds
-# 10 and 11 (of seed 10 alone for Eq. 2, for a restart from the base, and with clip and KL).
+# learning rate, chosen by --tune: all K of a rule share that of K = 8). One epoch of 160 self-edits
+# is as many steps as four of the 40 best.
 USUAL = "best 2 of 8"
 CLIPPED = "grpo, K = 8, 4 epochs, clip and KL"
 RULES = {
@@ -71,61 +67,42 @@ def measure(runs: Path, line: dict, **settings) -> dict:
     cfg = Config(**SETTINGS | own | settings | {
         "outer_lr": lr, "seed": seed, "eval_data": split, "baselines": False,
         "run_dir": str(folder)})
-    run = Run(cfg)
-    rule = clipped_m_step if arm == CLIPPED else m_step
-    # What an M-step costs is not among the things that a run keeps.
-    m_steps = Lines(folder / "m_steps.jsonl")
-
-    def learn(cfg, run, model, learned, t):
-        begin = time.time()
-        rule(cfg, run, model, learned, t)
-        m_steps.add({"round": t, "self-edits": len(learned), "seconds": time.time() - begin})
-
+    run = Run(cfg, load_pretrained)
     print(f"\n=== {split}: {arm}, outer learning rate {lr:g}, seed {seed}", flush=True)
     try:
-        rest_em(cfg, run, learn)
+        rest_em(run, *load_data(run), clipped_m_step if arm == CLIPPED else m_step)
     except UserError as e:
         if "diverged" not in str(e):
             raise
     # A model that diverged writes nothing: its rewards are 0.
     rewards = [m["eval_reward"] for m in run.metrics.records]
     rewards += [0.0] * (cfg.iterations + 1 - len(rewards))
-    found = {"reward": rewards, "diverged": len(run.metrics.records) <= cfg.iterations,
-             "by kind": [m["eval_by_kind"] for m in run.metrics.records]}
-    return found | cost(cfg, run, m_steps.records) | of_run(run)
+    return {"reward": rewards, "distinct": distinct(run)} | cost(cfg, run)
 
 
-def cost(cfg: Config, run: Run, m_steps: list[dict]) -> dict:
-    """Optimiser steps of both loops and the seconds that they took, without the evaluation."""
-    inner, outer, seconds = 0, 0, 0.0
+def cost(cfg: Config, run: Run) -> dict:
+    """Optimiser steps of both loops, without the evaluation."""
+    inner, learned = 0, Counter()
     for r in run.rollouts.records:
         if r["split"] == "train":
-            steps = cfg.inner_epochs * math.ceil(r["documents"] / cfg.inner_batch)
-            inner += len(r["right"]) * steps
-            seconds += r["seconds"]
-    # A round that was killed and begun again is in the file twice.
-    last = {r["round"]: r for r in m_steps}
-    for r in last.values():
-        outer += cfg.outer_epochs * math.ceil(r["self-edits"] / cfg.outer_batch)
-        seconds += r["seconds"]
-    return {"inner steps": inner, "outer steps": outer, "seconds": round(seconds)}
+            batches = math.ceil(r["documents"] / cfg.inner_batch)
+            inner += len(r["right"]) * cfg.inner_epochs * batches
+            learned[r["iteration"]] += r["weight"] != 0
+    outer = sum(cfg.outer_epochs * math.ceil(n / cfg.outer_batch) for n in learned.values())
+    return {"inner steps": inner, "outer steps": outer}
 
 
-def of_run(run) -> dict[str, list]:
-    """Of all held-out self-edits after each round of a run. Lines that differ in names and years
-    alone are one kind of line."""
-    compression, distinct = [], []
+def distinct(run) -> list[int]:
+    """Kinds of lines in all held-out self-edits after each round of a run. Lines that differ in
+    names and years alone are of one kind."""
+    found = []
     for m in run.metrics.records:
-        records = run.edits.of(m["iteration"], "eval")
-        text = "\n".join(r["text"] for r in records)
-        compression.append(round(len(text) / len(zlib.compress(text.encode())), 3))
+        text = "\n".join(r["text"] for r in run.edits.of(m["iteration"], "eval"))
         # A line's first word is the template's, and capital in any case.
         kinds = {re.sub(r"(?<!^)\b([A-Z]\w+|\d+)", "_", line) for line in text.splitlines()}
-        distinct.append(len(kinds))
-    return {"compression": compression, "distinct": distinct}
+        found.append(len(kinds))
+    return found
 
-
-# ---------------------------------------------------------------- GRPO's M-step as it was published
 
 # `--update grpo` weighs self-edits by GRPO's advantages and takes one epoch. DeepSeekMath (arXiv
 # 2402.03300, equations 3 and 4) goes on for more epochs, with
@@ -159,8 +136,7 @@ def objective(new, old, advantage, eps, beta) -> torch.Tensor:
 
 
 def clipped_m_step(cfg, run, model, learned, t, eps=0.2, beta=0.04):
-    """theta_t+1: theta_t with an adapter that maximises the objective merged in. eps and beta are
-    DeepSeekMath's."""
+    """An M-step by DeepSeekMath's objective, with its eps and beta."""
     # As in outer_loop.m_step: the context is read, the self-edit is learned as it was sampled.
     examples, advantages = [], []
     for task, edit, advantage in learned:
@@ -191,11 +167,8 @@ def clipped_m_step(cfg, run, model, learned, t, eps=0.2, beta=0.04):
     adapter.merge(0)
 
 
-# ------------------------------------------------------------------------------- choosing a rate
-
 GRID = (2e-3, 4e-3, 8e-3)
-# rule -> a factor. Two rules take four times as many steps, with nothing to hold them back, so that
-# lower rates are tried for them.
+# rule -> a factor: lower rates for two rules that take four times as many steps unclipped.
 FACTORS = {USUAL: 1, "all that help (Eq. 2)": 1 / 2, "all of reward .7 and above": 1,
            "best 2 of 8, from the base": 1, "reinforce, K = 8": 1, "grpo, K = 8": 1,
            "grpo, K = 8, 4 epochs": 1 / 4, CLIPPED: 1}
@@ -211,8 +184,6 @@ def show_rates(records: list[dict]):
             last = [line["reward"][-1] for line in where(tried, lr=lr)]
             print(f"{arm}, outer learning rate {lr:g}: {np.mean(last):.3f} ({len(last)} seeds)")
 
-
-# ------------------------------------------------------------------------------- what came out
 
 def measured_rules(records: list[dict]) -> dict:
     """{(rule, outer learning rate): its lines}, in the order of RULES."""
@@ -262,22 +233,24 @@ def draw(rules: dict, file):
 
 
 def main():
-    ap = flags(__doc__)
+    ap = parser(__doc__)
+    ap.add_argument("--out", required=True, type=Path, help="JSON lines, as they are known")
+    ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
     ap.add_argument("--runs", required=True, type=Path, help="where the runs' folders go")
     ap.add_argument("--arms", nargs="+", choices=RULES, metavar="RULE", help="default: all")
     ap.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4, with --tune 10 and 11")
     ap.add_argument("--tune", action="store_true", help="choose the outer learning rates")
     args = ap.parse_args()
+    if args.tune:
+        split, own, seeds = "tune", SHORT, args.seeds or [10, 11]
+        rates = {arm: [lr * factor for lr in GRID] for arm, factor in FACTORS.items()}
+    else:
+        split, own, seeds = "eval", {}, args.seeds or range(5)
+        rates = {arm: [lr] for arm, (_, lr) in RULES.items()}
     # The split and the rate are part of what is wanted, as a file has lines of several.
     wanted = []
-    for unit in each("arm", args.arms or (FACTORS if args.tune else RULES),
-                     args.seeds or ([10, 11] if args.tune else range(5))):
-        rates, split = [RULES[unit["arm"]][1]], "eval"
-        if args.tune:
-            rates, split = [lr * FACTORS[unit["arm"]] for lr in GRID], "tune"
-        wanted += [{"split": split, "arm": unit["arm"], "lr": lr, "seed": unit["seed"]}
-                   for lr in rates]
-    own = SHORT if args.tune else {}
+    for seed, arm in product(seeds, args.arms or rates):
+        wanted += [{"split": split, "arm": arm, "lr": lr, "seed": seed} for lr in rates[arm]]
     records = complete(ap, args, wanted, lambda line: measure(args.runs, line, **own))
     if args.tune:
         return show_rates(records)

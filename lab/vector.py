@@ -2,12 +2,11 @@
 
     python -m lab.vector RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE]
 
-v = theta_3 - theta_0 of a finished run (`python outer_loop.py --seed S`) is what three M-steps
-merged into the weights. PaST (arXiv 2601.11258) adds such a difference to models that have learned
-facts by other means. How long may v be? Is the mean of several runs' v as good? Do adapters that
-theta_0 learned towns by still work on theta_0 + v? Does a model write well that merged a stream of
-towns, once v is added? An arm is a model, which writes and learns. 2 minutes a seed for all arms,
-on one thread.
+v = theta_3 - theta_0 of a finished run is what three M-steps merged into the weights. PaST (arXiv
+2601.11258) adds such a difference to models that have learned facts by other means. How long may v
+be? Is the mean of several runs' v as good? Do adapters that theta_0 learned towns by still work on
+theta_0 + v? Does a model write well that merged a stream of towns, once v is added? An arm is a
+model, which writes and learns. 2 minutes a seed for all arms, on one thread.
 """
 import itertools
 import random
@@ -19,10 +18,9 @@ import torch
 from data import tinyworld
 from engine.train import sft
 from inner_loop import make_job
-from lab.experiment import Question, flags
-from lab.keeping import GENTLE, Stream, learn_town, write_all
-from lab.show import error_bars, new_figure, of_seeds, over_seeds, print_table, save
-from lab.tiny import RECIPE, answer, load, or_passage, score, verdicts
+from lab.experiment import Question, draw_lines, of_seeds, over_seeds, print_table
+from lab.keeping import GENTLE, Stream, learn_town
+from lab.tiny import RECIPE, load, or_passage, score, verdicts, write_all
 from lora import Adapters
 from selfedit import Task, seed_for
 from support.files import cli
@@ -31,10 +29,6 @@ SCALES = (0, .5, 1, 1.5, 2, 3)
 MEAN, STREAM, THEN = "mean of the runs' v", "a stream of towns", "a stream of towns, then v"
 # arm -> the scale of v
 ARMS = {f"{scale:g} v": scale for scale in SCALES} | {MEAN: 1, STREAM: 0, THEN: 1}
-
-
-# -------------------------------------------------------------------- changes of a model as vectors
-
 LENGTH, N_TOWNS = 32, 24            # towns that are learned before, and towns to write about
 
 
@@ -94,8 +88,6 @@ def cosines(vectors: dict, seed: int, base, rows) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 
-# ------------------------------------------------------------------------------- an arm, a seed
-
 def measure(arm: str, seed: int, folders: dict) -> dict:
     """A line: the reward of an arm's own self-edits, and what it knows of towns learned before."""
     base, tok = load(0)
@@ -127,8 +119,6 @@ def measure(arm: str, seed: int, folders: dict) -> dict:
     return found
 
 
-# ------------------------------------------------------------------------------- what came out
-
 def show(arms: dict[str, list[dict]]):
     """Rewards and what is known, with intervals over seeds; cosines."""
     rows = []
@@ -141,18 +131,18 @@ def show(arms: dict[str, list[dict]]):
 
 
 def draw(arms: dict[str, list[dict]], file):
-    figure, axes = new_figure("scale of v", "(95 % interval over seeds)")
+    drawn = {}
     scales = [scale for scale in SCALES if f"{scale:g} v" in arms]
-    lines = [arms[f"{scale:g} v"] for scale in scales]
     for name, label in (("reward", "reward of its self-edits"), ("known", "known of 32 towns")):
-        values = np.transpose([[line[name] for line in own] for own in lines])
-        error_bars(axes, scales, values, label=label)
-    axes.set_ylim(0, 1)
-    save(figure, file)
+        values = [[line[name] for line in arms[f"{scale:g} v"]] for scale in scales]
+        drawn[label] = scales, np.transpose(values)
+    draw_lines(file, ("scale of v", "(95 % interval over seeds)"), drawn, ylim=(0, 1))
 
 
 def main():
-    answer(flags(__doc__), Question(ARMS, measure, show, draw))
+    question = Question(ARMS, measure, show, draw, of_runs=True)
+    ap = question.flags(__doc__)
+    question.answer(ap, ap.parse_args())
 
 
 if __name__ == "__main__":

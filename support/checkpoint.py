@@ -264,3 +264,23 @@ def read_adapter(folder):
     if not all(half.isfinite().all() for pair in layers.values() for half in pair):
         raise UserError(f"{path} holds NaN or infinity")
     return rank, alpha, targets, layers
+
+
+def write_adapter(folder, rank, alpha, targets, pairs, base):
+    """Write what `read_adapter` reads, for PEFT, too. UserError if the folder exists.
+
+    base: the folder of the model that the adapter belongs to."""
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already; nothing was overwritten")
+    folder.mkdir(parents=True)
+    # PEFT's names: base_model.model is its wrapper around the model.
+    tensors = {}
+    for name, (A, B) in pairs.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().clone()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().clone()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
+        "lora_dropout": 0.0, "bias": "none", "target_modules": list(targets),
+        "base_model_name_or_path": str(base)}))

@@ -1,127 +1,146 @@
-"""The settings of a run, its presets, and its command line.
-
-Config has a flag for each field. The comment beside a field is the flag's help, and the range at
-its end is checked.
-"""
+"""The settings of a run, its presets, and its command line. Config has a flag for each field."""
 import argparse
 import dataclasses
-import inspect
 import math
 import re
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 
-from data import arc, judges, knowledge, tinyarc, tinyworld
-from lora import Lora, PROJECTIONS, Recipe
-from selfedit import PROMPTS
 from support.checkpoint import EMBEDDED
 from support.files import UserError, fingerprint, read_text
 
 # ------------------------------------------------------------------------------- settings
 
-DOMAINS = {"knowledge": knowledge, "arc": arc, "tinyworld": tinyworld, "tinyarc": tinyarc}
+DOMAINS = ("knowledge", "arc", "tinyworld", "tinyarc")          # modules of data/
+JUDGES = ("rule", "gist", "substring", "model", "openai")       # data/judges.py
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def setting(default, help, **allowed):
+    """A field of Config: its default, the help of its flag, and which values are allowed.
+
+    allowed: low, above (the least value itself is not allowed) and high, of a number; choices."""
+    metadata = {"help": help} | allowed
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class Config:
-    """A flag for each field; its help is the comment beside it."""
+    """A flag for each field."""
     # What to learn, and where.
-    model: str = ""                 # folder or hub id of a Llama, Qwen2/2.5 or Qwen3 checkpoint
-    domain: str = "knowledge"       # where tasks come from: knowledge, arc, tinyworld, tinyarc
-    train_data: str = ""            # JSON list of passages to learn from, or source of puzzles
-    eval_data: str = ""             # the same, held out
-    run_dir: str = ""               # the run's folder; default: runs/PRESET-what-differs
-    seed: int = 0                   # of everything that is drawn at random
-    verbose: bool = False           # print the settings, and a line for each self-edit
+    model: str = setting("", "folder or hub id of a Llama, Qwen2/2.5 or Qwen3 checkpoint")
+    domain: str = setting("knowledge", "where tasks come from: " + ", ".join(DOMAINS),
+                          choices=DOMAINS)
+    train_data: str = setting("", "JSON list of passages to learn from, or source of puzzles")
+    eval_data: str = setting("", "the same, held out")
+    run_dir: str = setting("", "the run's folder; default: runs/PRESET-what-differs")
+    seed: int = setting(0, "of everything that is drawn at random")
+    verbose: bool = setting(False, "print the settings, and a line for each self-edit")
 
     # How much of it.
-    iterations: int = 2             # rounds of ReST-EM [0..]
-    tasks: int = 50                 # training tasks per round, each time new ones [1..]
-    edits: int = 5                  # K, self-edits per task [1..]
-    seeds: int = 3                  # inner loops per self-edit; the reward is their mean [1..]
-    eval_tasks: int = 200           # held-out tasks [1..]
-    eval_edits: int = 1             # self-edits of each of them, with one inner loop each [1..]
-    baselines: bool = False         # at iteration 0, also measure what to compare with
+    iterations: int = setting(2, "rounds of ReST-EM", low=0)
+    tasks: int = setting(50, "training tasks per round, each time new ones", low=1)
+    edits: int = setting(5, "K, self-edits per task", low=1)
+    seeds: int = setting(3, "inner loops per self-edit; the reward is their mean", low=1)
+    eval_tasks: int = setting(200, "held-out tasks", low=1)
+    eval_edits: int = setting(1, "self-edits of each of them, with one inner loop each", low=1)
+    baselines: bool = setting(False, "at iteration 0, also measure what to compare with")
 
     # Self-edits.
-    prompt: str = "implications"    # or ...-long, ...-very-long, rewrite, self-qa, none; a template
-    temperature: float = 1.0        # of sampling self-edits [0..100]
-    top_p: float = 0.95             # nucleus of sampling self-edits (0..1]
-    max_edit_tokens: int = 2048     # longest self-edit [1..1e6]
-    max_documents: int = 0          # pieces kept of a self-edit; 0: all (v2 of the paper: 30) [0..]
-    directives: bool = False        # tinyworld: a self-edit chooses its learning rate and epochs
-    max_steps: int = 2000           # optimiser steps that a self-edit may ask for [1..]
-    max_train_tokens: int = 2000000 # and tokens, over all epochs; beyond them its reward is 0 [1..]
-    max_examples: int = 250         # puzzles: training examples that a self-edit's tools make [1..]
+    prompt: str = setting(
+        "implications", "or ...-long, ...-very-long, rewrite, self-qa, none; a template")
+    temperature: float = setting(1.0, "of sampling self-edits", low=0, high=100)
+    top_p: float = setting(0.95, "nucleus of sampling self-edits", above=0, high=1)
+    max_edit_tokens: int = setting(2048, "longest self-edit", low=1, high=1e6)
+    max_documents: int = setting(
+        0, "pieces kept of a self-edit; 0: all (v2 of the paper: 30)", low=0)
+    directives: bool = setting(False, "tinyworld: a self-edit chooses its learning rate and epochs")
+    max_steps: int = setting(2000, "optimiser steps that a self-edit may ask for", low=1)
+    max_train_tokens: int = setting(
+        2_000_000, "and tokens, over all epochs; beyond them its reward is 0", low=1)
+    max_examples: int = setting(
+        250, "puzzles: training examples that a self-edit's tools make", low=1)
 
     # The inner loop: theta' <- SFT(theta, SE).
-    inner_rank: int = 32            # LoRA's rank [1..4096]
-    inner_alpha: float = 64         # LoRA's scale is alpha / rank (0..]
-    inner_targets: list = field(default_factory=lambda: ["q_proj", "v_proj"])  # adapted layers
-    inner_lr: float = 1e-3          # learning rate, which falls to 0 (0..]
-    inner_schedule: str = "linear"  # how it falls: linear or cosine
-    inner_warmup: int = 0           # first steps, in which it rises from 0 [0..]
-    inner_epochs: int = 10          # passes over a self-edit's documents [1..]
-    inner_batch: int = 1            # documents per step [1..]
-    pad_to: int = 0                 # as if padded, and pads learned (official: 2048) [0..1e6]
+    inner_rank: int = setting(32, "LoRA's rank", low=1, high=4096)
+    inner_alpha: float = setting(64, "LoRA's scale is alpha / rank", above=0)
+    inner_targets: list = setting(["q_proj", "v_proj"], "adapted layers", choices=PROJECTIONS)
+    inner_lr: float = setting(1e-3, "learning rate, which falls to 0", above=0)
+    inner_schedule: str = setting("linear", "how it falls: linear or cosine",
+                                 choices=("linear", "cosine"))
+    inner_warmup: int = setting(0, "first steps, in which it rises from 0", low=0)
+    inner_epochs: int = setting(10, "passes over a self-edit's documents", low=1)
+    inner_batch: int = setting(1, "documents per step", low=1)
+    pad_to: int = setting(0, "as if padded, and pads learned (official: 2048)", low=0, high=1e6)
 
     # The reward: answers and verdicts.
-    max_answer_tokens: int = 64     # longest answer [1..1e6]
-    stop: str = "newline"           # an answer ends at a newline; or eos: at EOS only (official)
-    views: int = 0                  # puzzles: ways to ask each one, that vote; 0: all [0..]
-    judge: str = "rule"             # rule (.8 of the gold words), gist, substring, model, openai
+    max_answer_tokens: int = setting(64, "longest answer", low=1, high=1e6)
+    stop: str = setting("newline", "an answer ends at a newline; or eos: at EOS only (official)",
+                        choices=("newline", "eos"))
+    views: int = setting(0, "puzzles: ways to ask each one, that vote; 0: all", low=0)
+    judge: str = setting("rule", "rule (.8 of the gold words), gist, substring, model, openai",
+                         choices=JUDGES)
 
     # The outer loop: selection and M-step.
-    update: str = "best"            # best of K, solved (reward 1), random, reinforce or grpo
-    solved_at: float = 1.0          # the reward from which --update solved keeps one (0..1]
-    keep: int = 1                   # how many of K, best or random [1..]
-    strict: bool = False            # keep a self-edit only if it beats the un-adapted model (Eq. 2)
-    restart: bool = False           # every M-step starts from the base model, as in Singh et al.
-    outer_rank: int = 64            # LoRA's rank in the M-step [1..4096]
-    outer_alpha: float = 128        # LoRA's scale is alpha / rank (0..]
-    outer_targets: list = field(default_factory=lambda: list(PROJECTIONS))  # adapted layers
-    outer_lr: float = 3e-4          # learning rate, which falls linearly to 0 (0..]
-    outer_epochs: int = 2           # passes over the kept self-edits [1..]
-    outer_batch: int = 10           # self-edits per step [1..]
-    clip: float = 1.0               # gradient norm, in both loops (0..]
-    weight_decay: float = 0.0       # AdamW's, in both loops [0..]
+    update: str = setting("best", "best of K, solved (reward 1), random, reinforce or grpo",
+                          choices=("best", "solved", "random", "reinforce", "grpo"))
+    solved_at: float = setting(
+        1.0, "the reward from which --update solved keeps one", above=0, high=1)
+    keep: int = setting(1, "how many of K, best or random", low=1)
+    strict: bool = setting(False, "keep a self-edit only if it beats the un-adapted model (Eq. 2)")
+    restart: bool = setting(False, "every M-step starts from the base model, as in Singh et al.")
+    outer_rank: int = setting(64, "LoRA's rank in the M-step", low=1, high=4096)
+    outer_alpha: float = setting(128, "LoRA's scale is alpha / rank", above=0)
+    outer_targets: list = setting(PROJECTIONS, "adapted layers", choices=PROJECTIONS)
+    outer_lr: float = setting(3e-4, "learning rate, which falls linearly to 0", above=0)
+    outer_epochs: int = setting(2, "passes over the kept self-edits", low=1)
+    outer_batch: int = setting(10, "self-edits per step", low=1)
+    clip: float = setting(1.0, "gradient norm, in both loops", above=0)
+    weight_decay: float = setting(0.0, "AdamW's, in both loops", low=0)
 
     # The machine.
-    device: str = ""                # cuda or cpu; default: cuda if there is one
-    dtype: str = ""                 # of the weights; default: bfloat16 on cuda, else float32
-    slots: int = 0                  # adapters trained side by side; 0: automatic [0..]
-    rows: int = 0                   # sequences decoded side by side; 0: automatic [0..]
-    recompute: bool = False         # compute activations again in the backward pass: less memory
+    device: str = setting("", "cuda or cpu; default: cuda if there is one")
+    dtype: str = setting("", "of the weights; default: bfloat16 on cuda, else float32",
+                         choices=("", "float32", "bfloat16", "float64"))
+    slots: int = setting(0, "adapters trained side by side; 0: automatic", low=0)
+    rows: int = setting(0, "sequences decoded side by side; 0: automatic", low=0)
+    recompute: bool = setting(False, "compute activations again in the backward pass: less memory")
 
     def __post_init__(self):
-        """Every rule about the values; a UserError names the flag."""
-        allowed = {"domain": DOMAINS,
-                   "update": ("best", "solved", "random", "reinforce", "grpo"),
-                   "judge": (*judges.RULES, "model", "openai"), "stop": ("newline", "eos"),
-                   "inner_schedule": ("linear", "cosine"),
-                   "dtype": ("", "float32", "bfloat16", "float64")}
-        for name, choices in allowed.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"{flag(name)} {getattr(self, name)!r}: choose among "
-                                f"{', '.join(filter(None, choices))}")
-        for name, allowed in ranges().items():
-            value = getattr(self, name)
-            if not (math.isfinite(value) and allowed.holds(value)):
-                raise UserError(f"{flag(name)} {value}: must be {allowed}")
-        if self.prompt not in PROMPTS and "{context}" not in self.prompt:
-            raise UserError(f"--prompt {self.prompt!r}: choose among {', '.join(PROMPTS)}, or give "
-                            "a --prompt-file, with {title} and {context} in it")
-        for name in ("inner_targets", "outer_targets"):
-            unknown = sorted(set(getattr(self, name)) - set(PROJECTIONS))
-            if unknown:
-                raise UserError(f"{flag(name)}: no layer is called {', '.join(unknown)}; choose "
-                                f"among {' '.join(PROJECTIONS)}")
+        """Every rule about a single value; a UserError names the flag."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if "choices" in f.metadata:
+                for one in value if f.type is list else [value]:
+                    if one not in f.metadata["choices"]:
+                        raise UserError(f"{flag(f.name)} {one!r}: choose among "
+                                        f"{', '.join(filter(None, f.metadata['choices']))}")
+            elif f.type in (int, float) and not is_within(value, **f.metadata):
+                raise UserError(f"{flag(f.name)} {value}: must be {range_of(**f.metadata)}")
         if self.device not in ("", "cpu") and not (
                 re.fullmatch(r"cuda(:\d)?", self.device) and torch.cuda.is_available()):
             raise UserError(f"--device {self.device}: there is no such device here (cpu, or cuda "
                             "with a GPU and a torch that is built for it)")
+
+
+def is_within(value, low=-math.inf, above=-math.inf, high=math.inf, **_) -> bool:
+    """Whether a number is finite and in its range."""
+    return above < value <= high and low <= value and abs(value) < math.inf
+
+
+def range_of(low=None, above=None, high=None, **_) -> str:
+    """The range in words, or nothing."""
+    words = []
+    if low is not None:
+        words.append(f"{low:g} or more")
+    if above is not None:
+        words.append(f"more than {above:g}")
+    if high is not None:
+        words.append(f"at most {high:g}")
+    return ", ".join(words)
 
 
 # A setting of one domain: elsewhere it would do nothing, and is refused.
@@ -173,57 +192,6 @@ PRESETS = {
 }
 
 
-@cache
-def comments() -> dict[str, str]:
-    """{field: the comment beside it}."""
-    source = inspect.getsource(Config)
-    return dict(re.findall(r"^    (\w+): .*?\s# (.*)$", source, re.MULTILINE))
-
-
-@dataclass
-class Range:
-    low: float
-    high: float
-    above: bool     # the lower end is not within it
-
-    def holds(self, value):
-        return (self.low < value if self.above else self.low <= value) and value <= self.high
-
-    def __str__(self):
-        low = f"more than {self.low:g}" if self.above else f"{self.low:g} or more"
-        return low if self.high == math.inf else f"{low}, at most {self.high:g}"
-
-
-RANGE = r" ([\[(])([\d.e]+)\.\.([\d.e]*)\]$"      # at the end of a comment
-
-
-@cache
-def ranges() -> dict[str, Range]:
-    """Of the fields whose comment ends with one: [1..], (0..1]."""
-    found = {}
-    for name, comment in comments().items():
-        match = re.search(RANGE, comment)
-        if match:
-            bracket, low, high = match.groups()
-            found[name] = Range(float(low), float(high or "inf"), above=bracket == "(")
-    return found
-
-
-def inner_recipe(cfg: Config) -> Recipe:
-    return Recipe(
-        Lora(cfg.inner_rank, cfg.inner_alpha, cfg.inner_targets), lr=cfg.inner_lr,
-        epochs=cfg.inner_epochs, batch=cfg.inner_batch, schedule=cfg.inner_schedule,
-        warmup=cfg.inner_warmup, clip=cfg.clip, weight_decay=cfg.weight_decay, pad_to=cfg.pad_to,
-        slots=cfg.slots, max_steps=cfg.max_steps, max_tokens=cfg.max_train_tokens)
-
-
-def outer_recipe(cfg: Config) -> Recipe:
-    return Recipe(
-        Lora(cfg.outer_rank, cfg.outer_alpha, cfg.outer_targets), lr=cfg.outer_lr,
-        epochs=cfg.outer_epochs, batch=cfg.outer_batch, clip=cfg.clip,
-        weight_decay=cfg.weight_decay, slots=cfg.slots)
-
-
 # ------------------------------------------------------------------------------- command line
 
 def flag(name):
@@ -242,11 +210,12 @@ def add_flags(parser):
             kind, default = dict(action=argparse.BooleanOptionalAction), ""
         if f.type is list:
             kind, default = dict(nargs="+", metavar="NAME"), " ".join(f.default_factory())
-        shown = comments()[f.name]
+        notes = [range_of(**f.metadata)]
         if default != "":
-            shown += f" (default: {default})"
-        if f.name in ranges():
-            shown = re.sub(RANGE, f" ({ranges()[f.name]}; default: {default})", comments()[f.name])
+            notes.append(f"default: {default}")
+        shown = f.metadata["help"]
+        if any(notes):
+            shown += f" ({'; '.join(filter(None, notes))})"
         # None: not given, so that the preset's value stands.
         parser.add_argument(flag(f.name), default=None, help=shown.replace("%", "%%"), **kind)
     parser.add_argument("--prompt-file", metavar="FILE",

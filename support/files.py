@@ -188,3 +188,51 @@ def lock(folder):
         pass
     HELD[name] = handle
     return handle
+
+
+# ------------------------------------------------------------------------------- JSON lines
+
+def as_lines(records) -> str:
+    """A line of JSON for each record."""
+    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+                   for record in records)
+
+
+class Lines:
+    """A JSON-lines file that survives a kill: a torn last line is dropped, whole ones are kept.
+
+    A reader (repair False) drops it in memory only, as another process may be writing it."""
+
+    def __init__(self, path, repair=True):
+        self.path = Path(path)
+        self.records = []
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        whole = data[:data.rfind(b"\n") + 1]
+        if whole != data and repair:
+            torn = len(data) - len(whole)
+            print(f"{printable(self.path)}: its last line was cut short ({torn} bytes); dropped")
+            replace_file(self.path, whole.decode(errors="replace"))
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                record = json.loads(line)
+                self.check(record)
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
+                raise UserError(f"{self.path}, line {number}: not a record of a run ({e}); restore "
+                                "it, or delete the lines from there on and repeat the command"
+                                ) from None
+            self.records.append(record)
+
+    def check(self, record):
+        """ValueError, KeyError or TypeError if this is no record of this file. All are, here."""
+
+    def add(self, *records):
+        if not records:
+            return
+        text = as_lines(records)
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        self.records += records

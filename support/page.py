@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from support.config import PRESETS, Config, flag
-from support.files import Parser, UserError, cli, printable, read_json, replace_file
-from support.records import Lines, Metrics, Records, place_of
+from support.files import Lines, Parser, UserError, cli, printable, read_json, replace_file
+from support.ranks import Metrics, Records, place_of
 from support.report import arrows, iteration_line, typical_task
 
 # Mid-tones that can be told apart, also by the colour-blind, on white and on black.
@@ -41,17 +41,12 @@ ul svg { display: inline-block; width: 1.8rem } .right { color: #00916a } .wrong
 """
 
 
-class Rollouts(Lines):
-    """As a run's, but only read: another process may be writing them."""
-    check, of = staticmethod(place_of), Records.of
-
-
 def write(folder) -> Path:
     """Write report.html into a run's folder, from the files there. UserError if they are none."""
     path = Path(folder)
     run = SimpleNamespace(path=path, cfg=read_json(path / "config.json"),
                           metrics=Metrics(path / "metrics.jsonl", repair=False),
-                          rollouts=Rollouts(path / "rollouts.jsonl", repair=False))
+                          rollouts=Records(path / "rollouts.jsonl", repair=False))
     sections = {"The run": headline, "The two loops": loops, "Held-out reward": curve,
                 "What self-edits are made of": made_of, "Rivals: one task's self-edits": rivals,
                 "Held-out tasks": held_out, "Which line taught which answer": credit,
@@ -105,7 +100,7 @@ def heat(share) -> str:
     return tag("div", f"{share:.3f}", style=f"background: rgba({colour}, {strength:.2f})")
 
 
-# ------------------------------------------------------------------------------- the run as a whole
+# ------------------------------------------------------------------------------ the run as a whole
 
 def headline(run) -> str:
     changed = max(path.stat().st_mtime for path in run.path.glob("*.json*"))
@@ -305,8 +300,10 @@ def verdict(r, q) -> str:
     if not r["right"]:
         return "no answer"
     n, right = len(r["right"]), sum(row[q] for row in r["right"])
-    word = ("✓ right" if right else "✗ wrong") + (f" in {right or n} of {n}" if n > 1 else "")
-    return clean(r["answers"][0][q], 300) + "\n" + tag("span", word, class_=word[2:7])
+    kind, sign = ("right", "✓") if right else ("wrong", "✗")
+    share = f" in {right or n} of {n}" if n > 1 else ""
+    return (clean(r["answers"][0][q], 300) + "\n"
+            + tag("span", f"{sign} {kind}{share}", class_=kind))
 
 
 def credit(run) -> str:

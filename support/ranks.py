@@ -1,4 +1,6 @@
-"""Several processes, a GPU each: torchrun --nproc-per-node 8 outer_loop.py ...
+"""Several processes, a GPU each, and the records that they share.
+
+    torchrun --nproc-per-node 8 outer_loop.py ...
 
 Every rank is the whole program. It takes its share of a phase's work, keeps what it finishes on
 disk at once, and hears of the others' at the phase's end; rank 0 writes the run's files. No draw
@@ -9,12 +11,15 @@ import os
 import signal
 import sys
 import threading
+import time
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from support.files import UserError
+from support.files import Lines, UserError
 
 RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -78,3 +83,108 @@ def gather(x) -> list:
 def wait():
     """Until all ranks are here."""
     gather(None)
+
+
+# ------------------------------------------------------------------------------- progress
+
+class Meter:
+    """meter(done, total) shows how far a phase is. Of several ranks the first one speaks, of its
+    own share."""
+
+    def __init__(self, what):
+        self.what = what
+        self.begin = self.said = time.time()
+        self.shown = RANK == 0
+        self.bar = tqdm(desc=what, disable=None if self.shown else True, leave=False,
+                        mininterval=0.5)
+
+    def __call__(self, done, total):
+        now = time.time()
+        eta = (now - self.begin) / done * (total - done)
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+        if self.bar.disable and self.shown and now - self.said > 10 and done < total:
+            print(f"    {done}/{total} {self.what}, eta {eta:.0f}s", flush=True)
+            self.said = now
+        if done == total:
+            self.bar.close()
+
+
+# ------------------------------------------------------------------------------- records
+
+class SharedLines(Lines):
+    """Lines to which every rank adds. Rank 0's are in the file itself; those of another rank are in
+    a part beside it until all ranks `exchange`, and a part that a kill left is taken in later.
+
+    A reader (repair False) takes the file as it is, as another process may be writing it."""
+
+    def __init__(self, path, repair=True):
+        if not repair:
+            return super().__init__(path, repair=False)
+        if RANK == 0:
+            super().__init__(path)
+            for part in sorted(path.parent.glob(f"{path.stem}.part*{path.suffix}")):
+                self.add(*[r for r in Lines(part).records if r not in self.records])
+                part.unlink()
+        wait()
+        if RANK:
+            super().__init__(path)
+            self.path = path.with_name(f"{path.stem}.part{RANK}{path.suffix}")
+        wait()
+        self.exchanged = len(self.records)
+
+    def exchange(self):
+        """Every rank gets the others' new records; rank 0 writes them to the file."""
+        everyone = gather(self.records[self.exchanged:])
+        others = [r for rank, records in enumerate(everyone) if rank != RANK for r in records]
+        if RANK == 0:
+            self.add(*others)
+        wait()
+        if RANK:
+            self.records += others
+            self.path.unlink(missing_ok=True)
+        # No part is left when a rank goes on: rank 0 may then write the records otherwise.
+        wait()
+        self.exchanged = len(self.records)
+
+
+class Records(SharedLines):
+    """Lines that belong to an iteration, a split (train or eval), an arm (what the model is trained
+    on, "" for its own self-edits), a task and a self-edit: one for each, found by these."""
+
+    def check(self, record):
+        where = place_of(record)
+        if where in self.places:
+            raise ValueError("a second one for iteration {}, {} {!r}, task {}, self-edit {}"
+                             .format(*where))
+        self.places.add(where)
+
+    @cached_property
+    def places(self):
+        return set()
+
+    def at(self, t, split, arm="") -> dict:
+        """{(task, edit): its record}."""
+        return {place_of(r)[3:]: r for r in self.records if place_of(r)[:3] == (t, split, arm)}
+
+    def of(self, t, split, arm="") -> list[dict]:
+        """In the order of tasks and self-edits, whatever the order in which they were made."""
+        return sorted(self.at(t, split, arm).values(), key=place_of)
+
+
+def place_of(record) -> tuple:
+    """KeyError or TypeError if it has none."""
+    numbers = record["iteration"], record["task"], record["edit"]
+    if not all(type(number) is int for number in numbers):
+        raise TypeError("iteration, task and edit must be whole numbers")
+    return (record["iteration"], record["split"], record.get("arm", ""), record["task"],
+            record["edit"])
+
+
+class Metrics(Lines):
+    """A line for each iteration."""
+
+    def check(self, record):
+        if record["iteration"] != len(self.records):
+            raise ValueError(f"iteration {record['iteration']} after {len(self.records)} lines")
+        float(record["eval_reward"])

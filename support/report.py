@@ -3,7 +3,7 @@ import numpy as np
 
 from support.config import Config
 from support.files import printable
-from support.stats import with_interval
+from support.stats import bootstrap_ci, with_interval
 
 
 def opening(cfg: Config) -> str:
@@ -38,28 +38,11 @@ def iteration_line(m: dict) -> str:
             f"un-adapted {m['eval_unadapted']:.3f}")
 
 
-def examples(name: str, edits: list, scores: list[float], width=100) -> str:
-    """A task's self-edits with their rewards, the best first, each in a line."""
-    lines = [f"for example, of {printable(name, 60)}:"]
-    for score, edit in sorted(zip(scores, edits), key=lambda pair: -pair[0]):
-        text = " / ".join(edit.text.split("\n"))
-        lines.append(f"    {score:.2f}  {printable(text, width) or '(nothing)'}")
-    return "\n".join(lines)
-
-
 def self_edit_line(task: int, edit: int, record: dict) -> str:
     """A line of rollouts.jsonl, for people."""
     return (f"  {printable(record['title'][:24])} {task}.{edit}: reward {record['reward']:.2f} "
             f"(un-adapted {record['unadapted']:.2f}), {record['documents']} documents, "
             f"{record['note'] or record['losses']} | {record['text'][:60]!r}")
-
-
-def round_line(t: int, scores, without, learned) -> str:
-    """What a round's self-edits were worth, and those with a positive weight."""
-    wanted = [scores[i][j] for i, j, weight in learned if weight > 0]
-    line = (f"round {t + 1}: mean reward {np.mean(scores):.3f}, un-adapted {np.mean(without):.3f}; "
-            f"kept {len(wanted)} self-edits with mean reward {np.mean(wanted or [0]):.3f}")
-    return line + (f", and {len(learned) - len(wanted)} to avoid" * (len(learned) > len(wanted)))
 
 
 def summary(run, held_out) -> str:
@@ -126,3 +109,24 @@ def in_brackets(shares: dict) -> str:
     """' (forward .810, reversed .050)', or nothing."""
     words = [f"{name} {number(share)}" for name, share in shares.items()]
     return f" ({', '.join(words)})" if words else ""
+
+
+def table_lines(rows: list[dict], reference: dict) -> str:
+    """A table of eval.py. Each row gets its mean, and its difference from the reference."""
+    lines = [f"{'':>32}  {'accuracy [95 % CI]':<24}   {'over ' + reference['row']:<33}"
+             "gained   lost    cut  docs  tokens  s/adapter"]
+    for row in rows:
+        row["mean"] = float(np.mean(row["accuracy"]))
+        row["ci"] = bootstrap_ci(row["accuracy"])
+        line = f"{row['row']:>32}  {with_interval(row['mean'], row['ci'], '6.3f')}  "
+        if row is not reference:
+            difference = np.subtract(row["accuracy"], reference["accuracy"])
+            row["difference"] = float(difference.mean())
+            row["difference_ci"] = bootstrap_ci(difference)
+            line += f" {with_interval(row['difference'], row['difference_ci'], '6.3f')}"
+        if "gained" in row:
+            line = f"{line:<92}{row['gained']:6.3f} {row['lost']:6.3f}"
+            line += f" {row['cut']:6.3f}" if "cut" in row else f" {'-':>6}"
+            line += f" {row['documents']:5.1f} {row['tokens']:7.0f} {row['seconds']:10.1f}"
+        lines.append(line)
+    return "\n".join(lines)

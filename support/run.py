@@ -7,35 +7,31 @@ round N, which any Hugging Face program opens. The same command resumes it.
 import dataclasses
 import json
 import time
-from functools import cache, cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import judges, knowledge, tinyworld
-from engine.decode import Sampling
-from engine.memory import is_out_of_memory
-from model import ModelConfig, Transformer, load_pretrained
-from selfedit import Task
 from support import page, ranks
 from support.checkpoint import fetch
-from support.config import DOMAINS, FREE, Config, inner_recipe
-from support.files import UserError, fingerprint, lock, read_json, replace_file
-from support.progress import Meter
-from support.records import Metrics, Records, SharedLines
+from support.config import FREE, Config
+from support.files import (UserError, as_lines, fingerprint, lock, printable, read_json,
+                           replace_file)
+from support.ranks import Meter, Metrics, Records
 from support.report import curve, iteration_line
 from support.tokenizer import Tokenizer
 
 
 class Run:
     """What a run has done so far, on disk: settings, self-edits, rewards, metrics, weights."""
+    meter = Meter       # run.meter("steps") shows how far a phase is
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, load_pretrained):
+        """load_pretrained(folder or hub id, device, dtype): how a model is loaded."""
         self.cfg = cfg
+        self.load_pretrained = load_pretrained
         self.begin = time.time()
-        if cfg.judge == "openai":
-            judges.check_openai()
         ranks.join(cfg.device)
         self.folder = Path(cfg.run_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -44,25 +40,15 @@ class Run:
         self.edits = Records(self.folder / "edits.jsonl")
         self.rollouts = Records(self.folder / "rollouts.jsonl")
         self.metrics = Metrics(self.folder / "metrics.jsonl")
-
+        self.shared = [self.edits, self.rollouts]   # lines that ranks exchange after a phase
         self.tok = Tokenizer.from_pretrained(cfg.model)
-        self.domain = DOMAINS[cfg.domain]
-        self.recipe = inner_recipe(cfg)
-        self.answering = Sampling(cfg.max_answer_tokens, newline_stops=cfg.stop == "newline",
-                                  max_rows=cfg.rows)
+        self.judge = None       # of the answers: data/tasks.py sets it
         self.loaded = None      # (source, model) of the one model that is held
 
     def log(self, line):
         """Print a line, without tearing a progress bar. Of several ranks the first one does."""
         if ranks.RANK == 0:
             tqdm.write(line)
-
-    def exchange(self):
-        """At a phase's end: what the other ranks have finished."""
-        for lines in (self.edits, self.rollouts):
-            lines.exchange()
-        if isinstance(self.judge, judges.Remembered) and self.judge.lines:
-            self.judge.lines.exchange()
 
     def settle(self, program: str, **own):
         """Before anything is computed, and after the inputs were found good: write down what this
@@ -114,18 +100,32 @@ class Run:
                     new.append({"iteration": t, "split": split, "arm": arm, "task": task,
                                 "edit": edit} | record)
             lines.add(*new)
-        self.exchange()
+        # The phase has ended: what the other ranks have finished.
+        for shared in self.shared:
+            shared.exchange()
         self.log(f"iteration {t}, {arm or split}: {lines.path.stem} of {len(missing)} "
                  f"in {time.time() - begin:.0f} s")
         return lines.at(*where)
 
-    def keep_weights(self, t: int, learned: list[tuple]):
+    def keep_weights(self, t: int, chosen: list[tuple]):
         """Note in round t's rollouts how much the M-step weighs each self-edit; 0: not kept."""
-        weights = {(task, edit): weight for task, edit, weight in learned}
-        for record in self.rollouts.of(t, "train"):
-            record["weight"] = weights.get((record["task"], record["edit"]), 0.0)
+        weights = {(task, edit): weight for task, edit, weight in chosen}
+        for place, record in self.rollouts.at(t, "train").items():
+            record["weight"] = weights.get(place, 0.0)
         if ranks.RANK == 0:
-            self.rollouts.rewrite()
+            replace_file(self.rollouts.path, as_lines(self.rollouts.records))
+
+    def show_round(self, t: int, tasks, edits, rewards, without, chosen):
+        """Self-edits of the first task, the best first; then what the round's were worth."""
+        self.log(f"for example, of {printable(tasks[0].name, 60)}:")
+        for score, edit in sorted(zip(rewards[0], edits[0]), key=lambda pair: -pair[0]):
+            text = " / ".join(edit.text.split("\n"))
+            self.log(f"    {score:.2f}  {printable(text, 100) or '(nothing)'}")
+        wanted = [rewards[i][j] for i, j, weight in chosen if weight > 0]
+        avoided = len(chosen) - len(wanted)
+        self.log(f"round {t + 1}: mean reward {np.mean(rewards):.3f}, un-adapted "
+                 f"{np.mean(without):.3f}; kept {len(wanted)} self-edits with mean reward "
+                 f"{np.mean(wanted or [0]):.3f}" + (f", and {avoided} to avoid" if avoided else ""))
 
     def record(self, metrics: dict):
         """A line of metrics.jsonl, which is shown. report.html is brought up to date."""
@@ -138,13 +138,9 @@ class Run:
         if metrics["iteration"] > 0:
             self.log(curve(self.metrics.records))
 
-    def meter(self, what: str) -> Meter:
-        """Shows how far a phase is."""
-        return Meter(what)
-
     # Weights.
 
-    def load(self, t: int, folder=None) -> Transformer:
+    def load(self, t: int, folder=None):
         """theta_t of this run, or of the run in another folder; theta_0 is the base. One model is
         held at a time."""
         source = Path(folder or self.folder) / f"iter_{t}" if t else self.cfg.model
@@ -155,7 +151,7 @@ class Run:
 
     def read_model(self, source):
         dtype = getattr(torch, self.cfg.dtype) if self.cfg.dtype else None
-        model = load_pretrained(source, self.cfg.device, dtype)
+        model = self.load_pretrained(source, self.cfg.device, dtype)
         model.recompute = self.cfg.recompute
         return model
 
@@ -165,14 +161,10 @@ class Run:
         if ranks.RANK == 0:
             model = self.load(start)
             train(model)
-            self.save(t, model)
+            folder = self.folder / f"iter_{t}"
+            model.save_pretrained(folder)
+            self.loaded = folder, model
         ranks.wait()
-
-    def save(self, t: int, model: Transformer):
-        """The model has become theta_t. Other ranks read it from disk."""
-        folder = self.folder / f"iter_{t}"
-        model.save_pretrained(folder)
-        self.loaded = folder, model
 
     def last_checkpoint(self) -> int:
         """The last iteration whose weights are there; the base's always are."""
@@ -181,60 +173,8 @@ class Run:
                 return t
         return 0
 
-    # Tasks.
 
-    def tasks(self, source) -> list[Task]:
-        """The tasks of a source that fit in the model's context window."""
-        # From config.json alone: the weights are read when something is to be computed.
-        window = ModelConfig.from_folder(fetch(self.cfg.model)).max_len
-        if self.cfg.pad_to > window:
-            raise UserError(f"--pad-to {self.cfg.pad_to}: the model's window is {window}")
-        tasks = []
-        for task in self.read_tasks(source):
-            texts = (task.prompt, *task.context, *task.queries)
-            longest = max(len(self.tok.prompt(text)) for text in texts)
-            if 2 * longest <= window:  # half of it is for what the model writes
-                tasks.append(task)
-            else:
-                self.log(f"skipped: {task.name[:80]!r}: {longest} tokens are more than half of the "
-                         f"model's window of {window}")
-        if not tasks:
-            raise UserError(f"{source}: nothing fits in the model's context window")
-        return tasks
-
-    def read_tasks(self, source):
-        """A domain is a source of tasks, by name and settings. The loops ask nothing else of it."""
-        cfg = self.cfg
-        if cfg.domain == "knowledge":
-            return knowledge.load(source, cfg.prompt, self.judge, cfg.max_documents, self.log)
-        if cfg.domain == "tinyworld":
-            return tinyworld.load(source, cfg.directives)
-        return self.domain.load(source, seed=cfg.seed, batch=cfg.inner_batch,
-                                max_examples=cfg.max_examples, n_views=cfg.views)
-
-    @cached_property
-    def judge(self):
-        """The judge of this run's answers."""
-        if self.cfg.judge == "openai":
-            return judges.openai_judge(SharedLines(self.folder / "judge.jsonl"))
-        if self.cfg.judge == "model":
-            base = cache(self.yardstick)
-            return judges.Remembered(
-                lambda triples: judges.model_judge(base(), self.tok, triples))
-        return judges.RULES[self.cfg.judge]
-
-
-    def yardstick(self) -> Transformer:
-        """The model that judges: theta_0 in every iteration, as a yardstick must not move. So it is
-        a second copy of the weights; on the host, if the device has no room."""
-        try:
-            return self.read_model(self.cfg.model)
-        except (RuntimeError, MemoryError) as e:
-            if not is_out_of_memory(e):
-                raise
-        self.log("out of memory: the judge works on the host, slowly (--judge rule is faster)")
-        return load_pretrained(self.cfg.model, "cpu")
-
+# ------------------------------------------------------------------------------- fingerprints
 
 def differences(mine: dict, theirs: dict) -> list[str]:
     """What another run has otherwise. A setting that it lacks, as it is older, has its default."""
@@ -278,3 +218,17 @@ def print_of_data(source) -> str:
         return source
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return fingerprint(*files)
+
+
+def prints_of_rounds(run: Run, folder) -> dict[str, str]:
+    """{iter_1: its fingerprint, ...} of the run in another folder. UserError if there is none, or
+    if it is of another domain."""
+    if not folder:
+        return {}
+    rounds = sorted(Path(folder).glob("iter_*[0-9]"))
+    if not rounds:
+        raise UserError(f"{folder}: no checkpoint iter_1 there")
+    domain = read_json(Path(folder) / "config.json").get("domain")
+    if domain != run.cfg.domain:
+        raise UserError(f"{folder} is a run of {domain}, and this one is of {run.cfg.domain}")
+    return {path.name: print_of_model(path) for path in rounds}

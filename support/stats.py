@@ -37,6 +37,17 @@ def share_changed(pairs, known):
     return float(np.mean(changed)) if changed else float("nan")
 
 
+def by_kind(kinds: list[list[str]], records: list[dict]) -> dict[str, float]:
+    """{kind of question: accuracy} over rollouts; kinds: of each task's questions."""
+    # Every verdict counts once, over all self-edits and seeds.
+    found = {}
+    for record in records:
+        for right in record["right"]:
+            for kind, verdict in zip(kinds[record["task"]], right):
+                found.setdefault(kind, []).append(verdict)
+    return {kind: float(np.mean(verdicts)) for kind, verdicts in found.items()}
+
+
 def over_streams(values):
     """(mean, standard error) over the first axis, as lists."""
     values = np.asarray(values, float)

@@ -79,15 +79,6 @@ def text_of(settings, path, key):
     return text
 
 
-def pieces(text):
-    """A text, cut within runs of more than LONGEST blanks."""
-    cuts = [0]
-    if len(text) > LONGEST:
-        for run in re.finditer(r"\s+", text):
-            cuts += range(run.start() + LONGEST, run.end(), LONGEST)
-    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)])]
-
-
 class Tokenizer:
     """Made with `Tokenizer.from_pretrained(folder or hub id)`.
 
@@ -156,7 +147,7 @@ class Tokenizer:
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text("utf-8", errors="replace")
         tok.no_think = "enable_thinking" in str(template) and "<think>" in tok.special
-        needed = TURNS[tok.template] + ["<think>", "</think>"] * tok.no_think
+        needed = TURNS[tok.template] + (["<think>", "</think>"] if tok.no_think else [])
         if lacking := [token for token in needed if token not in tok.special]:
             raise UserError(f"{path}: token {lacking[0]} is missing, as this is a chat model")
         used = [*tok.bytes, *tok.stop, tok.bos or 0, *(tok.special[token] for token in needed)]
@@ -199,8 +190,15 @@ class Tokenizer:
     def encode(self, text):
         """Plain text to ids; special tokens' names are text like any other; no BOS is added."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        return [i for piece in pieces(text) for i in self.encoding.encode_ordinary(piece)
-                if i < self.size]
+        # Cut within runs of more than LONGEST blanks: tiktoken's stack would overflow.
+        cuts = [0]
+        if len(text) > LONGEST:
+            for run in re.finditer(r"\s+", text):
+                cuts += range(run.start() + LONGEST, run.end(), LONGEST)
+        ids = []
+        for begin, end in zip(cuts, [*cuts[1:], len(text)]):
+            ids += self.encoding.encode_ordinary(text[begin:end])
+        return [i for i in ids if i < self.size]
 
     def decode(self, ids):
         """Ids to text, without special tokens and unknown ids; broken UTF-8 becomes U+FFFD."""
@@ -236,10 +234,6 @@ class Tokenizer:
         if self.no_think:
             ids += [s["<think>"], *encode("\n\n"), s["</think>"], *encode("\n\n")]
         return ids
-
-    def newlines(self):
-        """Ids of the tokens that hold a line break."""
-        return {i for i, b in self.bytes.items() if b"\n" in b}
 
     def banned(self, model):
         """(V,) bool: ids that the output layer has and the vocabulary hasn't, never to be drawn."""

@@ -26,6 +26,23 @@ from tests.make_checkpoint import make_checkpoint  # noqa: E402
 from tests.strict import StrictPatch  # noqa: E402
 
 
+LEFT_OUT = []       # tests that pytest.ini leaves out
+
+
+def pytest_deselected(items):
+    LEFT_OUT.extend(items)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say what was not run, as nobody misses what isn't shown."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if LEFT_OUT:
+        terminalreporter.write_line(f"left out: {len(LEFT_OUT)} slow tests (-m slow runs them)")
+    if skipped:
+        terminalreporter.write_line(f"left out: {len(skipped)} tests that need what is not here "
+                                    "(-rs says what)")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

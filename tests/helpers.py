@@ -7,7 +7,9 @@ import torch
 from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
                           Qwen3ForCausalLM)
 
+from data.tasks import load_data
 from lora import Job, Lora, Recipe
+from model import load_pretrained
 from outer_loop import rest_em
 from support.config import add_flags, read_flags
 from support.run import Run
@@ -78,10 +80,20 @@ def parse(argv, needed=("model", "train_data", "eval_data")):
 
 def run_it(argv):
     """The outer loop with these flags: the run."""
-    cfg = parse(argv)
-    run = Run(cfg)
-    rest_em(cfg, run)
+    run = open_run(parse(argv))
+    run_rest_em(run)
     return run
+
+
+def open_run(cfg):
+    return Run(cfg, load_pretrained)
+
+
+def run_rest_em(run, learn=None):
+    """Algorithm 1 on the run's own data: the held-out tasks."""
+    train, held_out = load_data(run)
+    rest_em(run, train, held_out, learn)
+    return held_out
 
 
 def read_lines(path):

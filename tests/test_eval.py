@@ -15,20 +15,14 @@ import eval as tables
 import inner_loop
 from data import judges
 from data.judges import each
+from data.knowledge import read_edits
 from engine.decode import quiet
-from eval import cpt_row, imported, row_of
+from eval import cpt_row, row_of
 from lora import Lora
 from support.files import UserError
-from support.run import Run
-from tests.helpers import SMALL, even_length, parse, read_lines, run_it
+from tests.helpers import SMALL, even_length, open_run, parse, read_lines
 from tests.strict import may_stay_unused
-
-VARIED = each(even_length)      # rewards that differ on a random model
-
-
-@pytest.fixture()
-def varied_rewards(monkeypatch):
-    monkeypatch.setitem(judges.RULES, "rule", VARIED)
+from tests.test_run import spy_on_sft, varied_run
 
 
 @pytest.fixture()
@@ -57,16 +51,11 @@ def forbid_training(monkeypatch):
     monkeypatch.setattr(tables, "sft", sft)
 
 
-def spy_on_jobs(monkeypatch):
-    """A list of the jobs that eval.py gives to sft, a list per call."""
-    seen, train = [], tables.sft
-
-    def spy(model, jobs, progress=quiet):
-        seen.append(jobs)
-        return train(model, jobs, progress)
-
-    monkeypatch.setattr(tables, "sft", spy)
-    return seen
+def write_edits(path, passages, edits_of):
+    """The passages with what `edits_of(record)` says of their self-edits."""
+    records = [record | edits_of(record) for record in json.loads(passages.read_text())]
+    path.write_text(json.dumps(records))
+    return records
 
 
 # ------------------------------------------------------------------------------- one passage
@@ -80,19 +69,13 @@ NAMES = ["passage only", "passage only, step-matched", "its own self-edits", "gp
 def table(tiny_folder, passages, tmp_path_factory):
     """A table of single passages, with the checkpoint of a run and with imported self-edits."""
     folder = tmp_path_factory.mktemp("single")
-    common = ["--model", tiny_folder, "--eval-data", passages, *SMALL.split()]
-    edits = folder / "edits.json"
-    records = []
-    for record in json.loads(passages.read_text()):
-        released = {"gpt": {"edit": "1. One.\n2. Two."}, "naive": {"edit": ""}}
-        records.append(record | {"released": released})
-    edits.write_text(json.dumps(records))
-
+    released = {"gpt": {"edit": "1. One.\n2. Two."}, "naive": {"edit": ""}}
+    write_edits(folder / "edits.json", passages, lambda record: {"released": released})
+    varied_run(tiny_folder, passages, folder / "rl", "--iterations", "1")
+    words = ["single", "--model", tiny_folder, "--eval-data", passages, *SMALL.split(), "--run",
+             folder / "rl", "--edits-from", folder / "edits.json", "--run-dir", folder / "table"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(judges.RULES, "rule", VARIED)
-        run_it([*common, "--train-data", passages, "--run-dir", folder / "rl", "--iterations", "1"])
-        words = ["single", *common, "--run-dir", folder / "table", "--run", folder / "rl",
-                 "--edits-from", edits]
+        patch.setitem(judges.RULES, "rule", each(even_length))
         out = evaluate(*words)
     return SimpleNamespace(
         words=words, out=out, result=json.loads((folder / "table" / "single.json").read_text()),
@@ -106,7 +89,6 @@ def rollouts_of(table, row):
 
 def test_the_table_of_single_passages_has_its_rows(table):
     rows = [row["row"] for row in table.result["rows"]]
-
     assert rows == ["no adaptation", *NAMES[:4], "passage in the prompt", NAMES[4]]
     for row in rows:
         assert re.search(rf"^ *{row}  +[\d.]+ \[", table.out, re.MULTILINE)
@@ -114,7 +96,9 @@ def test_the_table_of_single_passages_has_its_rows(table):
     assert table.result["seed"] == 0
 
 
-def test_a_row_is_the_mean_reward_of_each_passage(table):
+def test_a_row_is_the_mean_reward_of_each_passage_and_its_difference_is_in_pairs(table):
+    (reference,) = [row for row in table.result["rows"] if row["row"] == NAMES[1]]
+
     for row in table.result["rows"]:
         low, high = row["ci"]
         assert row["mean"] == pytest.approx(np.mean(row["accuracy"]))
@@ -125,16 +109,11 @@ def test_a_row_is_the_mean_reward_of_each_passage(table):
             assert [len(r["right"]) for r in mine] == [2, 2]    # two seeds
         else:
             assert mine == []
-
-
-def test_differences_are_to_the_step_matched_passage_in_pairs(table):
-    (reference,) = [row for row in table.result["rows"] if row["row"] == NAMES[1]]
-
-    assert "difference" not in reference
-    for row in table.result["rows"]:
-        if row is not reference:
-            expected = np.mean(row["accuracy"]) - np.mean(reference["accuracy"])
-            assert row["difference"] == pytest.approx(expected)
+        # To the step-matched passage.
+        if row is reference:
+            assert "difference" not in row
+        else:
+            assert row["difference"] == pytest.approx(row["mean"] - reference["mean"])
             low, high = row["difference_ci"]
             assert low <= row["difference"] <= high
 
@@ -143,31 +122,11 @@ def test_the_matched_passage_takes_as_many_steps_as_the_self_edit(table):
     own = rollouts_of(table, "its own self-edits")
     matched = rollouts_of(table, "passage only, step-matched")
 
+    assert [len(own), len(matched)] == [2, 2]
     for ours, theirs in zip(own, matched):
         # Two epochs of one document a step; the passage is a single document.
         assert theirs["directives"] == {"epochs": max(1, 2 * ours["documents"])}
         assert theirs["documents"] == 1
-
-
-def test_equal_steps_gives_all_rows_as_many(table, tmp_path, varied_rewards):
-    folder = tmp_path / "equal"
-    words = [folder if word == table.words[table.words.index("--run-dir") + 1] else word
-             for word in table.words]
-
-    out = evaluate(*words, "--equal-steps", "6")
-
-    rollouts = read_lines(folder / "rollouts.jsonl")
-    assert {r["arm"] for r in rollouts} == {*NAMES} - {"passage only, step-matched"}
-    for r in rollouts:
-        # A document a step. Whole epochs come within half of one to 6 steps.
-        steps = r["directives"]["epochs"] * r["documents"]
-        assert steps > 0 and abs(steps - 6) <= r["documents"] / 2
-    assert "over passage only" in out
-
-
-def test_a_table_of_other_steps_is_refused(table, varied_rewards):
-    with pytest.raises(UserError, match="equal_steps"):
-        evaluate(*table.words, "--equal-steps", "6")
 
 
 def test_imported_self_edits_are_read_as_the_models_own_are(table):
@@ -178,9 +137,7 @@ def test_imported_self_edits_are_read_as_the_models_own_are(table):
 
 def test_a_second_call_trains_nothing_and_prints_the_same_table(table, varied_rewards, monkeypatch):
     forbid_training(monkeypatch)
-
     again = evaluate(*table.words)
-
     # All but the lines about the sampling of self-edits.
     assert again == table.out[table.out.index("\n2 tasks, 4 questions, 2 seeds"):]
 
@@ -189,7 +146,6 @@ def test_imported_self_edits_must_be_there_for_each_passage(flags, tmp_path, pas
     edits = tmp_path / "edits.json"
     first = json.loads(passages.read_text())[0]
     edits.write_text(json.dumps([first | {"edits": {"mine": "x"}}]))
-
     with pytest.raises(UserError, match=rf"no mine self-edit of 'Town 1' in {edits}"):
         evaluate("single", *flags, "--edits-from", edits)
 
@@ -208,8 +164,8 @@ def test_imported_self_edits_go_to_their_passages(tmp_path):
     tasks = [SimpleNamespace(name="A", context=["A\nAbout a."]),
              SimpleNamespace(name="B", context=["B\nAbout b."])]
 
-    assert imported([one, two], tasks) == {"x": ["x of a", "x of b"], "y": ["y of a", "y of b"]}
-    assert imported([], tasks) == {}
+    assert read_edits([one, two], tasks) == {"x": ["x of a", "x of b"], "y": ["y of a", "y of b"]}
+    assert read_edits([], tasks) == {}
 
 
 def test_a_row_by_hand():
@@ -232,9 +188,7 @@ def test_a_row_by_hand():
 def test_a_task_of_several_self_edits_counts_by_their_mean():
     one = {"task": 0, "right": [[True]], "cut": 0, "replies": 1, "documents": 1, "token_ids": [1],
            "seconds": 1}
-
     row = row_of("x", [one | {"reward": 1.0}, one | {"reward": 0.5}], [[True]])
-
     assert row["accuracy"] == [0.75]
     assert math.isnan(row["gained"])    # nothing was missed
 
@@ -245,22 +199,22 @@ CPT = "--inner-lr 1e-2 --inner-batch 4 --inner-epochs 4 --inner-warmup 1".split(
 
 
 def test_all_passages_are_learned_by_one_adapter(flags, tmp_path, varied_rewards, monkeypatch):
-    jobs = spy_on_jobs(monkeypatch)
+    jobs = spy_on_sft(monkeypatch, tables)
 
-    evaluate("cpt", *flags, *CPT)
+    first = evaluate("cpt", *flags, *CPT)
 
-    own, both = read_lines(tmp_path / "run" / "cpt.jsonl")
+    own, both = records = read_lines(tmp_path / "run" / "cpt.jsonl")
     edits = [r["text"] for r in read_lines(tmp_path / "run" / "edits.jsonl")]
     assert own["row"] == "passages"
     assert own["documents"] == 2
     assert both["row"] == "passages and its own self-edits"
     assert len(edits) == 2 * 3
     assert both["documents"] == 2 + len([text for text in edits if text])
-    for record in (own, both):
+    for record in records:
         assert record["steps"] == 4 * math.ceil(record["documents"] / 4)
         assert len(record["right"]) == 2        # seeds
-        for first, last in record["losses"]:
-            assert last < first
+        for begin, end in record["losses"]:
+            assert end < begin
     # A job per row and seed.
     assert [len(group) for group in jobs] == [1, 1, 1, 1]
     for (job,) in jobs:
@@ -271,50 +225,35 @@ def test_all_passages_are_learned_by_one_adapter(flags, tmp_path, varied_rewards
     seeds = [job.seed for (job,) in jobs]
     assert seeds[:2] == seeds[2:]
     assert seeds[0] != seeds[1]
-
-
-def test_a_document_of_all_passages_is_a_whole_self_edit(flags, tmp_path, passages, tok,
-                                                         monkeypatch):
-    jobs = spy_on_jobs(monkeypatch)
-    edits = tmp_path / "edits.json"
-    records = json.loads(passages.read_text())
-    for record in records:
-        record["edits"] = {"mine": f"1. {record['title']}.\n2. Two."}
-    edits.write_text(json.dumps(records))
-
-    evaluate("cpt", *flags, "--seeds", "1", "--inner-epochs", "1", "--edits-from", edits)
-
-    (job,) = jobs[-1]       # of the last row
-    texts = []
-    for record in records[:2]:
-        texts.append(f"{record['title']}\n{record['context']}")
-    for record in records[:2]:
-        texts.append(record["edits"]["mine"])
-    assert [ids for ids, _ in job.examples] == [tok.document(text) for text in texts]
-    for ids, learn in job.examples:
-        assert learn == [True] * len(ids)
-
-
-def test_the_table_of_all_passages_is_what_its_lines_say_and_resumes(flags, tmp_path,
-                                                                     varied_rewards, monkeypatch):
-    first = evaluate("cpt", *flags, *CPT)
-    records = read_lines(tmp_path / "run" / "cpt.jsonl")
+    # The table is what its lines say, and is resumed.
     rows = json.loads((tmp_path / "run" / "cpt.json").read_text())["rows"]
-
     assert [row["row"] for row in rows[1:]] == [record["row"] for record in records]
     for row, record in zip(rows[1:], records):
         assert row["accuracy"] == pytest.approx(np.mean(record["right"], axis=(0, 2)))
     forbid_training(monkeypatch)
-    again = evaluate("cpt", *flags, *CPT)
-    assert again.splitlines()[-4:] == first.splitlines()[-4:]
+    assert evaluate("cpt", *flags, *CPT).splitlines()[-4:] == first.splitlines()[-4:]
+
+
+def test_a_document_of_all_passages_is_a_whole_self_edit(flags, tmp_path, passages, tok,
+                                                         monkeypatch):
+    jobs = spy_on_sft(monkeypatch, tables)
+    edits = tmp_path / "edits.json"
+    records = write_edits(edits, passages, lambda record: {
+        "edits": {"mine": f"1. {record['title']}.\n2. Two."}})
+
+    evaluate("cpt", *flags, "--seeds", "1", "--inner-epochs", "1", "--edits-from", edits)
+
+    (job,) = jobs[-1]       # of the last row
+    texts = [f"{record['title']}\n{record['context']}" for record in records[:2]]
+    texts += [record["edits"]["mine"] for record in records[:2]]
+    assert job.examples == [(tok.document(text), [True] * len(tok.document(text)))
+                            for text in texts]
 
 
 def test_a_row_of_all_passages_by_hand():
     record = {"row": "x", "right": [[[True, True], [False]], [[False, True], [True]]],
               "documents": 5, "tokens": 70, "seconds": 8}
-
     row = cpt_row(record, [[True, False], [False]], seeds=2)
-
     assert row == {"row": "x", "accuracy": [0.75, 0.5], "gained": 3 / 4, "lost": 1 / 2,
                    "documents": 5, "tokens": 70, "seconds": 4}
 
@@ -324,10 +263,11 @@ def test_a_row_of_all_passages_by_hand():
 STREAMS = ["--streams", "2", "--length", "3"]
 
 
-def test_continual_edits_make_a_triangle_of_accuracies(flags, tmp_path, varied_rewards):
-    evaluate("continual", *flags, *STREAMS)
+def test_continual_edits_make_a_triangle_of_accuracies_and_resume(flags, tmp_path, varied_rewards):
+    whole = evaluate("continual", *flags, *STREAMS)
 
-    records = read_lines(tmp_path / "run" / "continual.jsonl")
+    path = tmp_path / "run" / "continual.jsonl"
+    records = read_lines(path)
     assert [record["edit"] for record in records] == [0, 1, 2, 3]
     # Before any edit all three passages are asked about, then those that were learned.
     for record, asked in zip(records, [3, 1, 2, 3]):
@@ -336,9 +276,16 @@ def test_continual_edits_make_a_triangle_of_accuracies(flags, tmp_path, varied_r
     mean, _ = result["after the last edit"]
     assert mean == pytest.approx(np.mean(records[3]["accuracy"]))
 
+    # As if killed after the first edit: what came later is done again, and ends the same.
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]))
+    again = evaluate("continual", *flags, *STREAMS)
+    assert path.read_text().splitlines(keepends=True) == lines
+    assert again.splitlines()[-8:] == whole.splitlines()[-8:]
+
 
 def test_continual_edits_are_trained_by_the_inner_loops_flags(flags, monkeypatch):
-    jobs = spy_on_jobs(monkeypatch)
+    jobs = spy_on_sft(monkeypatch, tables)
 
     evaluate("continual", *flags, *STREAMS, "--inner-warmup", "1", "--inner-epochs", "3")
 
@@ -357,52 +304,27 @@ def test_continual_edits_are_trained_by_the_inner_loops_flags(flags, monkeypatch
     assert (jobs[0][0].free & jobs[1][0].free).sum() == 0
 
 
-def test_continual_edits_resume_to_the_same_result(flags, tmp_path, varied_rewards):
-    """As if killed after the first edit: what came later is done again, and ends the same."""
-    whole = evaluate("continual", *flags, *STREAMS)
-    path = tmp_path / "run" / "continual.jsonl"
-    records = path.read_text().splitlines()
-    path.write_text("\n".join(records[:2]) + "\n")
+# ------------------------------------------------------------------------------- command line
 
-    again = evaluate("continual", *flags, *STREAMS)
-
-    assert path.read_text().splitlines() == records
-    assert again.splitlines()[-8:] == whole.splitlines()[-8:]
-
-
-# ------------------------------------------------------------------------------- errors
-
-def test_a_row_of_more_passages_than_there_are_is_an_error(flags):
-    with pytest.raises(UserError, match="--length 7: there are 6 passages"):
-        evaluate("continual", *flags, "--length", "7")
+@pytest.mark.parametrize("words, message", [
+    ("continual FLAGS --length 7", "--length 7: there are 6 passages"),
+    ("single FLAGS --run FOLDER", "no checkpoint iter_1 there"),
+    ("arc FLAGS", "for passages: python eval.py single"),
+    *((f"{name} --preset tiny-arc --run-dir FOLDER --device cpu", "for puzzles: python eval.py arc")
+      for name in ("single", "cpt", "continual"))])
+def test_a_table_that_can_not_be_made_is_an_error(words, message, flags, tmp_path):
+    words = words.replace("FLAGS", " ".join(flags)).replace("FOLDER", str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        evaluate(*words.split())
 
 
 def test_a_run_of_another_domain_is_refused(argv, tmp_path):
     (tmp_path / "other" / "iter_1").mkdir(parents=True)
     (tmp_path / "other" / "config.json").write_text('{"domain": "arc"}')
-    run = Run(parse(argv))
-
+    run = open_run(parse(argv))
     with pytest.raises(UserError, match="is a run of arc, and this one is of knowledge"):
         tables.prints_of_rounds(run, tmp_path / "other")
 
-
-def test_a_run_without_checkpoints_is_an_error(flags, tmp_path):
-    with pytest.raises(UserError, match="no checkpoint iter_1 there"):
-        evaluate("single", *flags, "--run", tmp_path)
-
-
-@pytest.mark.parametrize("name", ["single", "cpt", "continual"])
-def test_tables_of_passages_refuse_puzzles(name, tmp_path):
-    with pytest.raises(UserError, match="for puzzles: python eval.py arc"):
-        evaluate(name, "--preset", "tiny-arc", "--run-dir", tmp_path, "--device", "cpu")
-
-
-def test_the_table_of_puzzles_refuses_passages(flags):
-    with pytest.raises(UserError, match="for passages: python eval.py single"):
-        evaluate("arc", *flags)
-
-
-# ------------------------------------------------------------------------------- command line
 
 @pytest.mark.parametrize("words, shown, not_shown", [
     (["single"], ["--run RUN_DIR", "--edits-from FILE"], ["--streams"]),
@@ -425,6 +347,5 @@ def test_help_names_a_tables_own_flags(words, shown, not_shown):
 
 def test_a_table_must_be_named():
     done = subprocess.run([sys.executable, "eval.py"], capture_output=True, text=True)
-
     assert done.returncode == 2
     assert "TABLE" in done.stderr

@@ -1,10 +1,10 @@
 """The exercises: the project's own functions pass, the stubs don't; each bug shows somewhere."""
 import copy
-import json
 import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,57 +16,53 @@ from engine.decode import Sampling, quiet
 from exercises import bugs, tiny
 from inner_loop import ask, grade_all
 from lora import PROJECTIONS, Adapters, Lora
-from outer_loop import m_step, rest_em
+from outer_loop import m_step
 from selfedit import SelfEdit, sample_self_edits
-from support.run import Run
+from tests.helpers import open_run, read_lines, run_rest_em
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------------- exercises
 
 
+def run_module(*words, **variables):
+    """python -m with these words, in the project's folder."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"} | variables
+    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=env, capture_output=True,
+                          text=True)
+
+
 def check(which):
     """What pytest says of exercises/check.py."""
-    env = os.environ | {"EXERCISES": which, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
-    command = [sys.executable, "-m", "pytest", "exercises/check.py", "-q", "--tb=line", "-rf",
-               "-p", "no:cacheprovider"]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return run_module("pytest", "exercises/check.py", "-q", "--tb=line", "-rf",
+                      "-p", "no:cacheprovider", EXERCISES=which)
 
 
 def test_the_projects_own_functions_pass():
     done = check("solutions")
-
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout
 
 
 def test_every_test_of_the_stubs_fails_and_says_why():
     done = check("")
-
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
     assert len(failed) >= 40
     assert re.search(rf"^{len(failed)} failed in ", done.stdout, re.MULTILINE)   # none passed
-    for line in failed:
-        number = re.search(r"::Test(\d\d)", line)[1]
+    numbers = [re.search(r"::Test(\d\d)", line)[1] for line in failed]
+    assert set(numbers) == {f"{number:02}" for number in range(1, 13)}
+    for line, number in zip(failed, numbers):
         assert line.endswith(f"NotImplementedError: exercise {int(number)}")
-    assert {re.search(r"::Test(\d\d)", line)[1] for line in failed} == {
-        f"{number:02}" for number in range(1, 13)}
 
 
-def test_a_plain_pytest_does_not_collect_them():
+def test_a_plain_pytest_does_not_collect_them_and_lines_are_short():
     assert "testpaths = tests\n" in (ROOT / "pytest.ini").read_text()
     assert not list((ROOT / "exercises").glob("test_*.py"))
-
-
-def test_lines_are_short():
     for path in (ROOT / "exercises").glob("*.py"):
         assert max(map(len, path.read_text().splitlines()), default=0) <= 100, path
 
 
 # ------------------------------------------------------------------------------- bugs
-
-VAGUE = "It is a fine town to live in."
-
 
 def with_and_without(bug, measure):
     """What is measured without the bug and with it. Nothing raises."""
@@ -77,41 +73,36 @@ def with_and_without(bug, measure):
     return right, wrong
 
 
-def vague_outcomes(n=4):
-    """(accuracy, mean last loss, mean first loss) of towns trained on their passage alone."""
-    tasks = tiny.towns(n)
-    outcomes = tiny.outcomes_of(tasks, [VAGUE] * n)
-    first, last = (sum(o.losses[0][k] for o in outcomes) / n for k in (0, 1))
-    return tiny.accuracy(tasks, outcomes), first, last
-
-
 def test_there_are_eight_and_each_is_explained():
     answers = (ROOT / "exercises" / "bugs_answers.md").read_text()
-
     assert sorted(bugs.BUGS) == list(range(1, 9))
     for number, bug in bugs.BUGS.items():
         assert f"| {number} | `{bug.__name__}` |" in answers
 
 
-def test_learned_pads_start_at_a_high_loss_and_teach_little():
-    right, wrong = with_and_without(bugs.pads_learned, lambda: vague_outcomes(2))
+def test_bugs_of_the_inner_loop_show_in_losses_and_accuracy():
+    def measure(bug):
+        """(accuracy, mean first loss) of towns trained on their passage alone."""
+        with bug():
+            tasks = tiny.towns(4)
+            outcomes = tiny.outcomes_of(tasks, ["It is a fine town to live in."] * 4)
+        return tiny.accuracy(tasks, outcomes), sum(o.losses[0][0] for o in outcomes) / 4
 
-    assert wrong[1] > right[1] + 3
-    assert wrong[0] < right[0] - 0.1
+    accuracy, loss = measure(nullcontext)
+    pads_accuracy, pads_loss = measure(bugs.pads_learned)
+    scale_accuracy, scale_loss = measure(bugs.wrong_scale)
+    leaked_accuracy, _ = measure(bugs.question_leaked)
 
-
-def test_a_wrong_scale_begins_at_the_same_loss_and_ruins_the_adapter():
-    right, wrong = with_and_without(bugs.wrong_scale, vague_outcomes)
-
-    assert wrong[1] == right[1]         # B is zero at first, whatever the scale
-    assert wrong[0] < right[0] - 0.2
-
-
-def test_leaked_questions_make_empty_notes_perfect():
-    right, wrong = with_and_without(bugs.question_leaked, vague_outcomes)
-
-    assert right[0] < 0.65
-    assert wrong[0] > 0.9
+    # Learned pads start at a high loss and teach little.
+    assert pads_loss > loss + 3
+    assert pads_accuracy < accuracy - 0.1
+    # A wrong scale begins at the same loss, as B is zero at first, and ruins the adapter.
+    assert scale_loss == loss
+    assert scale_accuracy < accuracy - 0.2
+    # Leaked questions make empty notes perfect.
+    assert accuracy < 0.65
+    assert leaked_accuracy > 0.9
+    assert measure(nullcontext) == (accuracy, loss)     # the patches are gone
 
 
 def test_a_hacked_judge_is_pleased_with_the_model_as_it_is():
@@ -165,10 +156,8 @@ def test_without_eos_the_policy_forgets_to_stop():
     base, tok = tiny.load()
     tasks = tiny.towns(24, "train")
     sampling = Sampling(160, n=1, temperature=0.8, top_p=0.95)
-    kept = []
-    for i, (edit,) in sample_self_edits(base, tok, tasks, sampling, [[i] for i in range(24)]):
-        kept.append((tasks[i], edit))
-    kept.sort(key=lambda pair: tasks.index(pair[0]))
+    written = dict(sample_self_edits(base, tok, tasks, sampling, [[i] for i in range(24)]))
+    kept = [(tasks[i], written[i][0]) for i in range(24)]
 
     def surprise_at_eos():
         """Mean -log p(EOS) at the end of these self-edits, after an M-step on them."""
@@ -194,8 +183,8 @@ def test_a_stale_policy_writes_the_same_after_the_m_step(tmp_path):
         cfg = replace(tiny.CONFIG, iterations=1, tasks=8, edits=1, keep=1, eval_tasks=3,
                       eval_edits=1, baselines=False, temperature=0.0, outer_lr=1e-2,
                       inner_epochs=1, run_dir=str(tmp_path / folder))
-        run = Run(cfg)
-        rest_em(cfg, run)
+        run = open_run(cfg)
+        run_rest_em(run)
         return [[r["text"] for r in run.edits.of(t, "eval")] for t in (0, 1)]
 
     before, after = texts("right")
@@ -205,22 +194,14 @@ def test_a_stale_policy_writes_the_same_after_the_m_step(tmp_path):
     assert before == after
 
 
-def test_a_bug_can_be_run_by_its_number(tmp_path):
+def test_a_bug_can_be_run_by_its_number_and_an_unknown_one_is_a_line(tmp_path):
     """python -m exercises.bugs N, with the flags of outer_loop.py."""
     small = ("--iterations 0 --eval-tasks 2 --eval-edits 1 --no-baselines --inner-epochs 1 "
              f"--device cpu --run-dir {tmp_path / 'run'}")
-
-    done = subprocess.run([sys.executable, "-m", "exercises.bugs", "3", *small.split()], cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-
+    done = run_module("exercises.bugs", "3", *small.split())
     assert done.returncode == 0, done.stderr
-    (metrics,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    (metrics,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert metrics["eval_unadapted"] > 0.2      # 3 is the hacked judge
-
-
-def test_an_unknown_bug_is_a_line():
-    done = subprocess.run([sys.executable, "-m", "exercises.bugs", "9"], cwd=ROOT,
-                          capture_output=True, text=True)
-
-    assert done.returncode == 1
-    assert done.stderr == "which bug? 1 to 8, then the flags of outer_loop.py\n"
+    unknown = run_module("exercises.bugs", "9")
+    assert unknown.returncode == 1
+    assert unknown.stderr == "which bug? 1 to 8, then the flags of outer_loop.py\n"

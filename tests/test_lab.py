@@ -12,11 +12,12 @@ import torch
 from data import judges as rules
 from data.judges import each
 from engine.decode import Sampling, write
-from lab import curve, experiment, imitate, judges, lines, paired, recipe, reliability, show
+from lab import curve, experiment, imitate, paired, recipe, reliability
 from lora import Adapters, Job, dialogue, sft_one
 from model import load_pretrained
+from outer_loop import outer_recipe
 from selfedit import fill, seed_for
-from support.config import Config, outer_recipe
+from support.config import Config
 from support.files import UserError
 from support.tokenizer import Tokenizer
 from tests.helpers import SMALL, even_length, read_lines, run_it
@@ -27,6 +28,10 @@ def call(program, *words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [program.__name__, *map(str, words)])
         program.main()
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @pytest.fixture(scope="module")
@@ -44,47 +49,47 @@ def runs(tiny_folder, passages, tmp_path_factory):
     return folders
 
 
-# ------------------------------------------------------------------------------- experiment, show
+# ------------------------------------------------------------------------------- experiment
 
 def question(tmp_path, words, measure):
-    """The lines of a question with one flag of its own."""
-    ap = experiment.flags("Is it so?\n\nMore.")
-    experiment.add_seeds(ap)
+    """The lines of a question with a flag of its own, as its table gets them."""
+    shown = {}
+    asked = experiment.Question(["a", "b"], measure, shown.update, None, settings=["towns"])
+    ap = asked.flags("Is it so?\n\nMore.")
     ap.add_argument("--towns", type=int, default=4)
-    args = ap.parse_args(["--out", str(tmp_path / "out.jsonl"), *words.split()])
-    wanted = experiment.each("arm", ["a", "b"], args.seeds)
-    return experiment.complete(ap, args, wanted, measure, settings=["towns"])
+    asked.answer(ap, ap.parse_args(["--out", str(tmp_path / "out.jsonl"), *words.split()]))
+    return shown
 
 
 def test_what_is_missing_is_measured_and_nothing_else(tmp_path):
     asked = []
 
-    def measure(line):
-        asked.append((line["arm"], line["seed"]))
+    def measure(arm, seed, towns):
+        asked.append((arm, seed, towns))
         return {"reward": [0, 1]}
 
     first = question(tmp_path, "--seeds 1", measure)
-    lines = question(tmp_path, "--seeds 0 1", measure)
+    arms = question(tmp_path, "--seeds 0 1", measure)
 
-    assert asked == [("a", 1), ("b", 1), ("a", 0), ("b", 0)]
-    assert lines == read_lines(tmp_path / "out.jsonl") and lines[:2] == first
+    assert asked == [("a", 1, 4), ("b", 1, 4), ("a", 0, 4), ("b", 0, 4)]
+    lines = read_lines(tmp_path / "out.jsonl")
+    assert lines[:2] == first["a"] + first["b"]
+    assert arms == {"a": lines[::2], "b": lines[1::2]}
     assert lines[0] == {"arm": "a", "seed": 1, "towns": 4, "reward": [0, 1], "seconds": 0}
 
 
 def test_all_lines_of_a_file_have_the_same_settings(tmp_path):
     # This line is older than --towns.
     (tmp_path / "out.jsonl").write_text('{"arm": "a", "seed": 0}\n')
-
-    assert len(question(tmp_path, "--seeds 0", lambda line: {})) == 2
+    assert list(question(tmp_path, "--seeds 0", lambda *_: {})) == ["a", "b"]
     with pytest.raises(UserError, match="out.jsonl has lines of another --towns; name another"):
-        question(tmp_path, "--towns 5", lambda line: {})
+        question(tmp_path, "--towns 5", lambda *_: {})
 
 
 def test_lines_are_chosen_grouped_and_compared_by_hand():
     lines = [{"arm": "b", "seed": 0, "reward": [.1, .5]},
              {"arm": "a", "seed": 1, "reward": [.2, .3]},
              {"arm": "a", "seed": 0, "reward": [.1, .2]}]
-
     assert experiment.where(lines, arm="a", seed=0) == lines[2:]
     arms = experiment.groups(lines, "arm", ["c", "a", "b"])
     assert list(arms) == ["a", "b"] and arms["a"] == lines[1:]
@@ -95,11 +100,11 @@ def test_lines_are_chosen_grouped_and_compared_by_hand():
 
 def test_means_and_intervals_in_words(capsys):
     # Student's t for two values is 12.71; the error of .2 and .4 is .1.
-    assert show.over_seeds([[.2, 1], [.4, 1]]) == ["0.300 ±1.271", "1.000 ±0.000"]
-    assert show.of_seeds([.25], "+.2f") == "+0.25"      # one seed
-    assert show.over_passages([.5, .5], ".1f") == "0.5 [0.5, 0.5]"
-    assert show.arrows([.1, .25], ".2f") == "0.10 -> 0.25"
-    show.print_table(["", "k"], [["a", 1]])
+    assert experiment.over_seeds([[.2, 1], [.4, 1]]) == ["0.300 ±1.271", "1.000 ±0.000"]
+    assert experiment.of_seeds([.25], "+.2f") == "+0.25"      # one seed
+    assert experiment.over_passages([.5, .5], ".1f") == "0.5 [0.5, 0.5]"
+    assert experiment.arrows([.1, .25], ".2f") == "0.10 -> 0.25"
+    experiment.print_table(["", "k"], [["a", 1]])
     assert capsys.readouterr().out == "|  | k |\n| --- | --- |\n| a | 1 |\n"
 
 
@@ -113,12 +118,11 @@ def write_run(folder, rewards, made_of=(), iterations=None, **settings):
     if iterations:
         config["iterations"] = iterations
     (folder / "config.json").write_text(json.dumps(config | settings))
-    with (folder / "metrics.jsonl").open("w") as f:
-        for t, reward in enumerate(rewards):
-            metrics = {"iteration": t, "eval_reward": reward, "eval_by_kind": {"forward": reward},
-                       "made_of": made_of[t] if made_of else {},
-                       "baselines": [{"name": "passage only", "reward": 0.3}] if t == 0 else []}
-            f.write(json.dumps(metrics) + "\n")
+    write_lines(folder / "metrics.jsonl", [
+        {"iteration": t, "eval_reward": reward, "eval_by_kind": {"forward": reward},
+         "made_of": made_of[t] if made_of else {},
+         "baselines": [{"name": "passage only", "reward": 0.3}] if t == 0 else []}
+        for t, reward in enumerate(rewards)])
     return folder
 
 
@@ -154,22 +158,13 @@ def test_runs_are_grouped_by_what_sets_them_apart(tmp_path):
     assert rewards == [0.3, 0.4]
 
 
-def test_a_run_that_has_not_ended_is_an_error(tmp_path):
-    folder = write_run(tmp_path / "run", [0.1, 0.2], iterations=2)
-
-    with pytest.raises(UserError, match="run: this run has not ended; repeat its command"):
-        call(curve, folder)
-
-
 def test_a_run_that_goes_on_is_only_read(tmp_path, capsys):
     """Its last line may be half-written."""
     folder = write_run(tmp_path / "run", [0.1, 0.2])
     with (folder / "metrics.jsonl").open("a") as f:
         f.write('{"iteration": 2, "eval_')
     before = (folder / "metrics.jsonl").read_bytes()
-
     call(curve, folder)
-
     assert "0.100 -> 0.200" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == before
 
@@ -187,7 +182,6 @@ METRICS = {"iteration": 0, "eval_reward": 0.5, "eval_by_kind": {}, "made_of": {}
 def test_a_damaged_line_of_metrics_is_one_line(line, tmp_path):
     folder = write_run(tmp_path / "run", [0.1])
     (folder / "metrics.jsonl").write_text(line + "\n")
-
     with pytest.raises(UserError, match="metrics.jsonl, line 1: not a record") as error:
         call(curve, folder)
     assert "\n" not in str(error.value)
@@ -197,45 +191,42 @@ def test_a_damaged_line_of_metrics_is_one_line(line, tmp_path):
 def test_damaged_settings_are_one_line(config, tmp_path):
     folder = write_run(tmp_path / "run", [0.1])
     (folder / "config.json").write_text(config)
-
     with pytest.raises(UserError, match="config.json: not "):
         call(curve, folder)
 
 
-def test_a_folder_without_a_run_is_one_line(tmp_path):
+def test_runs_that_have_no_curve_are_one_line(tmp_path):
     with pytest.raises(UserError, match="config.json is missing"):
         call(curve, tmp_path)
-
-
-def test_runs_of_different_lengths_have_no_mean(tmp_path):
+    short = write_run(tmp_path / "short", [0.1, 0.2], iterations=2)
+    with pytest.raises(UserError, match="short: this run has not ended; repeat its command"):
+        call(curve, short)
     one = write_run(tmp_path / "one", [0.1, 0.2])
     two = write_run(tmp_path / "two", [0.1, 0.2, 0.3], iterations=1, seed=1)
-
     with pytest.raises(UserError, match="two: 3 iterations are measured, 2 in another run"):
         call(curve, one, two)
+    for file in (tmp_path / "none" / "curve.svg", tmp_path):
+        with pytest.raises(UserError, match="name a file, in a folder that is there"):
+            call(curve, one, "--svg", file)
 
 
 def test_a_kind_of_question_that_one_iteration_lacks_is_left_out(tmp_path, capsys):
     folder = write_run(tmp_path / "run", [0.1])
     with (folder / "metrics.jsonl").open("a") as f:
         f.write(json.dumps(METRICS | {"iteration": 1}) + "\n")
-
     call(curve, folder)
-
     assert "forward" not in capsys.readouterr().out
 
 
 def test_what_run_adds_to_its_settings_sets_no_runs_apart(tmp_path):
     one = write_run(tmp_path / "one", [0.1], content={"model": "aa"}, own={})
     two = write_run(tmp_path / "two", [0.1], content={"model": "bb"}, own={}, seed=1)
-
     assert list(curve.read_runs([one, two])) == ["all runs"]
 
 
 def test_the_floor_is_the_mean_of_training_on_the_passage_only(tmp_path):
     folders = [write_run(tmp_path / "a", [0.1]), write_run(tmp_path / "b", [0.1], seed=1)]
     groups = curve.read_runs(folders)
-
     assert curve.passage_only(groups) == pytest.approx(0.3)
     groups["all runs"][0][0]["baselines"] = []
     assert curve.passage_only(groups) == pytest.approx(0.3)
@@ -268,55 +259,23 @@ def test_a_drawing_is_xml_whatever_a_name_holds(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     folders = [write_run(tmp_path / "one", [0.1]),
                write_run(tmp_path / "two", [0.1], prompt="\0\x1b[2J $x$ <b> --")]
-
     call(curve, *folders, "--svg", tmp_path / "curve.svg")
-
     ElementTree.parse(tmp_path / "curve.svg")
     assert "\x1b" not in capsys.readouterr().out
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_drawing_needs_a_folder(tmp_path):
-    folder = write_run(tmp_path / "run", [0.1])
-
-    for file in (tmp_path / "none" / "curve.svg", tmp_path):
-        with pytest.raises(UserError, match="name a file, in a folder that is there"):
-            call(curve, folder, "--svg", file)
-
-
-def test_without_a_baseline_there_is_no_floor_in_the_drawing(runs, tmp_path):
+def test_without_a_baseline_there_is_no_floor_and_without_matplotlib_no_drawing(
+        runs, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-
     curve.draw(curve.read_runs(runs), None, tmp_path / "curve.svg")
-
     assert "trained on the passage only" not in (tmp_path / "curve.svg").read_text()
-
-
-def test_drawing_without_matplotlib_is_an_error(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-
     with pytest.raises(UserError, match="needs matplotlib"):
         call(curve, *runs, "--svg", tmp_path / "curve.svg")
 
 
 # ------------------------------------------------------------------------------- reliability
-
-def test_reliability_of_a_run(runs, capsys):
-    call(reliability, runs[0])
-
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "2 passages, 6 self-edits, 2 seeds each"
-    words = [line.rsplit(maxsplit=1)[0].strip() for line in lines[1:]]
-    assert "reliability of a 2-seed mean, among the edits of a passage" in words
-    assert "correlation of the reward with the number of documents" in words
-    assert "correlation of the reward with the number of tokens" in words
-
-
-def write_rollouts(folder, rollouts):
-    with (folder / "rollouts.jsonl").open("w") as f:
-        for r in rollouts:
-            f.write(json.dumps(r) + "\n")
-
 
 def rollout(task, edit, right, tokens, split="train"):
     accuracy = [sum(verdicts) / len(verdicts) for verdicts in right]
@@ -328,7 +287,7 @@ def rollout(task, edit, right, tokens, split="train"):
 def test_reliability_by_hand(tmp_path, capsys):
     """Of what was trained on, and could be; self-edits in any order."""
     yes, no = [True, True], [False, False]
-    write_rollouts(tmp_path, [
+    write_lines(tmp_path / "rollouts.jsonl", [
         rollout(0, 1, [yes, yes], tokens=4),
         rollout(0, 0, [no, no], tokens=2),
         rollout(1, 0, [[True, False], [True, False]], tokens=3),
@@ -343,6 +302,7 @@ def test_reliability_by_hand(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "2 passages, 3 self-edits, 2 seeds each"
     values = dict(line.strip().rsplit(maxsplit=1) for line in lines[1:])
+    assert "reliability of a 2-seed mean, among the edits of a passage" in values
     assert values["mean reward"] == "0.500"
     assert values["the best of K, by the seeds that chose it"] == "0.750"
     assert values["correlation of the reward with the number of tokens"] == "1.000"
@@ -350,19 +310,13 @@ def test_reliability_by_hand(tmp_path, capsys):
 
 
 def test_one_seed_tells_nothing_about_seeds(tmp_path, capsys):
-    write_rollouts(tmp_path, [rollout(0, 0, [[True]], 3), rollout(0, 1, [[False]], 3)])
-
+    write_lines(tmp_path / "rollouts.jsonl", [rollout(0, 0, [[True]], 3),
+                                              rollout(0, 1, [[False]], 3)])
     call(reliability, tmp_path)
-
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "1 passages, 2 self-edits, 1 seeds each"
     # All have as many tokens, so that there is no correlation.
     assert [line.split()[-1] for line in lines[1:]] == ["nan", "nan"]
-
-
-def test_a_run_without_rewards_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="rollouts.jsonl: no rewards of training self-edits"):
-        call(reliability, tmp_path)
 
 
 @pytest.mark.parametrize("change", [
@@ -370,28 +324,28 @@ def test_a_run_without_rewards_is_an_error(tmp_path):
     {"reward": None}, {"reward": float("nan")}, {"reward": 10 ** 400}, {"token_ids": None},
     {"documents": "x"}, {"task": []}, {"iteration": None}, {"edit": "x"}])
 def test_a_damaged_rollout_is_one_line(change, tmp_path):
-    write_rollouts(tmp_path, [rollout(0, 0, [[True]], 3), rollout(0, 1, [[True]], 3) | change])
-
+    write_lines(tmp_path / "rollouts.jsonl", [rollout(0, 0, [[True]], 3),
+                                              rollout(0, 1, [[True]], 3) | change])
     with pytest.raises(UserError, match="rollouts.jsonl, line 2: not a record") as error:
         call(reliability, tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_rollouts_with_different_numbers_of_seeds_are_one_line(tmp_path):
-    write_rollouts(tmp_path, [rollout(0, 0, [[True]], 3), rollout(0, 1, [[True], [True]], 3)])
-
+def test_rollouts_that_can_not_be_compared_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="rollouts.jsonl: no rewards of training self-edits"):
+        call(reliability, tmp_path)
+    write_lines(tmp_path / "rollouts.jsonl", [rollout(0, 0, [[True]], 3),
+                                              rollout(0, 1, [[True], [True]], 3)])
     with pytest.raises(UserError, match="rollouts.jsonl: iteration 0, task 0: .* seeds"):
         call(reliability, tmp_path)
 
 
 def test_rollouts_of_a_run_that_goes_on_are_only_read(tmp_path, capsys):
-    write_rollouts(tmp_path, [rollout(0, 0, [[True]], 3)])
+    write_lines(tmp_path / "rollouts.jsonl", [rollout(0, 0, [[True]], 3)])
     with (tmp_path / "rollouts.jsonl").open("a") as f:
         f.write('{"iteration": 0, "spl')
     before = (tmp_path / "rollouts.jsonl").read_bytes()
-
     call(reliability, tmp_path)
-
     assert "1 passages, 1 self-edits" in capsys.readouterr().out
     assert (tmp_path / "rollouts.jsonl").read_bytes() == before
 
@@ -419,8 +373,7 @@ def verdicts_file(tmp_path):
 
 
 def test_judges_are_compared_with_released_verdicts(verdicts_file, capsys):
-    call(judges, verdicts_file)
-
+    call(reliability, verdicts_file)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "       naive  1.000 [1.000, 1.000]  gained 1.000  lost 0.000"
     # GPT-4.1 says right 6 times of 8, the rule 5 times, as substring 4: there "Reis, Ana" is wrong.
@@ -428,7 +381,7 @@ def test_judges_are_compared_with_released_verdicts(verdicts_file, capsys):
     assert naive.replace("|", "").split() == [
         "naive", "8", "0.750", "0.625", "0.875", "0.714", "0.625", "0.875", "0.714",
         "0.500", "0.750", "0.500"]
-    assert everything.split()[1:] == naive.split()[1:]
+    assert everything.split()[2:] == naive.split()[2:]
 
 
 def test_a_judge_is_not_asked_about_an_empty_prediction():
@@ -439,29 +392,23 @@ def test_a_judge_is_not_asked_about_an_empty_prediction():
         return [True] * len(triples)
 
     triples = [("q", "g", " "), ("q", "g", "p"), ("q", "g", "")]
-    assert judges.judged(judge, triples) == [False, True, False]
+    assert reliability.judged(judge, triples) == [False, True, False]
     assert asked == [("q", "g", "p")]
 
 
 def test_a_limit_takes_the_first_answers_of_each_method(verdicts_file, capsys):
-    call(judges, verdicts_file, "--limit", "3")
+    call(reliability, verdicts_file, "--limit", "3")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| all | 3 | 0.667 |")
 
-    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["all", "3", "0.667"]
 
-
-def test_a_model_and_an_endpoint_can_judge_as_well(verdicts_file, tiny_folder, monkeypatch, capsys):
-    monkeypatch.setattr(judges, "model_judge", lambda model, tok, triples: [True] * len(triples))
-    monkeypatch.setattr(judges, "openai", lambda triples: [False] * len(triples))
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
-
-    call(judges, verdicts_file, "--model", tiny_folder, "--openai")
-
-    *_, heads, _, everything = capsys.readouterr().out.splitlines()
+def test_a_model_can_judge_as_well(verdicts_file, tiny_folder, monkeypatch, capsys):
+    monkeypatch.setattr(reliability, "model_judge",
+                        lambda model, tok, triples: [True] * len(triples))
+    call(reliability, verdicts_file, "--model", tiny_folder)
+    *_, heads, _, _, everything = capsys.readouterr().out.splitlines()
     assert "model says right" in heads
-    assert "openai says right" in heads
-    # Of the last two judges: says right, agrees, kappa. One prediction of eight is empty.
-    assert everything.replace("|", "").split()[-6:] == [
-        "0.875", "0.875", "0.600", "0.000", "0.250", "0.000"]
+    # Says right, agrees, kappa. One prediction of eight is empty.
+    assert everything.replace("|", "").split()[-3:] == ["0.875", "0.875", "0.600"]
 
 
 ANSWER = answered("Ob", "a", False, "b", True)
@@ -471,33 +418,30 @@ def with_answer(answer):
     return {"released": {"naive": {"answers": [answer]}}}
 
 
+DAMAGED = [with_answer(ANSWER), with_answer(ANSWER | {"gold": None})]
+
+
 @pytest.mark.parametrize("content", [
     None, 3, [], {}, [1], [{"title": "T"}], [{"released": {}}], [{"released": {"naive": "x"}}],
     [{"released": {"naive": {"edit": "x"}}}], [{"released": {"naive": {"answers": []}}}],
     [with_answer(None)], [with_answer(ANSWER | {"gold": None})],
     [with_answer(ANSWER | {"adapter": 5})], [with_answer(ANSWER | {"adapter_ok": "yes"})],
-    [with_answer(ANSWER), {"released": {"other": {"answers": [ANSWER]}}}]])
+    [with_answer(ANSWER), {"released": {"other": {"answers": [ANSWER]}}}],
+    DAMAGED])
 def test_a_file_without_verdicts_is_an_error(content, tmp_path):
     path = tmp_path / "file.json"
     path.write_text(json.dumps(content))
-
-    with pytest.raises(UserError, match="file.json: no released verdicts"):
-        call(judges, path)
-
-
-def test_the_answer_that_is_wrong_is_named(tmp_path):
-    path = tmp_path / "file.json"
-    path.write_text(json.dumps([with_answer(ANSWER), with_answer(ANSWER | {"gold": None})]))
-
-    with pytest.raises(UserError, match="record 1: 'naive', answer 0: must have strings"):
-        call(judges, path)
+    with pytest.raises(UserError, match="file.json: no released verdicts: record ") as error:
+        call(reliability, path)
+    if content == DAMAGED:
+        assert "record 1: 'naive', answer 0: must have strings" in str(error.value)
 
 
 @pytest.mark.parametrize("words", [["--limit", "0"], ["--limit", "-1"], ["--limit", "x"],
                                    ["--lim", "3"]])
 def test_a_wrong_flag_is_one_line(words, verdicts_file, capsys):
     with pytest.raises(SystemExit):
-        call(judges, verdicts_file, *words)
+        call(reliability, verdicts_file, *words)
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -505,7 +449,8 @@ def test_released_verdicts_are_the_released_figures(shared_data):
     """The accuracies that the authors' files state, and what adapters gain and lose."""
     records = json.loads((shared_data / "squad_val_60.json").read_text())
 
-    rows = judges.released(records)
+    rows = {method: reliability.released(passages) for method, passages in
+            reliability.read_answers(shared_data / "squad_val_60.json").items()}
 
     assert list(rows) == ["base", "iter1", "iter2", "gpt4_1", "naive"]
     for method, row in rows.items():
@@ -516,7 +461,7 @@ def test_released_verdicts_are_the_released_figures(shared_data):
 
 
 def test_the_rules_agree_with_the_released_verdicts(shared_data, capsys):
-    call(judges, shared_data / "squad_val_60.json")
+    call(reliability, shared_data / "squad_val_60.json")
 
     last_line = capsys.readouterr().out.strip().splitlines()[-1]
     (name, n, _, _, agrees, kappa, _, gist_agrees, gist_kappa, _, substring_agrees,
@@ -542,17 +487,16 @@ def test_recipes_are_measured_once_each(passages, tiny_folder, tmp_path, monkeyp
 
     call(recipe, *words)
     first = capsys.readouterr().out
+    monkeypatch.setattr(recipe, "measure", None)
     call(recipe, *words)    # all are known
 
     found = {r["recipe"]: r for r in read_lines(tmp_path / "out")}
     assert list(found) == list(short)
-    assert capsys.readouterr().out == first
+    assert capsys.readouterr().out == first[first.index("| recipe"):]
     assert found["all layers, lr 1e-3"]["documents"] == 3           # two lines and the passage
     assert found["and its sentences"]["documents"] == 5
     assert found["batch 4, its sentences alone"]["documents"] == 3
-
-
-def test_passages_without_self_edits_are_refused(passages, tiny_folder, tmp_path):
+    # Others than training passages have no self-edits.
     with pytest.raises(UserError, match="each passage needs"):
         call(recipe, "--model", tiny_folder, "--data", passages, "--out", tmp_path / "out")
 
@@ -575,14 +519,12 @@ def single_run(tmp_path):
         rows.append(evaluated(task, "own", "On Ostermar.", own))
     rows.append(evaluated(0, "half", "", 1))
     (tmp_path / "run").mkdir()
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "run" / "rollouts.jsonl").write_text(lines)
+    write_lines(tmp_path / "run" / "rollouts.jsonl", rows)
     return tmp_path / "run"
 
 
 def test_each_passage_is_compared_with_itself(single_run, capsys):
     call(paired, single_run)
-
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
         "no adaptation", "passage only", "own"]
@@ -593,9 +535,7 @@ def test_each_passage_is_compared_with_itself(single_run, capsys):
 def test_what_is_saved_gives_the_same_table(single_run, tmp_path, capsys):
     call(paired, single_run, "--save", tmp_path / "kept.json")
     first = capsys.readouterr().out
-
     call(paired, tmp_path / "kept.json")
-
     assert capsys.readouterr().out == first
     assert "Ostermar" not in (tmp_path / "kept.json").read_text()       # no text of a passage
 
@@ -610,8 +550,7 @@ def test_rounds_of_runs_are_kinds_of_their_own(tmp_path, capsys):
                 rows.append(row | {"iteration": t, "edit": edit})
         rows.append(rows[-1] | {"split": "train", "iteration": 3})
         (tmp_path / name).mkdir()
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / name / "rollouts.jsonl").write_text(lines)
+        write_lines(tmp_path / name / "rollouts.jsonl", rows)
 
     call(paired, tmp_path / "one", tmp_path / "two", "--against", "two, round 1")
 
@@ -657,16 +596,12 @@ def student(tiny_folder, taught, tmp_path_factory):
     return out
 
 
-def test_the_best_self_edits_are_imitated_the_first_of_equals():
-    edits = [graded("a", 0.2), graded("b", 0.4), graded("c", 0.4), graded("d", 0.3)]
-
-    assert imitate.best_edits({"released_edits": edits}, 1) == ["b"]
-    assert imitate.best_edits({"released_edits": edits}, 3) == ["b", "c", "d"]
-
-
-def test_a_text_ends_as_a_turn_does(tok):
+def test_the_best_self_edits_are_imitated_the_first_of_equals(tok, taught):
+    pairs = imitate.to_imitate(tok, taught, 3)
+    assert [edit.text for _, edit in pairs[:3]] == [
+        "1. The river is Ob0.", "1. Ana0 Reis founded it.", "1. No."]
+    # A text ends as a turn does.
     ids = imitate.as_sampled(tok, " 1. Some text.\n")
-
     assert tok.decode(ids) == "1. Some text."
     assert ids[-1] in tok.stop and len(ids) == len(tok.encode("1. Some text.")) + 1
 
@@ -676,7 +611,6 @@ def test_a_text_is_read_as_a_model_samples_it(smollm2):
     model = load_pretrained(smollm2, "cpu")
     tok = Tokenizer.from_pretrained(smollm2)
     ((reply,),) = write(model, tok, [["What is the capital of France?"]], Sampling(60))
-
     assert not reply.cut
     assert imitate.as_sampled(tok, reply.text) == reply.token_ids
 
@@ -691,7 +625,7 @@ def test_the_student_is_what_the_textbook_makes(student, taught, tiny_folder, to
     recipe = outer_recipe(Config(outer_lr=1e-3, outer_epochs=3, outer_batch=4))
     model = load_pretrained(tiny_folder, "cpu")
     before = [p.clone() for p in model.parameters()]
-    trained = sft_one(model, Job(examples, seed_for(0, 0, "M-step"), recipe))
+    trained = sft_one(model, Job(examples, seed_for(0, 0, "M-step"), recipe)).weights
     Adapters.stack(model, recipe.lora, [trained]).merge(0)
 
     saved = load_pretrained(student, "cpu")
@@ -703,10 +637,8 @@ def test_the_student_is_what_the_textbook_makes(student, taught, tiny_folder, to
 
 def test_the_student_is_a_checkpoint_that_runs_begin_from(student, passages, tmp_path):
     assert Tokenizer.from_pretrained(student).eos is not None
-
     run = run_it(["--model", student, "--train-data", passages, "--eval-data", passages,
                   *SMALL.split(), "--iterations", "0", "--run-dir", tmp_path / "run"])
-
     assert len(run.metrics.records) == 1
 
 
@@ -746,7 +678,7 @@ PASSAGE = ("Nikola Tesla\nIn 1952, following pressure from Tesla's nephew, his e
     ("1. The estate was shipped to Zagreb.", "wrong"),
     ("1. The UK shipped the estate.", "wrong")])
 def test_a_line_is_held_against_its_passage(line, kind):
-    assert lines.classify(line, PASSAGE) == kind
+    assert paired.classify(line, PASSAGE) == kind
 
 
 # ------------------------------------------------------------------------------- lines: a run
@@ -768,63 +700,50 @@ def some_run(passages, tmp_path):
     own = [{"iteration": 0, "split": "eval", "task": i, "edit": 0, "text": text,
             "token_ids": [1] * (4 - i)} for i, text in TEXTS.items()]
     given = [own[0] | {"arm": "base", "title": "Town 0", "text": "1. It was founded by Ana0 Reis."}]
-    for name, records in (("edits.jsonl", own), ("rollouts.jsonl", given)):
-        (folder / name).write_text("".join(json.dumps(r) + "\n" for r in records))
+    write_lines(folder / "edits.jsonl", own)
+    write_lines(folder / "rollouts.jsonl", given)
     return folder
 
 
 def test_what_self_edits_are_made_of(some_run, tmp_path, capsys):
-    call(lines, some_run, "--arm", "base", "--save", tmp_path / "kept.json")
+    call(paired, some_run, "--lines", "base", "--save", tmp_path / "kept.json")
 
     kept = json.loads((tmp_path / "kept.json").read_text())
     own, given = kept[f"{some_run}, iteration 0"], kept[f"{some_run}, base"]
-    assert own["copied"] == [1 / 3, 0]
-    assert own["wrong"] == [2 / 3, 0]
-    assert own["vague"] == [0, 1]
-    assert own["distinct"] == [2 / 3, 1]
-    assert own["lines"] == [3, 1]
-    assert own["words"] == [pytest.approx((9 + 7 + 7) / 3), 5]
-    assert own["cut"] == [1, 0]                 # the first one ran to the cap
-    assert own["answers"] == [0.5, 0]           # its river is there, its founder is not
+    assert own == {"copied": [.3333, 0], "supported": [0, 0], "beyond": [0, 0], "vague": [0, 1],
+                   "wrong": [.6667, 0], "distinct": [.6667, 1], "lines": [3, 1],
+                   "words": [7.6667, 5],
+                   "cut": [1, 0],               # the first one ran to the cap
+                   "answers": [0.5, 0]}         # its river is there, its founder is not
     assert given["copied"] == [1]
     assert "cut" not in given                   # there was no cap for it
     rows = capsys.readouterr().out.splitlines()
     assert rows[2].startswith(f"| {some_run}, iteration 0 | 2 | 0.17 [0.00, 0.33] |")
     assert rows[3].startswith(f"| {some_run}, base | 1 | 1.00 [1.00, 1.00] |")
-
-
-def test_lines_are_shown_with_their_kind(some_run, capsys):
-    call(lines, some_run, "--arm", "base", "--show", 1)
-
-    shown = capsys.readouterr().out
-    assert shown.index("=== Town 0") < shown.index("iteration 0") < shown.index("base")
-    assert "   copied  1. The river of town 0 is the Ob0." in shown
-    assert "    wrong  2. It was founded by Karl Reis." in shown
-    assert "Everything changes" not in shown    # the second passage
+    call(paired, tmp_path / "kept.json", "--lines")
+    assert capsys.readouterr().out.splitlines() == rows
 
 
 def test_a_passage_of_another_name_is_noticed(some_run, passages, tmp_path):
     records = json.loads(passages.read_text())
     (tmp_path / "other.json").write_text(json.dumps(records[1:]))
-
     with pytest.raises(UserError, match="name the right file by --data"):
-        call(lines, some_run, "--data", tmp_path / "other.json")
+        call(paired, some_run, "--lines", "--data", tmp_path / "other.json")
 
 
 def test_what_is_not_there_is_one_line(some_run):
     (some_run / "edits.jsonl").write_text("")
     with pytest.raises(UserError, match="no such self-edits"):
-        call(lines, some_run)
+        call(paired, some_run, "--lines")
     (some_run / "config.json").write_text('{"domain": "arc"}')
     with pytest.raises(UserError, match="not a run about passages"):
-        call(lines, some_run)
+        call(paired, some_run, "--lines")
 
 
 @pytest.mark.parametrize("change", [
     {"task": "0"}, {"iteration": None}, {"text": 3}, {"token_ids": None}, {"split": ["eval"]}])
 def test_a_damaged_line_is_one_line(change, some_run):
     record = read_lines(some_run / "edits.jsonl")[0] | change
-    (some_run / "edits.jsonl").write_text(json.dumps(record) + "\n")
-
+    write_lines(some_run / "edits.jsonl", [record])
     with pytest.raises(UserError, match="edits.jsonl, line 1: not a record"):
-        call(lines, some_run)
+        call(paired, some_run, "--lines")

@@ -6,7 +6,6 @@ import math
 import random
 import re
 import shutil
-import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -20,52 +19,105 @@ import torch.nn.functional as F
 from data import judges as rules
 from data import tinyworld as world
 from data.judges import each
+from data.tasks import load_tasks
 from engine.decode import Sampling
 from engine.train import sft
 from inner_loop import TINY, make_job
-from lab import (choosing, compute, credit, forgetting, keeping, objective, proxy, proxy_run, race,
-                 retention_reward, skill, speedrun, teacher, update_rule, vector, writers)
-from lab.choosing import Rung
+from lab import (choosing, compute, credit, forgetting, keeping, objective, race,
+                 retention_reward, speedrun, teacher, tiny, update_rule, vector)
 from lab.compute import crossing, crossings
 from lab.credit import regress, subsets
-from lab.keeping import first_words, last_layers, recall, scaled, with_old
+from lab.keeping import last_layers, recall, scaled, with_old
+from lab.race import Rung
 from lab.tiny import RECIPE, SETTINGS
 from lora import Adapters, Job, dialogue, sft_one
 from model import load_pretrained
-from outer_loop import m_step, rest_em
+from outer_loop import m_step
+from outer_loop import outer_recipe
 from selfedit import SelfEdit, read_self_edit
 from support.checkpoint import EMBEDDED
-from support.config import PRESETS, Config, outer_recipe
+from support.config import PRESETS, Config
 from support.files import UserError
-from support.run import Run
-from support.tokenizer import Tokenizer
-from tests.helpers import SMALL, even_length, read_lines, run_it
-from tests.test_lab import call
+from tests.helpers import SMALL, even_length, open_run, read_lines, run_it, run_rest_em
+from tests.test_lab import call, write_lines
+
+# ------------------------------------------------------------------------------- set-ups
+
+WRITING = Sampling(max_new=100, temperature=.8, top_p=.95)
+FEW = dict(tasks=2, edits=4, eval_tasks=2, eval_edits=1, iterations=1, inner_epochs=4,
+           outer_epochs=2, max_edit_tokens=48)
+
+
+@pytest.fixture()
+def few(monkeypatch):
+    """The tiny world's settings, and its preset, made smaller."""
+    for name, value in FEW.items():
+        monkeypatch.setitem(SETTINGS, name, value)
+        monkeypatch.setitem(PRESETS["tiny"], name, value)
+
+
+def tiny_run(folder, settings=SETTINGS, **own):
+    return open_run(Config(**settings | {"run_dir": str(folder), "baselines": False} | own))
+
+
+def held_out(run):
+    """The rewards of an ordinary run of the outer loop."""
+    run_rest_em(run)
+    return [m["eval_reward"] for m in run.metrics.records]
+
+
+@pytest.fixture()
+def model():
+    return load_pretrained(EMBEDDED, "cpu")
 
 
 @pytest.fixture(scope="module")
-def town_and_model():
-    """The embedded model, its tokenizer, and a held-out town as a task and as a Town."""
-    model = load_pretrained(EMBEDDED, "cpu")
-    task = world.load("tune")[0]
-    town = world.Town(*world.read_passage(task.context[0]), [])
-    return model, Tokenizer.from_pretrained(EMBEDDED), task, town
+def embedded64():
+    """The embedded model in float64. Tests leave it as it is."""
+    return load_pretrained(EMBEDDED, "cpu", torch.float64)
+
+
+@pytest.fixture()
+def task(towns):
+    return towns[0]
+
+
+@pytest.fixture()
+def town(task):
+    """The same as a town of the world."""
+    return world.Town(*world.read_passage(task.context[0]), [])
+
+
+@pytest.fixture()
+def ask_twice(tmp_path, monkeypatch, capsys):
+    """Asks a question, and once more with nothing left to measure: its lines, what it shows, and
+    the text of its figure."""
+    def ask(program, measure, *words):
+        pytest.importorskip("matplotlib")
+        out, svg = tmp_path / "out.jsonl", tmp_path / "figure.svg"
+        call(program, *words, "--out", out, "--svg", svg)
+        first = capsys.readouterr().out
+        with monkeypatch.context() as patch:
+            patch.setattr(program, measure, None)
+            call(program, *words, "--out", out)
+        shown = capsys.readouterr().out
+        assert shown in first and shown.count("|") > 6
+        assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+        return read_lines(out), shown, svg.read_text()
+    return ask
 
 
 # ------------------------------------------------------------------------------- compute
 
-def test_a_document_that_is_repeated_may_be_weighed_instead(town_and_model):
+def test_a_document_that_is_repeated_may_be_weighed_instead(embedded64, words):
     # In float64, as ten steps of AdamW blow up what float32 rounds.
-    model, tok = load_pretrained(EMBEDDED, "cpu", torch.float64), town_and_model[1]
     documents = ["The river of A is B.", "It is calm.", "It is calm.", "It is calm."]
-    weighed = compute.one_job(model, tok, documents, seed=3)
-    plain = compute.one_job(model, tok, [], seed=3)
-    for text in documents:
-        ids = tok.document(text)
-        plain.examples.append((ids, [1] * len(ids)))
-    once = compute.one_job(model, tok, documents[:2], seed=3)
+    weighed = compute.one_job(embedded64, words, documents, seed=3)
+    examples = [(ids, [1] * len(ids)) for ids in map(words.document, documents)]
+    plain = replace(weighed, examples=examples)
+    once = compute.one_job(embedded64, words, documents[:2], seed=3)
 
-    trained = dict(sft(model, [weighed, plain, once]))
+    trained = dict(sft(embedded64, [weighed, plain, once]))
 
     assert len(weighed.examples) == 2 and len(plain.examples) == 4
     torch.testing.assert_close(trained[0].weights, trained[1].weights, atol=1e-9, rtol=1e-6)
@@ -74,7 +126,6 @@ def test_a_document_that_is_repeated_may_be_weighed_instead(town_and_model):
 
 def test_where_curves_cross_by_hand():
     ks = (1, 2, 4, 8)
-
     # Halfway between 2 and 4, by their logarithms.
     assert crossing(ks, [0, 0, 1, 1], [.5] * 4) == pytest.approx(2 * 2 ** .5)
     assert crossing(ks, [.6, .6, .7, .5], [.5] * 4) == 1
@@ -85,8 +136,7 @@ def test_where_curves_cross_by_hand():
     assert crossings(ks, [([0, 0, 0, 0], [.5])]) == "in none of 1"
 
 
-def test_writers_that_know_the_world(town_and_model):
-    _, _, task, town = town_and_model
+def test_writers_that_know_the_world(task, town):
     passage = task.context[0]
 
     def covered(lines):
@@ -95,76 +145,56 @@ def test_writers_that_know_the_world(town_and_model):
 
     forms = set()
     for s in range(30):
-        lines = writers.one_form(town, random.Random(s))
+        lines = tiny.one_form(town, random.Random(s))
         (form,) = {world.classify(line, passage) for line in lines}
         forms.add(form)
         assert covered(lines) == ([0, 1] if form.endswith("reversed") else [1, 0])
     assert forms == set(world.FORMS)
-    assert covered(writers.best_notes(town, random.Random(0))) == [1, 1]
-    (other,) = writers.rephrased(town, random.Random(0))
+    assert covered(tiny.best_notes(town, random.Random(0))) == [1, 1]
+    (other,) = tiny.rephrased(town, random.Random(0))
     assert world.read_passage(other) == world.read_passage(passage)
 
 
-def test_diversity_by_hand(town_and_model):
-    _, _, task, town = town_and_model
-    one = read_self_edit(task, town.say("river", "plain", random.Random(0))
-                         if "river" in town.facts else "It is calm.")
+def test_diversity_by_hand(task):
+    one = read_self_edit(task, "It is calm.")
     found = compute.of_town([one] * 4, task.context[0])
-
     assert found["distinct lines"] == 1 / 4
     assert found["compression"] > compute.of_town([one], task.context[0])["compression"]
 
 
-def test_a_given_beginning_is_part_of_the_note(town_and_model, finished_run):
-    _, _, task, _ = town_and_model
-
-    (edits,) = writers.write("begun", finished_run, [task], 0, 8)
-    (first, second), = writers.write("begun", finished_run, [task], 0, 2)
-
+def test_a_given_beginning_is_part_of_the_note(task, finished_run):
+    (edits,) = tiny.write("begun", finished_run, [task], 0, 8)
+    (first, second), = tiny.write("begun", finished_run, [task], 0, 2)
     assert [first, second] == edits[:2]     # those of a smaller k are the first ones
-    begun = {b for b in writers.BEGINNINGS for e in edits if e.text.startswith(b + " ")}
-    assert all(e.text.startswith(writers.BEGINNINGS) for e in edits) and len(begun) > 1
+    begun = {b for b in tiny.BEGINNINGS for e in edits if e.text.startswith(b + " ")}
+    assert all(e.text.startswith(tiny.BEGINNINGS) for e in edits) and len(begun) > 1
     # The writer has gone on from there, to a note of a form that the world knows.
     forms = [world.classify(e.documents[0], task.context[0]) for e in edits]
     assert forms.count("garbled") < len(forms) / 2
 
 
 @pytest.mark.slow
-def test_the_same_text_teaches_the_same(finished_run, tmp_path, monkeypatch, capsys):
+def test_the_same_text_teaches_the_same(finished_run, tmp_path, monkeypatch, ask_twice):
     monkeypatch.setattr(compute, "KS", (1, 2))
-    out = tmp_path / "out.jsonl"
-    command = [compute, finished_run, "--out", out, "--towns", 2, "--arms", "untrained writer",
-               "SEAL, round 3", "best notes", "rephrased passages"]
+    lines, shown, drawing = ask_twice(
+        compute, "measure", finished_run, "--towns", 2, "--arms", "untrained writer",
+        "SEAL, round 3", "best notes", "rephrased passages")
 
-    call(*command, "--svg", tmp_path / "figure.svg")
-
-    lines = {r["arm"]: r for r in read_lines(out)}
     # This run's round 3 is the base model, so it writes the same and learns the same.
-    base, seal = lines["untrained writer"], lines["SEAL, round 3"]
+    base, seal, best, same = lines
     assert {**base, "arm": "", "seconds": 0} == {**seal, "arm": "", "seconds": 0}
-    assert min(lines["best notes"]["accuracy"]) > 0.85
-    assert max(lines["rephrased passages"]["reversed"]) < 0.3
-    assert lines["best notes"]["tokens"][1] == pytest.approx(
-        2 * lines["best notes"]["tokens"][0], rel=0.1)
-    shown = capsys.readouterr().out
-    assert f"| best notes | {lines['best notes']['accuracy'][0]:.3f} |" in shown
-    assert "untrained writer" in (tmp_path / "figure.svg").read_text()
-
-    # All lines are there: nothing is measured again, and the same table is shown.
-    monkeypatch.setattr(compute, "measure", None)
-    call(*command)
-    assert capsys.readouterr().out == shown[shown.index("\nAccuracy"):]
+    assert min(best["accuracy"]) > 0.85 and max(same["reversed"]) < 0.3
+    assert f"| best notes | {best['accuracy'][0]:.3f} |" in shown
+    assert "untrained writer" in drawing
     with pytest.raises(UserError, match="lines of another --towns"):
-        call(*command[:4], "--towns", 3)
+        call(compute, finished_run, "--out", tmp_path / "out.jsonl", "--towns", 3)
 
 
 # ------------------------------------------------------------------------------- credit
 
 def test_leaving_one_out_is_a_difference():
     scores = np.array([[.9, .2], [.1, .2], [.8, .1], [.9, .6]])
-
     design = subsets("leave one out", 3, seed=0)
-
     assert design.tolist() == [[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]]
     np.testing.assert_allclose(regress(design, scores), [[.8, 0], [.1, .1], [0, -.4]],
                                atol=1e-12)
@@ -173,39 +203,33 @@ def test_leaving_one_out_is_a_difference():
 def test_random_halves_find_what_adds_up():
     design = subsets("random halves", 5, seed=1)
     effects = np.arange(10).reshape(5, 2)
-
     assert (design.mean(axis=0) == 0.5).all()
     np.testing.assert_allclose(regress(design, 3 + design @ effects), effects, atol=1e-9)
 
 
 def test_auc_by_hand():
     stated = np.array([[True, False], [False, False]])
-
     assert credit.auc(np.array([[.5, .4], [.5, .9]]), stated) == pytest.approx(1.5 / 3)
 
 
-def test_subsets_are_learned_in_their_places(town_and_model):
-    model, tok, task, town = town_and_model
-    edit = read_self_edit(task, "\n".join(writers.best_notes(town, random.Random(0))[:2]))
+def test_subsets_are_learned_in_their_places(model, words, task, town):
+    edit = read_self_edit(task, "\n".join(tiny.best_notes(town, random.Random(0))[:2]))
     design = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]])
-
-    adapters = credit.learn(model, tok, edit, design, RECIPE, seed=4)
-
+    adapters = credit.learn(model, words, edit, design, RECIPE, seed=4)
     assert not adapters.flat[[0, 3]].any()
     for i, documents in ((1, edit.documents[:1]), (2, edit.documents), (4, edit.documents[2:])):
-        job = compute.one_job(model, tok, documents, seed=4)
+        job = compute.one_job(model, words, documents, seed=4)
         ((_, alone),) = sft(model, [job])
         distance = (adapters.flat - alone.weights).abs().mean(dim=1)
         assert distance.argmin() == i and distance[i] < 1e-3
 
 
-def test_the_probability_of_an_answer_is_that_of_its_tokens(town_and_model):
-    model, tok, task, _ = town_and_model
+def test_the_probability_of_an_answer_is_that_of_its_tokens(model, words, task):
     adapters = Adapters(model, RECIPE.lora, 2)
     adapters.init(1, seed=0)
     adapters.flat[1] += 0.02        # B as well: it changes something
 
-    found = credit.gold_probability(model, tok, task, adapters)
+    found = credit.gold_probability(model, words, task, adapters)
 
     changed = load_pretrained(EMBEDDED, "cpu")
     other = Adapters(changed, RECIPE.lora, 2)
@@ -215,21 +239,20 @@ def test_the_probability_of_an_answer_is_that_of_its_tokens(town_and_model):
     assert abs(found[0] - found[1]).max() > 1e-4
     for row, one in zip(found, (model, changed)):
         for j, (query, answer) in enumerate(zip(task.queries, task.answers)):
-            ids = tok.prompt(query)
+            ids = words.prompt(query)
             probability = 1.0
-            for token in tok.encode(" " + answer):
+            for token in words.encode(" " + answer):
                 probability *= one(torch.tensor([ids]))[0, -1].softmax(-1)[token].item()
                 ids = ids + [token]
             assert row[j] == pytest.approx(probability, rel=2e-3, abs=1e-9)
 
 
-def test_credit_finds_the_line_that_states_the_answer(town_and_model):
-    model, tok, task, town = town_and_model
-    lines = writers.best_notes(town, random.Random(0))
+def test_credit_finds_the_line_that_states_the_answer(model, words, task, town):
+    lines = tiny.best_notes(town, random.Random(0))
     remark = world.VAGUE[0].format(t=town.name)
     edit = read_self_edit(task, "\n".join([*lines, remark]))
 
-    matrix = credit.credit(model, tok, task, edit, RECIPE)
+    matrix = credit.credit(model, words, task, edit, RECIPE)
 
     stated = credit.truth(task, edit)
     # Each line states one answer, the remark none; the last document is the passage.
@@ -240,44 +263,36 @@ def test_credit_finds_the_line_that_states_the_answer(town_and_model):
 
 
 @pytest.mark.slow
-def test_credit_is_judged_and_drawn(finished_run, tmp_path, monkeypatch, capsys):
+def test_credit_is_judged_and_drawn(finished_run, monkeypatch, ask_twice):
     monkeypatch.setattr("lab.credit.PAIRS", 8)
-    out = tmp_path / "out.jsonl"
-
-    call(credit, finished_run, "--out", out, "--towns", 1, "--svg", tmp_path / "figure.svg",
-         "--town", 1)
-
-    lines = read_lines(out)
+    lines, shown, drawing = ask_twice(credit, "measure", finished_run, "--towns", 1, "--town", 1)
     assert [r["writer"] for r in lines] == ["untrained", "round 3"]
     assert lines[0]["auc"] == lines[1]["auc"]       # the same writer, in this run
     shares = lines[0]["auc"]
     assert len(shares) == 6 and all(0 <= share <= 1 for share in shares.values())
     assert shares["random halves, probability"] > 0.8
-    assert f"{shares['random halves, probability']:.3f}" in capsys.readouterr().out
-    assert world.load("eval")[1].name in (tmp_path / "figure.svg").read_text()
+    assert f"{shares['random halves, probability']:.3f}" in shown
+    assert world.load("eval")[1].name in drawing
 
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     """What `python outer_loop.py --iterations 0 --eval-tasks 2` leaves behind."""
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    cfg = Config(**PRESETS["tiny"] | dict(iterations=0, eval_tasks=2, eval_edits=1,
-                                          baselines=False, run_dir=str(folder)))
-    rest_em(cfg, Run(cfg))
-    return folder
+    run = tiny_run(tmp_path_factory.mktemp("runs") / "small", iterations=0, eval_tasks=2,
+                   eval_edits=1)
+    run_rest_em(run)
+    return run.folder
 
 
 def test_a_page_shows_the_credit_that_was_asked_for(small_run, monkeypatch, capsys):
     monkeypatch.setattr("lab.credit.PAIRS", 4)
-    folder = small_run
+    call(credit, small_run, "--task", 1)
 
-    call(credit, folder, "--task", 1)
-
-    found = json.loads((folder / "credit.json").read_text())
+    found = json.loads((small_run / "credit.json").read_text())
     assert found["title"] == world.load("eval")[1].name
     shape = (len(found["documents"]), len(found["questions"]))
     assert np.shape(found["credit"]) == shape and np.max(found["credit"]) > 0.1
-    text = (folder / "report.html").read_text()
+    text = (small_run / "report.html").read_text()
     assert "Which line taught which answer" in text
     assert f">{found['credit'][0][0]:.3f}<" in text
     # The last document is the passage, of which a line of output has the beginning.
@@ -295,14 +310,6 @@ def test_credit_that_can_not_be_had(small_run, tmp_path, flags, words):
 
 # ------------------------------------------------------------------------------- keeping
 
-WRITING = Sampling(max_new=100, temperature=.8, top_p=.95)
-
-
-@pytest.fixture()
-def model():
-    return load_pretrained(EMBEDDED)
-
-
 def learn(model, words, towns, epochs, layers=4):
     """The weights of an adapter, trained on the passages of these towns."""
     passages = SelfEdit(documents=[town.context[0] for town in towns])
@@ -314,14 +321,10 @@ def learn(model, words, towns, epochs, layers=4):
     return trained.weights
 
 
-# ------------------------------------------------------------------------------- adapters
-
 def test_an_adapter_of_the_last_layer_changes_no_others(model, words, towns):
     before = {name: p.clone() for name, p in model.named_parameters()}
-
     weights = learn(model, words, towns, epochs=1, layers=1)
     Adapters.stack(model, TINY.lora, [weights]).merge(0)
-
     changed = {name for name, p in model.named_parameters() if not p.equal(before[name])}
     assert len(changed) == 7
     assert all(name.startswith("model.layers.3.") for name in changed)
@@ -329,7 +332,6 @@ def test_an_adapter_of_the_last_layer_changes_no_others(model, words, towns):
 
 def test_all_layers_are_the_last_ones_if_there_are_no_more(model):
     adapters = Adapters(model, TINY.lora, 2)
-
     assert last_layers(adapters, 4).all()
     # Layers are alike.
     assert last_layers(adapters, 2).float().mean() == .5
@@ -350,13 +352,11 @@ def test_half_a_merge_changes_the_weights_by_half(model, words, towns):
     torch.testing.assert_close(changes[1], changes[0] / 2, atol=1e-6, rtol=0)
 
 
-# ------------------------------------------------------------------------------- rehearsal
-
 def test_what_is_recalled_was_learned_and_not_looked_up(model, words, towns):
     """Before it is learned the true passage must not come; afterwards it does."""
-    (first,) = recall(model, words, [towns], WRITING, [0, 1, 2])
+    first = recall(model, words, towns, WRITING, [0, 1, 2])
     Adapters.stack(model, TINY.lora, [learn(model, words, towns, epochs=25)]).merge(0)
-    (then,) = recall(model, words, [towns], WRITING, [0, 1, 2])
+    then = recall(model, words, towns, WRITING, [0, 1, 2])
 
     for town, edit in zip(towns, first):
         assert edit.documents[-1].startswith(f"The town of {town.name} ")
@@ -367,48 +367,19 @@ def test_what_is_recalled_was_learned_and_not_looked_up(model, words, towns):
     assert sum(right) >= 2
 
 
-def test_each_group_is_recalled_under_its_adapter(model, words, towns):
-    """As by a model into which the adapter is merged; the other group's knows nothing."""
-    adapters = Adapters(model, TINY.lora, 2)
-    adapters.flat[1] = learn(model, words, towns, epochs=25)
-
-    empty, full = recall(model, words, [towns[:1], towns[:1]], WRITING, [5, 5], adapters)
-    (base,) = recall(model, words, [towns[:1]], WRITING, [5])
-
-    assert empty[0].documents == base[0].documents
-    assert full[0].documents[-1] == towns[0].context[0] != empty[0].documents[-1]
-
-
-def test_a_prompt_that_hides_the_passage_is_an_error(towns):
-    assert first_words(towns[0]) == f"The town of {towns[0].name}"
-    assert first_words(replace(towns[0], prompt="Go on: short", context=["short"])) == "short"
-    with pytest.raises(UserError, match="a prompt must have the title and the passage"):
-        first_words(replace(towns[0], prompt="Write notes."))
-
-
 def test_old_examples_count_as_much_as_new_ones_in_as_many_steps():
     new = [([1, 2, 3], [True] * 3), ([4], [True])]
     old = [([5, 6, 7], [False, True, True]), ([8] * 6, [True] * 6), ([9] * 8, [False] * 8)]
     job = Job(new, 0, replace(TINY, batch=1))
-
     both = with_old(job, old)
-
     assert both.examples[:2] == new
     assert [learn for _, learn in both.examples[2:]] == [[0, .5, .5], [.5] * 6, [0] * 8]
     assert both.recipe.batch == 3 and both.steps == job.steps == 20
     assert with_old(job, []) == job
 
 
-@pytest.fixture()
-def embedded():
-    return load_pretrained(EMBEDDED)
-
-
-# ------------------------------------------------------------------------------- forgetting
-
-def test_texts_about_other_towns_are_learned_without_their_passages(embedded, words):
-    examples = keeping.own_texts(embedded, words, 2, seed=0)
-
+def test_texts_about_other_towns_are_learned_without_their_passages(model, words):
+    examples = keeping.own_texts(model, words, 2, seed=0)
     train = {task.prompt for task in world.load("train")}
     for ids, learn in examples:
         # The prompt is read and the rest, which the model wrote, is learned.
@@ -417,26 +388,26 @@ def test_texts_about_other_towns_are_learned_without_their_passages(embedded, wo
         assert learn == sorted(learn)
 
 
-def test_a_gate_takes_the_scale_with_the_least_loss(embedded, words, towns):
+def test_a_gate_takes_the_scale_with_the_least_loss(model, words, towns):
     """An adapter of one town, by the losses on it and on another that it knows nothing of."""
     recipe = replace(RECIPE, epochs=10)
-    job = make_job(embedded, words, towns[0].references["passage only"], 0, recipe)
-    other = make_job(embedded, words, towns[1].references["passage only"], 0, recipe)
-    ((_, trained),) = sft(embedded, [job])
+    job = make_job(model, words, towns[0].references["passage only"], 0, recipe)
+    other = make_job(model, words, towns[1].references["passage only"], 0, recipe)
+    ((_, trained),) = sft(model, [job])
 
     def loss_of(scale):
-        adapter = Adapters.stack(embedded, RECIPE.lora, [scaled(trained.weights, scale)])
+        adapter = Adapters.stack(model, RECIPE.lora, [scaled(trained.weights, scale)])
         total = 0
         for examples in (job.examples, other.examples):
             ids = torch.tensor(examples[0][0])
             with adapter.route([len(ids)]):
-                logits = embedded(ids[None])[0]
+                logits = model(ids[None])[0]
             total += F.cross_entropy(logits[:-1], ids[1:]).item()
         return total
 
     expected = min(keeping.GRID, key=loss_of)
-    assert keeping.best_scale(embedded, job, trained.weights, other.examples) == expected
-    assert keeping.best_scale(embedded, job, trained.weights, []) == 1
+    assert keeping.best_scale(model, job, trained.weights, other.examples) == expected
+    assert keeping.best_scale(model, job, trained.weights, []) == 1
     assert expected < 1
 
 
@@ -451,10 +422,10 @@ def test_a_stream_is_learned_and_forgotten(finished_run, tmp_path, monkeypatch, 
     call(forgetting, *words)
     first = capsys.readouterr().out
     plain, own, kept = read_lines(tmp_path / "f.jsonl")
-    # Of three towns, none, one and two are rehearsed in ten epochs.
-    assert own["written"] * 10 == pytest.approx(own["trained"] - plain["trained"])
 
     assert [line["arm"] for line in (plain, own, kept)] == list(forgetting.ARMS)
+    # Of three towns, none, one and two are rehearsed in ten epochs.
+    assert own["written"] * 10 == pytest.approx(own["trained"] - plain["trained"])
     for line in (plain, kept):
         assert len(line["just after"]) == len(line["at the end"]) == 3
         # Nothing comes after the last town.
@@ -464,8 +435,6 @@ def test_a_stream_is_learned_and_forgotten(finished_run, tmp_path, monkeypatch, 
     assert plain["just after"][0] == kept["just after"][0] > .2
     assert kept["trained"] > 1.5 * plain["trained"]
     assert f"| plain merge | {np.mean(plain['just after']):.3f} |" in first
-
-    # All lines are there: nothing is learned again.
     monkeypatch.setattr(forgetting, "learn_stream", None)
     call(forgetting, *words)
     assert capsys.readouterr().out == first[first.index("| arm"):]
@@ -475,12 +444,9 @@ def test_a_stream_is_learned_and_forgotten(finished_run, tmp_path, monkeypatch, 
 
 def test_a_table_and_a_figure_by_hand(finished_run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    with (tmp_path / "f.jsonl").open("w") as f:
-        for seed, end in ((7, .2), (8, .4)):
-            f.write(json.dumps({
-                "arm": "half", "seed": seed, "just after": [.5] * 4, "at the end": [end] * 4,
-                "scale": .5, "trained": 100, "written": 0,
-                "seconds": 1}) + "\n")
+    line = {"arm": "half", "just after": [.5] * 4, "scale": .5, "trained": 100, "written": 0}
+    write_lines(tmp_path / "f.jsonl", [line | {"seed": 7, "at the end": [.2] * 4},
+                                       line | {"seed": 8, "at the end": [.4] * 4}])
 
     call(forgetting, finished_run, "--out", tmp_path / "f.jsonl", "--arms", "half", "--svg",
          tmp_path / "f.svg")
@@ -495,9 +461,7 @@ def test_a_table_and_a_figure_by_hand(finished_run, tmp_path, capsys):
 
 def test_a_task_asks_about_earlier_towns_too(towns):
     task, *earlier = towns
-
     asked = retention_reward.with_questions(task, earlier)
-
     assert asked.queries[:11] == task.queries and asked.answers[22:] == earlier[1].answers
     assert asked.kinds == ["own"] * 11 + ["earlier"] * 22
     right = [True] * 6 + [False] * 5 + [True] * 11 + [False] * 11
@@ -508,19 +472,18 @@ def test_a_task_asks_about_earlier_towns_too(towns):
 @pytest.mark.slow
 def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(tmp_path, monkeypatch):
     seen = []
-    select, try_edits = retention_reward.select, retention_reward.Round.try_edits
+    select, try_edits = tiny.select, retention_reward.try_edits
 
     def spy_on_select(cfg, scores, *rest):
         seen.append(scores)
         return select(cfg, scores, *rest)
 
     def spy_on_edits(*args):
-        edits, found = try_edits(*args)
-        seen.append(found)
-        return edits, found
+        seen.append(try_edits(*args))
+        return seen[-1]
 
-    monkeypatch.setattr(retention_reward, "select", spy_on_select)
-    monkeypatch.setattr(retention_reward.Round, "try_edits", spy_on_edits)
+    monkeypatch.setattr(tiny, "select", spy_on_select)
+    monkeypatch.setattr(retention_reward, "try_edits", spy_on_edits)
     monkeypatch.setattr(retention_reward, "ROUNDS", 1)
     monkeypatch.setattr(retention_reward, "EARLIER", 2)
     words = ["--out", tmp_path / "r.jsonl", "--seeds", "0", "--lambdas", "2", "--tasks", "1"]
@@ -545,36 +508,34 @@ def test_the_table_of_lambdas_by_hand(capsys):
         records.append({"lambda": .5, "seed": seed, "learned": [.6, .8], "lost": [.5, last],
                         "known": [.9, .9], "tokens": [70, 80],
                         "made of": [{"copy": 1.0}, {"copy": .4, "rare": .01}]})
-
     retention_reward.show({.5: records})
     *_, first, last = capsys.readouterr().out.splitlines()
-
     assert first == "| 0.5 | 0 | 0.600 ±0.000 | 0.500 ±0.000 | 0.100 ±0.000 | copy 100% |"
     assert last == "| 0.5 | 1 | 0.800 ±0.000 | 0.300 ±1.271 | 0.500 ±1.271 | copy 40% |"
 
 
 # ------------------------------------------------------------------------------- objective
 
-def test_plain_text_is_learned_as_ever(embedded, words, towns):
+def test_plain_text_is_learned_as_ever(model, words, towns):
     """The targets that are the tokens themselves: sft_one's own loss, and so its weights."""
     town = towns[0]
     documents = ["The river Verier flows through it.", town.context[0]]
     recipe = replace(RECIPE, epochs=3, batch=10)
     examples = []
     for document in documents:
-        examples += objective.plain(embedded, words, town, document, None)
+        examples += objective.plain(model, words, town, document, None)
 
-    found = objective.train(embedded, Job(examples, 5, recipe))
+    found = objective.train(model, Job(examples, 5, recipe))
 
     edit = replace(town.references["passage only"], documents=documents)
-    job = make_job(embedded, words, edit, 5, recipe)
-    torch.testing.assert_close(found, sft_one(embedded, job), rtol=1e-3, atol=1e-4)
+    job = make_job(model, words, edit, 5, recipe)
+    torch.testing.assert_close(found, sft_one(model, job).weights, rtol=1e-3, atol=1e-4)
 
 
-def test_a_masked_text_is_read_and_the_whole_one_learned(embedded, words, towns):
+def test_a_masked_text_is_read_and_the_whole_one_learned(model, words, towns):
     passage = towns[0].context[0]
 
-    examples = objective.masked(embedded, words, towns[0], passage, random.Random(0))
+    examples = objective.masked(model, words, towns[0], passage, random.Random(0))
 
     assert len(examples) == objective.MASKINGS
     for ids, targets in examples:
@@ -590,58 +551,46 @@ def test_a_masked_text_is_read_and_the_whole_one_learned(embedded, words, towns)
         assert learned == [False] * (begin - 1) + [True] * (len(ids) - begin) + [False]
 
 
-def test_in_view_the_next_token_is_as_likely_as_with_the_passage(embedded, words, towns):
+def test_in_view_the_next_token_is_as_likely_as_with_the_passage(model, words, towns):
     town = towns[0]
-    ((ids, targets),) = objective.in_view(embedded, words, town, "The river", None)
+    ((ids, targets),) = objective.in_view(model, words, town, "The river", None)
 
     read = words.prompt(town.prompt)
     for j in range(len(ids) - 1):
-        expected = embedded(torch.tensor([read + ids[:j + 1]]))[0, -1].softmax(-1)
+        expected = model(torch.tensor([read + ids[:j + 1]]))[0, -1].softmax(-1)
         torch.testing.assert_close(targets[j], expected)
     assert targets[-1].sum() == 0
     # The passage says which river it is; a model without it can't know.
-    alone = embedded(torch.tensor([ids]))[0, -2].softmax(-1)
+    alone = model(torch.tensor([ids]))[0, -2].softmax(-1)
     assert (targets[-2] - alone).abs().max() > .1
 
 
-def test_to_learn_what_is_in_view_brings_the_two_together(embedded, words, towns):
+def test_to_learn_what_is_in_view_brings_the_two_together(model, words, towns):
     town = towns[0]
-    examples = objective.in_view(embedded, words, town, town.context[0], None)
+    examples = objective.in_view(model, words, town, town.context[0], None)
     losses = []
     for epochs in (1, 10):
         job = Job(examples, 0, replace(RECIPE, epochs=epochs, lr=2e-2))
-        adapter = objective.Adapters.stack(embedded, RECIPE.lora,
-                                            [objective.train(embedded, job)])
+        adapter = objective.Adapters.stack(model, RECIPE.lora,
+                                            [objective.train(model, job)])
         ids, targets = examples[0]
         with adapter.route([len(ids)]):
-            log_p = embedded(torch.tensor([ids]))[0].log_softmax(-1)
+            log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
         losses.append(-(targets * log_p).sum() / targets.sum())
     assert losses[1] < losses[0] / 2
 
 
 @pytest.mark.slow
-def test_texts_and_objectives_make_a_table(finished_run, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    out = tmp_path / "out.jsonl"
-    command = [objective, finished_run, "--out", out, "--towns", 2, "--split", "tune", "--arms",
-               "the passage: plain", "and untrained notes: in view",
-               "and notes of round 3: in view"]
-
-    call(*command, "--svg", tmp_path / "figure.svg")
-
-    plain, untrained, trained = read_lines(out)
+def test_texts_and_objectives_make_a_table(finished_run, ask_twice):
+    (plain, untrained, trained), shown, drawing = ask_twice(
+        objective, "measure", finished_run, "--towns", 2, "--split", "tune", "--arms",
+        "the passage: plain", "and untrained notes: in view", "and notes of round 3: in view")
     # This run's round 3 is the untrained model.
     assert {**untrained, "arm": "", "seconds": 0} == {**trained, "arm": "", "seconds": 0}
     assert plain["forward"] > .5 and plain["reversed"] < .3
     assert plain["tokens"] < untrained["tokens"]
-    shown = capsys.readouterr().out
     assert f"| the passage | plain | {plain['accuracy']:.3f} |" in shown
-    drawing = (tmp_path / "figure.svg").read_text()
-    assert ElementTree.fromstring(drawing).tag.endswith("svg") and "in view" in drawing
-
-    monkeypatch.setattr(objective, "measure", None)
-    call(*command)
-    assert capsys.readouterr().out == shown[shown.index("| text"):]
+    assert "in view" in drawing
 
 
 # ------------------------------------------------------------------------------- skill
@@ -653,12 +602,12 @@ def test_the_best_of_two_self_edits_is_learned(monkeypatch, towns):
         written.append((model, asked, seed))
         return [f"edit {len(written)}"]
 
-    monkeypatch.setattr(skill, "write_all", write_all)
-    monkeypatch.setattr(skill, "score", lambda model, tok, asked, edits, seed: [.2, .4])
+    monkeypatch.setattr(forgetting, "write_all", write_all)
+    monkeypatch.setattr(forgetting, "score", lambda model, tok, asked, edits, seed: [.2, .4])
     stream = SimpleNamespace(model="now", tok=None, towns=towns, edits=["an earlier one"], seed=0)
 
-    once = skill.next_edit(skill.Study(keeping.Arm()), stream, "writer")
-    best = skill.next_edit(skill.Study(keeping.Arm(), tries=2), stream, "writer")
+    once = forgetting.next_edit(forgetting.Study(keeping.Arm()), stream, "writer")
+    best = forgetting.next_edit(forgetting.Study(keeping.Arm(), tries=2), stream, "writer")
 
     assert once == "edit 1" and best == "edit 3"
     # The next town, by this writer; the first of two is what would have been written alone.
@@ -670,19 +619,21 @@ def test_the_best_of_two_self_edits_is_learned(monkeypatch, towns):
 @pytest.mark.parametrize("frozen, writer", [(False, "now"), (True, "before")])
 def test_who_writes_and_who_learns(frozen, writer, monkeypatch):
     loaded = iter([("before", None), ("now", None)])
-    monkeypatch.setattr(skill, "load", lambda t, folder: next(loaded))
-    monkeypatch.setattr(skill, "ARMS", {"arm": skill.Study(keeping.Arm(), frozen=frozen)})
-    monkeypatch.setattr(skill, "LENGTH", 1)
-    monkeypatch.setattr(skill, "WHEN", (0, 1))
-    monkeypatch.setattr(skill, "write_all",
+    monkeypatch.setattr(forgetting, "load", lambda t, folder: next(loaded))
+    study = forgetting.Study(keeping.Arm(), frozen=frozen)
+    monkeypatch.setattr(forgetting, "STUDIES", {"arm": study})
+    monkeypatch.setattr(forgetting, "LENGTH", 1)
+    monkeypatch.setattr(forgetting, "WHEN", (0, 1))
+    monkeypatch.setattr(forgetting, "write_all",
                         lambda model, tok, towns, seed: [model] * len(towns))
     learned = []
-    monkeypatch.setattr(skill, "learn_town", lambda stream, arm, k: learned.extend(stream.edits))
+    monkeypatch.setattr(forgetting, "learn_town",
+                        lambda stream, arm, k: learned.extend(stream.edits))
     worth = {("now", "now"): 1, ("before", "now"): 2, ("now", "before"): 3}
-    monkeypatch.setattr(skill, "score", lambda model, tok, towns, edits, seed:
+    monkeypatch.setattr(forgetting, "score", lambda model, tok, towns, edits, seed:
                         [worth[model, edit] for edit in edits])
 
-    found = skill.measure("arm", 0, {0: "folder"}, "tune")
+    found = forgetting.probe("arm", 0, {0: "folder"}, "tune")
 
     assert learned == [writer]
     # Who writes, who learns, at both times: here the learner is the model, an edit its writer.
@@ -690,42 +641,32 @@ def test_who_writes_and_who_learns(frozen, writer, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_stream_is_studied(finished_run, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(skill, "LENGTH", 2)
-    monkeypatch.setattr(skill, "PROBES", 3)
-    monkeypatch.setattr(skill, "WHEN", (0, 2))
-    out = tmp_path / "out.jsonl"
-    command = [skill, finished_run, "--out", out, "--towns", "tune", "--arms", "plain merge",
-               "plain merge, frozen writer", "half, layers"]
+def test_a_stream_is_studied(finished_run, monkeypatch, ask_twice):
+    monkeypatch.setattr(forgetting, "LENGTH", 2)
+    monkeypatch.setattr(forgetting, "PROBES", 3)
+    monkeypatch.setattr(forgetting, "WHEN", (0, 2))
+    (plain, frozen, gentle), shown, _ = ask_twice(
+        forgetting, "probe", "--skill", finished_run, "--towns", "tune", "--arms", "plain merge",
+        "plain merge, frozen writer", "half, layers")
 
-    call(*command, "--svg", tmp_path / "figure.svg")
-
-    plain, frozen, gentle = read_lines(out)
     for line in (plain, frozen, gentle):
         # Before the stream begins both models are the same.
-        first = [line[", ".join(pair)][0] for pair in skill.PAIRS]
+        first = [line[", ".join(pair)][0] for pair in forgetting.PAIRS]
         assert len(set(first)) == 1 and first[0] > .3
     assert frozen["now, now"][0] == plain["now, now"][0]
     # Another way to merge makes another learner.
     assert gentle["before, now"] != plain["before, now"]
-    shown = capsys.readouterr().out
     assert f"| half, layers | {gentle['now, now'][0]:.3f} |" in shown
-    assert ElementTree.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")
-
-    monkeypatch.setattr(skill, "measure", None)
-    call(*command)
-    assert capsys.readouterr().out == shown[shown.index("\nReward"):]
 
 
 # ------------------------------------------------------------------------------- vector
 
-def test_a_change_is_added_and_measured(embedded):
+def test_a_change_is_added_and_measured(model):
     other = load_pretrained(EMBEDDED)
     name = "model.layers.1.mlp.up_proj.weight"
     vector.add(other, {name: torch.ones_like(other.get_parameter(name))}, 0.5)
 
-    found = vector.difference(other, embedded)
+    found = vector.difference(other, model)
 
     assert list(found) == [name]
     torch.testing.assert_close(found[name], torch.full_like(found[name], 0.5))
@@ -738,9 +679,8 @@ def test_a_change_is_added_and_measured(embedded):
 
 
 @pytest.mark.slow
-def test_a_vector_is_added(finished_run, tmp_path, monkeypatch, capsys):
+def test_a_vector_is_added(finished_run, monkeypatch, ask_twice):
     """This run's v is one weight matrix that became larger, which changes what is written."""
-    pytest.importorskip("matplotlib")
     trained = load_pretrained(finished_run / "iter_3")
     with torch.no_grad():
         trained.model.layers[0].self_attn.q_proj.weight *= 3
@@ -749,32 +689,22 @@ def test_a_vector_is_added(finished_run, tmp_path, monkeypatch, capsys):
     (finished_run / "changed").rename(finished_run / "iter_3")
     monkeypatch.setattr(vector, "LENGTH", 2)
     monkeypatch.setattr(vector, "N_TOWNS", 3)
-    out = tmp_path / "out.jsonl"
-    command = [vector, finished_run, "--out", out]
+    found, shown, _ = ask_twice(vector, "measure", finished_run)
 
-    call(*command, "--svg", tmp_path / "figure.svg")
-
-    lines = {line["arm"]: line for line in read_lines(out)}
+    lines = {line["arm"]: line for line in found}
     assert list(lines) == list(vector.ARMS)
     assert lines["0 v"]["reward"] > .3 and lines["0 v"]["known"] > .3
     assert lines["3 v"]["reward"] < lines["0 v"]["reward"]
     # Of one run the mean is that run's.
     assert lines[vector.MEAN]["reward"] == lines["1 v"]["reward"]
     assert set(lines["1 v"]["cosines"]) == {"v and a town", "two towns"}
-    assert f"| 0 v | {lines['0 v']['reward']:.3f} |" in capsys.readouterr().out
-    assert ElementTree.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")
-
-
-@pytest.fixture(scope="module")
-def embedded64():
-    """The embedded model in float64. Tests leave it as it is."""
-    return load_pretrained(EMBEDDED, "cpu", torch.float64)
+    assert f"| 0 v | {lines['0 v']['reward']:.3f} |" in shown
 
 
 # ------------------------------------------------------------------------------- scores
 
 def test_gold_answers_alone_are_learned(words, towns):
-    plain, noted = (proxy.gold(words, towns[0], notes) for notes in ("", "A note.\n\n"))
+    plain, noted = (race.gold(words, towns[0], notes) for notes in ("", "A note.\n\n"))
 
     assert len(plain) == len(towns[0].queries)
     for (ids, learn), (long_ids, long_learn), query, answer in zip(
@@ -791,11 +721,11 @@ def test_the_product_is_the_change_of_loss_after_a_small_step(embedded64, words,
     model, task = embedded64, towns[0]
     untrained = Adapters(model, RECIPE.lora, 1)
     document = words.document(task.context[0])
-    learned, asked = [(document, [True] * len(document))], proxy.gold(words, task)
-    wanted = proxy.gradient(model, untrained, asked)
-    own = proxy.gradient(model, untrained, learned)
+    learned, asked = [(document, [True] * len(document))], race.gold(words, task)
+    wanted = race.gradient(model, untrained, asked)
+    own = race.gradient(model, untrained, learned)
     with torch.no_grad():
-        before = proxy.loss(model, untrained, asked).item()
+        before = race.loss(model, untrained, asked).item()
     assert not any(weight.requires_grad for weight in model.parameters())
 
     # A small step down the gradient of the document, on all adapted layers, and back again.
@@ -807,7 +737,7 @@ def test_the_product_is_the_change_of_loss_after_a_small_step(embedded64, words,
         layer.weight -= step * part.view_as(layer.weight)
         start += layer.weight.numel()
     with torch.no_grad():
-        after = proxy.loss(model, untrained, asked).item()
+        after = race.loss(model, untrained, asked).item()
     for layer, weight in zip(layers, old):
         layer.weight.copy_(weight)
 
@@ -819,9 +749,9 @@ def test_scores_by_hand(embedded64, words, towns):
     task = towns[0]
     edits = [read_self_edit(task, text) for text in ("It is calm.", "It is calm.\nIt is old.")]
 
-    one, two = proxy.score(embedded64, words, task, edits, [3, 4])
+    one, two = choosing.score(embedded64, words, task, edits, [3, 4])
 
-    assert list(one) == list(two) == list(proxy.SCORES)
+    assert list(one) == list(two) == list(choosing.SCORES)
     documents = [words.document(text) for text in edits[1].documents]
     assert len(documents) == 3                  # the passage is one of them
     assert two["number of tokens"] == sum(map(len, documents)) > one["number of tokens"]
@@ -830,30 +760,20 @@ def test_scores_by_hand(embedded64, words, towns):
     (trained,) = [trained for _, trained in sft(embedded64, [job])]
     adapter = Adapters.stack(embedded64, RECIPE.lora, [trained.weights])
     with torch.no_grad():
-        alone = proxy.loss(embedded64, adapter, proxy.gold(words, task)).item()
+        alone = race.loss(embedded64, adapter, race.gold(words, task)).item()
     assert two["answers after one step"] == pytest.approx(-alone, rel=1e-6)
 
 
-def test_notes_that_state_the_answers_score_higher(words, towns):
-    model, task = load_pretrained(EMBEDDED, "cpu"), towns[0]
+def test_notes_that_state_the_answers_score_higher_and_an_empty_self_edit_is_last(
+        model, words, task):
     facts = [f"{question} {answer}." for question, answer in zip(task.questions, task.answers)]
-    edits = [read_self_edit(task, "\n".join(lines)) for lines in (["It is calm."], facts)]
-
-    idle, useful = proxy.score(model, words, task, edits, [0, 0])
-
-    for name in ("inner product of gradients", "answers after one step",
-                 "answers, notes in the prompt"):
+    edits = [SelfEdit(), *(read_self_edit(task, "\n".join(lines))
+                           for lines in (["It is calm."], facts))]
+    empty, idle, useful = choosing.score(model, words, task, edits, [0, 0, 0])
+    for name in (race.PRODUCT, "answers after one step", "answers, notes in the prompt"):
         assert useful[name] > idle[name], name
-
-
-def test_an_empty_self_edit_is_chosen_last(embedded64, words, towns):
-    task = towns[0]
-    edits = [SelfEdit(), read_self_edit(task, "It is calm.")]
-
-    empty, other = proxy.score(embedded64, words, task, edits, [3, 4])
-
-    assert list(empty) == list(proxy.SCORES)
-    assert all(empty[name] < other[name] for name in proxy.SCORES)
+    assert list(empty) == list(choosing.SCORES)
+    assert all(empty[name] < idle[name] for name in choosing.SCORES)
     json.dumps(empty, allow_nan=False)          # a line can hold it
 
 
@@ -861,41 +781,38 @@ def test_an_empty_self_edit_is_chosen_last(embedded64, words, towns):
 
 def test_ranks_and_their_correlation_by_hand():
     values = np.reshape([10.0, 30, 20, 20], (1, 4, 1))
-
-    assert proxy.ranks(values)[0, :, 0].tolist() == [-3, 3, 0, 0]
-    assert proxy.correlation(values, np.exp(values)) == pytest.approx(1)
-    assert proxy.correlation(values, -values) == pytest.approx(-1)
-    assert proxy.correlation(values, np.ones_like(values)) == 0
+    assert choosing.ranks(values)[0, :, 0].tolist() == [-3, 3, 0, 0]
+    assert choosing.correlation(values, np.exp(values)) == pytest.approx(1)
+    assert choosing.correlation(values, -values) == pytest.approx(-1)
+    assert choosing.correlation(values, np.ones_like(values)) == 0
     # 1 - 6 (sum of squared differences of ranks) / (n^3 - n), without ties.
     a, b = np.reshape([1.0, 2, 3, 4], (1, 4, 1)), np.reshape([2.0, 1, 4, 3], (1, 4, 1))
-    assert proxy.correlation(a, b) == pytest.approx(1 - 6 * 4 / 60)
+    assert choosing.correlation(a, b) == pytest.approx(1 - 6 * 4 / 60)
 
 
 def test_the_worth_of_a_choice_by_hand():
     scores = np.reshape([1.0, 4, 3, 2, 9, 8, 7, 6], (1, 8, 1))
     judges = np.reshape([0.0, .4, .2, 1, .1, .3, 1, 1], (1, 8, 1))
-
     # Of each four the two with the highest scores.
-    assert proxy.worth(scores, judges, 4) == pytest.approx([(.3 + .2) / 2])
-    assert proxy.worth(scores, judges, 8) == pytest.approx([.2])
+    assert choosing.worth(scores, judges, 4) == pytest.approx([(.3 + .2) / 2])
+    assert choosing.worth(scores, judges, 8) == pytest.approx([.2])
 
 
 def test_an_inner_loop_does_not_judge_what_it_chose():
     # One self-edit is lucky in one seed; by the other seeds it is worth nothing.
     whole = np.full((1, 4, 6), 0.5)
     whole[0, 0] = [1, 0, 0, 0, 0, 0]
-    rows = {name: [[1, 2, 3, 4]] for name in proxy.SCORES}
-    records = [{"part": "choosing", "seed": 7, "whole": whole, "half": whole[:, :, :1]},
-               {"part": "choosing", "seed": 8, "whole": whole, "half": whole[:, :, :1]},
-               {"part": "scores", "seed": 7, "scores": rows | {"of old": [[0, 0, 0, 0]]}}]
+    rows = {name: [[1, 2, 3, 4]] for name in choosing.SCORES}
+    tried = [{"seed": seed, "whole": whole, "half": whole[:, :, :1]} for seed in (7, 8)]
+    scored = [{"seed": 7, "scores": rows | {"of old": [[0, 0, 0, 0]]}}]
 
-    found, judges = proxy.choosers(records)
+    found, judges = choosing.choosers({"choosing": tried, "scores": scored})
 
-    assert list(found) == list(proxy.COSTS)
+    assert list(found) == list(choosing.COSTS)
     assert judges[0, 0].tolist() == pytest.approx([0, .2, .2, .2, .2, .2])
     assert judges.shape == whole.shape          # seed 8 has no scores
-    by_loop = proxy.worth(found[proxy.LOOP], judges, 4)
-    by_score = proxy.worth(found["number of tokens"], judges, 4)
+    by_loop = choosing.worth(found[choosing.LOOP], judges, 4)
+    by_score = choosing.worth(found["number of tokens"], judges, 4)
     assert by_score == pytest.approx([.5])
     assert by_loop == pytest.approx([(.25 + 5 * .5) / 6])
 
@@ -907,25 +824,25 @@ def test_lines_that_are_there_are_not_measured_again(tmp_path, monkeypatch, caps
     lines = [{"part": "learning", "seed": 1},
              {"part": "choosing", "seed": 1, "whole": whole.tolist(),
               "half": whole[:, :, :1].tolist()}]
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(out, lines)
     asked = []
 
     def measure(seed):
         asked.append(seed)
-        return {"scores": {name: whole.mean(axis=2).tolist() for name in proxy.SCORES}}
+        return {"scores": {name: whole.mean(axis=2).tolist() for name in choosing.SCORES}}
 
-    monkeypatch.setattr(proxy, "measure", measure)
-    monkeypatch.setattr(proxy, "try_often", None)
+    monkeypatch.setattr(choosing, "measure_scores", measure)
+    monkeypatch.setattr(choosing, "try_often", None)
     # Intervals of 10,000 draws take seconds.
-    for module in ("lab.proxy", "lab.show"):
+    for module in ("lab.choosing", "lab.experiment"):
         monkeypatch.setattr(f"{module}.bootstrap_ci", lambda values: [min(values), max(values)])
-    command = [proxy, "--out", out, "--seeds", 1]
+    command = [choosing, "--scores", "--out", out, "--seeds", 1]
 
     call(*command, "--svg", tmp_path / "figure.svg")
     first = capsys.readouterr().out
     call(*command)
 
-    assert asked == [1] and first == "scores, 1: 0 s\n" + capsys.readouterr().out
+    assert asked == [1] and first.endswith("scores, 1: 0 s\n" + capsys.readouterr().out)
     assert "3 towns, 4 self-edits each" in first and f"| {whole.mean():.3f} |" in first
     assert "an inner loop (SEAL)" in (tmp_path / "figure.svg").read_text()
 
@@ -935,12 +852,12 @@ def test_a_line_has_a_score_for_each_self_edit(words, towns, monkeypatch):
     for task in towns[:2]:
         edits.append([read_self_edit(task, text) for text in ("It is calm.", "It is old.", "It.")])
     run = SimpleNamespace(tok=words)
-    monkeypatch.setattr(proxy, "written", lambda seed: (run, model, towns[:2], edits))
+    monkeypatch.setattr(choosing, "written", lambda seed: (run, model, towns[:2], edits))
 
-    found = proxy.measure(0)["scores"]
+    found = choosing.measure_scores(0)["scores"]
 
     assert {name: np.shape(rows) for name, rows in found.items()} == dict.fromkeys(
-        proxy.SCORES, (2, 3))
+        choosing.SCORES, (2, 3))
     # Each has an adapter of its own.
     assert len(set(found["answers after one step"][0])) == 3
 
@@ -950,10 +867,9 @@ def test_the_self_edits_of_a_run_are_scored(tiny_folder, passages, tmp_path, mon
     flags = ["--model", tiny_folder, "--train-data", passages, "--eval-data", passages,
              *SMALL.split(), "--iterations", "1", "--run-dir", tmp_path / "run"]
     rollouts = [r for r in run_it(flags).rollouts.records if r["split"] == "train"]
-    words = ["proxy_run.py", tmp_path / "run", "--out", tmp_path / "out.jsonl"]
-    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+    command = [choosing, "--run", tmp_path / "run", "--out", tmp_path / "out.jsonl"]
 
-    proxy_run.main()
+    call(*command)
 
     lines = read_lines(tmp_path / "out.jsonl")
     assert [line["task"] for line in lines] == [0, 1]
@@ -966,8 +882,8 @@ def test_the_self_edits_of_a_run_are_scored(tiny_folder, passages, tmp_path, mon
             assert line["product"][j] * line["cosine"][j] >= 0 and abs(line["cosine"][j]) <= 1
     assert re.search(r"^\| cosine \| -?[\d.]+ \[", capsys.readouterr().out, re.MULTILINE)
     # What is known is not measured again.
-    monkeypatch.setattr(proxy_run, "products", None)
-    proxy_run.main()
+    monkeypatch.setattr(choosing, "products", None)
+    call(*command)
 
 
 # ------------------------------------------------------------------------------- speedrun
@@ -977,15 +893,9 @@ def entry(name, seed, reward, seconds, flags=("--iterations", "2")):
             "machine": "a machine", "reward": reward, "seconds": seconds}
 
 
-def enter(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["speedrun.py", *map(str, words)])
-    speedrun.main()
-
-
 def test_the_time_is_that_of_the_first_evaluation_at_the_goal():
     reached = entry("a", 0, [0.6, 0.7, 0.75, 0.74], [5.0, 20.0, 35.0, 50.0])
     missed = entry("a", 0, [0.6, 0.7], [5.0, 20.0])
-
     assert speedrun.time_to_goal(reached) == 35.0
     assert speedrun.time_to_goal(missed) == float("inf")
 
@@ -994,9 +904,7 @@ def test_an_entry_is_the_median_of_its_seeds_and_the_fastest_comes_first(capsys)
     slow = [entry("slow", s, [0.6, 0.8], [5, 60 + s]) for s in range(5)]
     # Two of five never reach it; the median does.
     fast = [entry("fast", s, [0.6, 0.8 if s < 3 else 0.7], [5, 30 + s]) for s in range(5)]
-
     speedrun.table(slow + fast)
-
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert lines[0].startswith("| 32 | fast | --iterations 2 | 3 of 5 | 0.760 |")
     assert lines[1].startswith("| 62 | slow | --iterations 2 | 5 of 5 | 0.800 |")
@@ -1004,14 +912,14 @@ def test_an_entry_is_the_median_of_its_seeds_and_the_fastest_comes_first(capsys)
 
 @pytest.mark.parametrize("word", ["--eval-tasks", "--model", "--inner-lr", "--seed", "--run-dir",
                                   "--max-edit-tokens", "--clip", "--weight-decay"])
-def test_an_entry_may_not_change_the_task(word, tmp_path, monkeypatch):
+def test_an_entry_may_not_change_the_task(word, tmp_path):
     with pytest.raises(UserError, match="may not change"):
-        enter(monkeypatch, "--name", "a", "--out", tmp_path / "s.jsonl", word, "1")
+        call(speedrun, "--name", "a", "--out", tmp_path / "s.jsonl", word, "1")
 
 
 def test_only_what_is_missing_is_run_and_a_name_has_its_flags(tmp_path, monkeypatch, capsys):
     out = tmp_path / "s.jsonl"
-    out.write_text("".join(json.dumps(entry("a", s, [0.8], [9.0])) + "\n" for s in (0, 1, 3, 4)))
+    write_lines(out, [entry("a", s, [0.8], [9.0]) for s in (0, 1, 3, 4)])
     measured = []
 
     def measure(name, flags, seed):
@@ -1020,20 +928,18 @@ def test_only_what_is_missing_is_run_and_a_name_has_its_flags(tmp_path, monkeypa
 
     monkeypatch.setattr(speedrun, "measure", measure)
 
-    enter(monkeypatch, "--name", "a", "--out", out, "--iterations", "2")
+    call(speedrun, "--name", "a", "--out", out, "--iterations", "2")
 
     assert measured == [("a", ["--iterations", "2"], 2)]
     assert "5 of 5" in capsys.readouterr().out
     with pytest.raises(UserError, match="with other flags"):
-        enter(monkeypatch, "--name", "a", "--out", out, "--iterations", "3")
+        call(speedrun, "--name", "a", "--out", out, "--iterations", "3")
 
 
 @pytest.mark.slow
 def test_a_run_is_an_ordinary_one():
     flags = ["--iterations", "1", "--tasks", "2", "--edits", "2", "--outer-epochs", "1"]
-
     record = speedrun.measure("small", flags, 3)
-
     assert record["seed"] == 3 and record["flags"] == flags
     assert len(record["reward"]) == len(record["seconds"]) == 2
     assert 0 < record["seconds"][0] < record["seconds"][1]
@@ -1042,31 +948,18 @@ def test_a_run_is_an_ordinary_one():
 
 # ------------------------------------------------------------------------------- teacher
 
-FEW_TOWNS = dict(tasks=2, edits=4, eval_tasks=3, eval_edits=1, iterations=1, inner_epochs=4,
-           outer_epochs=2, max_edit_tokens=48, baselines=False)
-
-
-@pytest.fixture()
-def few_towns(monkeypatch):
-    """The tiny preset made smaller."""
-    for name, value in FEW_TOWNS.items():
-        monkeypatch.setitem(PRESETS["tiny"], name, value)
-
-
 @pytest.mark.parametrize("arm", ["small teaches itself (SEAL)", "large teaches itself (SEAL)"])
-def test_who_teaches_itself_is_the_outer_loop(few_towns, arm, tmp_path):
+def test_who_teaches_itself_is_the_outer_loop(few, arm, tmp_path):
     """Here both models are the embedded one."""
-    found = teacher.learn(arm, 3, "tune", str(EMBEDDED))["reward"]
-    run = Run(Config(**PRESETS["tiny"] | dict(seed=3, eval_data="tune", run_dir=str(tmp_path))))
-    rest_em(run.cfg, run)
-
-    assert found["itself"] == [m["eval_reward"] for m in run.metrics.records]
+    found = teacher.learn(arm, 3, str(EMBEDDED), "tune")["reward"]
+    run = tiny_run(tmp_path, PRESETS["tiny"], seed=3, eval_data="tune")
+    assert found["itself"] == held_out(run)
     # The students do not change, and are the same.
     assert found["small"] == found["large"]
     assert found["small"][0] == found["itself"][0]
 
 
-def test_the_student_is_what_is_rewarded_and_the_teacher_what_is_trained(few_towns, monkeypatch):
+def test_the_student_is_what_is_rewarded_and_the_teacher_what_is_trained(few, monkeypatch):
     scored, trained = [], []
     score = teacher.score
 
@@ -1075,9 +968,9 @@ def test_the_student_is_what_is_rewarded_and_the_teacher_what_is_trained(few_tow
         return score(run, model, tasks, edits, t, split, *rest, arm=arm)
 
     monkeypatch.setattr(teacher, "score", spy_on_scores)
-    monkeypatch.setattr(teacher, "m_step", lambda cfg, run, model, *rest: trained.append(model))
+    monkeypatch.setattr(tiny, "m_step", lambda cfg, run, model, *rest: trained.append(model))
 
-    teacher.learn("large teaches small", 0, "tune", str(EMBEDDED))
+    teacher.learn("large teaches small", 0, str(EMBEDDED), "tune")
 
     for split, arm, folder, _ in scored:
         assert arm == folder        # who learns, and whose tokenizer and recipe
@@ -1089,33 +982,13 @@ def test_the_student_is_what_is_rewarded_and_the_teacher_what_is_trained(few_tow
 
 
 @pytest.mark.slow
-def test_teachers_and_students_make_a_table(few_towns, tmp_path, capsys):
-    words = [teacher, "--small", EMBEDDED, "--out", tmp_path / "out", "--towns", "tune", "--seeds",
-             "0", "1", "--arms", "large teaches small", "small teaches itself (SEAL)"]
-
-    call(*words, "--svg", tmp_path / "figure.svg")
-    first = capsys.readouterr().out
-    call(*words)
-
-    assert capsys.readouterr().out == first[first.index("| who teaches whom"):]
-    assert "| small teaches itself (SEAL) | itself | 0." in first
-    assert len(read_lines(tmp_path / "out")) == 4
-    assert "large teaches small" in (tmp_path / "figure.svg").read_text()
-
-
-FEW = dict(tasks=2, edits=4, eval_tasks=2, eval_edits=1, iterations=1, inner_epochs=4,
-           outer_epochs=2, max_edit_tokens=48)
-
-
-@pytest.fixture()
-def few(monkeypatch):
-    """The tiny world's settings made smaller."""
-    for name, value in FEW.items():
-        monkeypatch.setitem(SETTINGS, name, value)
-
-
-def tiny_run(folder, **own):
-    return Run(Config(**SETTINGS | {"run_dir": str(folder), "baselines": False} | own))
+def test_teachers_and_students_make_a_table(few, ask_twice):
+    lines, shown, drawing = ask_twice(
+        teacher, "learn", "--small", EMBEDDED, "--towns", "tune", "--seeds", "0", "1", "--arms",
+        "large teaches small", "small teaches itself (SEAL)")
+    assert "| small teaches itself (SEAL) | itself | 0." in shown
+    assert len(lines) == 4
+    assert "large teaches small" in drawing
 
 
 # ------------------------------------------------------------------------------- update rules
@@ -1137,8 +1010,7 @@ def test_runs_are_measured_once_each(few, tmp_path, capsys):
         # 2 towns, 4 self-edits, 4 steps. Of each town 2 are learned in 2 epochs; by advantage those
         # that differ from their mean, in 1.
         assert r["inner steps"] == 2 * 4 * 4
-        assert len(r["reward"]) == len(r["compression"]) == len(r["distinct"]) == 2
-        assert not r["diverged"]
+        assert len(r["reward"]) == len(r["distinct"]) == 2
     assert lines[0]["outer steps"] == 2
     assert lines[2]["outer steps"] == 1
     assert lines[0]["reward"][0] == lines[1]["reward"][0] != lines[3]["reward"][0]
@@ -1152,16 +1024,11 @@ def measured(runs, lr):
 
 def test_the_default_rule_is_the_default_run(few, tmp_path):
     found = measured(tmp_path / "runs", 2e-3)
-    run = tiny_run(tmp_path / "run")
-    rest_em(run.cfg, run)
-
-    assert found["reward"] == [m["eval_reward"] for m in run.metrics.records]
+    assert found["reward"] == held_out(tiny_run(tmp_path / "run"))
 
 
 def test_a_run_that_diverges_has_no_rewards_from_there_on(few, tmp_path):
     found = measured(tmp_path / "runs", 1e9)
-
-    assert found["diverged"]
     assert found["reward"][1:] == [0.0]
     assert found["reward"][0] > 0
 
@@ -1186,8 +1053,7 @@ def test_rates_are_tried_on_other_towns(few, tmp_path, monkeypatch, capsys):
 
 def rule_line(arm, seed, last, split="eval"):
     return {"split": split, "arm": arm, "lr": update_rule.RULES[arm][1], "seed": seed,
-            "reward": [0.5, 0.6, last],
-            "inner steps": 100, "outer steps": 10, "seconds": 3 + seed, "compression": [2.0, 4.0],
+            "reward": [0.5, 0.6, last], "inner steps": 100, "outer steps": 10,
             "distinct": [80, 20]}
 
 
@@ -1195,7 +1061,7 @@ def test_the_table_by_hand(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     records = [rule_line("grpo, K = 8", 0, 0.4), rule_line("best 2 of 8", 0, 0.7),
                rule_line("best 2 of 8", 1, 0.9), rule_line("best 2 of 8", 0, 0.1, split="tune")]
-    (tmp_path / "out").write_text("".join(json.dumps(r) + "\n" for r in records))
+    write_lines(tmp_path / "out", records)
 
     # That seed is there already: nothing is left to do.
     call(update_rule, "--out", tmp_path / "out", "--runs", tmp_path, "--seeds", "0", "--arms",
@@ -1221,54 +1087,39 @@ def test_diversity_of_a_run_by_hand():
     edits = {t: [{"task": 0, "text": text} for text in texts[t]] for t in texts}
     run = SimpleNamespace(metrics=SimpleNamespace(records=[{"iteration": 0}, {"iteration": 1}]),
                           edits=SimpleNamespace(of=lambda t, split: edits[t]))
-
-    found = update_rule.of_run(run)
-
-    assert found["distinct"] == [3, 1]
-    assert found["compression"][0] < 1.1 < 5 < found["compression"][1]
+    assert update_rule.distinct(run) == [3, 1]
 
 
 # ------------------------------------------------------------------------------- GRPO's M-step
 
-def gradient(new, old, advantage, eps=0.2, beta=0.0):
-    new = torch.tensor(new, requires_grad=True)
-    update_rule.objective(new, torch.tensor(old), advantage, eps, beta).backward()
-    return new.grad.tolist()
+UP, DOWN = math.log(1.3), math.log(0.7)
 
 
-def test_where_theta_is_theta_t_the_gradient_is_reinforce_s():
-    assert gradient([-1.0, -2.0], [-1.0, -2.0], 3.0, beta=0.5) == pytest.approx([1.5, 1.5])
-
-
-def test_a_token_is_pushed_no_further_than_the_clip():
-    up, down = math.log(1.3), math.log(0.7)
+@pytest.mark.parametrize("new, old, advantage, beta, expected", [
+    # Where theta is theta_t the gradient is REINFORCE's.
+    ([-1.0, -2.0], [-1.0, -2.0], 3.0, 0.5, [1.5, 1.5]),
     # Likelier by 1.3 already, and to be likelier: no more. To be less likely: back.
-    assert gradient([up, 0.0], [0.0, 0.0], 1.0) == pytest.approx([0.0, 0.5])
-    assert gradient([up, 0.0], [0.0, 0.0], -1.0) == pytest.approx([-0.65, -0.5])
-    assert gradient([down, 0.0], [0.0, 0.0], -1.0) == pytest.approx([0.0, -0.5])
-
-
-def test_the_kl_term_draws_back():
-    assert gradient([0.1], [0.0], 0.0, beta=1.0)[0] < 0 < gradient([-0.1], [0.0], 0.0, beta=1.0)[0]
+    ([UP, 0.0], [0.0, 0.0], 1.0, 0.0, [0.0, 0.5]),
+    ([UP, 0.0], [0.0, 0.0], -1.0, 0.0, [-0.65, -0.5]),
+    ([DOWN, 0.0], [0.0, 0.0], -1.0, 0.0, [0.0, -0.5]),
+    # KL alone draws back, by 1 - exp(old - new).
+    ([0.1], [0.0], 0.0, 1.0, [math.exp(-0.1) - 1]),
+    ([-0.1], [0.0], 0.0, 1.0, [math.exp(0.1) - 1])])
+def test_the_gradient_of_the_clipped_objective_by_hand(new, old, advantage, beta, expected):
+    new = torch.tensor(new, requires_grad=True)
+    update_rule.objective(new, torch.tensor(old), advantage, 0.2, beta).backward()
+    assert new.grad.tolist() == pytest.approx(expected)
     same = torch.zeros(3)
     assert update_rule.objective(same, same, 0.0, 0.2, 1.0) == 0
 
 
-@pytest.fixture(scope="module")
-def embedded_pair():
-    folder = SETTINGS["model"]
-    return load_pretrained(folder, "cpu"), Tokenizer.from_pretrained(folder)
-
-
-def test_log_probabilities_are_those_of_the_self_edit(embedded_pair):
-    model, tok = embedded_pair
-    prompt, written = tok.encode("It has a fox on its flag.\n\nNotes:\n"), tok.encode("The fox.")
+def test_log_probabilities_are_those_of_the_self_edit(model, words):
+    prompt = words.encode("It has a fox on its flag.\n\nNotes:\n")
+    written = words.encode("The fox.")
     adapter = Adapters(model, outer_recipe(Config(**SETTINGS)).lora, n=1)
-
     with torch.no_grad():
         found = update_rule.log_probs(model, adapter, dialogue(prompt, written))
         p = model(torch.tensor([prompt + written]))[0].log_softmax(-1)
-
     expected = [p[len(prompt) + j - 1, token].item() for j, token in enumerate(written)]
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
@@ -1280,7 +1131,7 @@ def test_a_first_step_is_that_of_the_plain_m_step(advantage, few, tmp_path):
     clipped = partial(update_rule.clipped_m_step, eps=0.2, beta=0.0)
     for name, rule in (("plain", m_step), ("clipped", clipped)):
         run = tiny_run(tmp_path / name, outer_epochs=1)
-        task, model = run.tasks("tune")[0], run.load(0)
+        task, model = load_tasks(run, "tune")[0], run.load(0)
         edit = SelfEdit(token_ids=run.tok.encode("A heron is on its flag."))
         before = model.model.layers[0].mlp.up_proj.weight.clone()
         rule(run.cfg, run, model, [(task, edit, advantage)], 0)
@@ -1294,7 +1145,7 @@ def test_the_clip_holds_the_policy_back(few, tmp_path):
     moved = []
     for name, eps in (("held", 0.01), ("free", 1e9)):
         run = tiny_run(tmp_path / name, outer_epochs=20, outer_lr=2e-4)
-        task, model = run.tasks("tune")[0], run.load(0)
+        task, model = load_tasks(run, "tune")[0], run.load(0)
         ids = run.tok.encode("A heron is on its flag.")
         example = dialogue(run.tok.prompt(task.prompt), ids)
         adapter = Adapters(model, outer_recipe(run.cfg).lora, n=1)
@@ -1309,48 +1160,34 @@ def test_the_clip_holds_the_policy_back(few, tmp_path):
 
 # ------------------------------------------------------------------------------- races
 
-def from_table(table, asked=None):
-    """run_rung of known accuracies, table[task][self-edit][seed]."""
+HALF = 1 / 2
+
+
+@pytest.mark.parametrize("rungs, table, scores, loops, second", [
+    # More seeds go to the contenders.
+    ([Rung(1, 1), Rung(HALF, 2)], [[0.1, 1, 1], [0.5, 0.1, 0.3], [0.4, 0.6, 0.5], [0.0, 1, 1]],
+     [0.1 - 1, 0.3, 0.5, 0.0 - 1], 4 + 2 * 2, [1, 2]),
+    # Of equals the first goes on.
+    ([Rung(1, 1), Rung(HALF, 1)], [[0.5, 0.5]] * 4, [0.5, 0.5, -0.5, -0.5], 4 + 2, [0, 1]),
+    # What was measured after half of the steps does not count in the end.
+    ([Rung(1, 1, HALF), Rung(2 / 3, 1)], [[0.9, 0.2], [0.8, 0.4], [0.1, 1.0]],
+     [0.2, 0.4, 0.1 - 1], 3 / 2 + 2, [0, 1]),
+    # Who left first ends last.
+    ([Rung(1, 1), Rung(3 / 4, 1), Rung(HALF, 1)],
+     [[0.9, 0.3, 0.3], [0.8, 0.1, 0.1], [0.1] * 3, [0.7, 0.7, 0.7]],
+     [0.5, 0.45 - 1, 0.1 - 2, 0.7], 4 + 3 + 2, [0, 1, 3])])
+def test_a_race_by_hand(rungs, table, scores, loops, second):
+    """Of two tasks with the same accuracies, table[self-edit][seed]."""
+    asked = []
+
     def run_rung(pairs, rung, first):
-        if asked is not None:
-            asked.append(pairs)
-        return [table[i][j][first:first + rung.seeds] for i, j in pairs]
-    return run_rung
+        asked.append(pairs)
+        return [table[j][first:first + rung.seeds] for _, j in pairs]
 
+    found, taken = race.race(rungs, 2, len(table), run_rung)
 
-def test_a_race_gives_more_seeds_to_the_contenders():
-    table = [[[0.1, 1, 1], [0.5, 0.1, 0.3], [0.4, 0.6, 0.5], [0.0, 1, 1]]]
-    asked = []
-
-    scores, loops = choosing.race([Rung(1, 1), Rung(1 / 2, 2)], 1, 4, from_table(table, asked))
-
-    assert asked[1] == [(0, 1), (0, 2)]
-    assert loops == 4 + 2 * 2
-    assert scores[0].tolist() == pytest.approx([0.1 - 1, 0.3, 0.5, 0.0 - 1])
-
-
-def test_of_equals_the_first_goes_on():
-    asked = []
-    choosing.race([Rung(1, 1), Rung(1 / 2, 1)], 2, 4, from_table([[[0.5, 0.5]] * 4] * 2, asked))
-
-    assert asked[1] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-
-
-def test_what_was_measured_after_half_of_the_steps_does_not_count_in_the_end():
-    table = [[[0.9, 0.2], [0.8, 0.4], [0.1, 1.0]]]
-
-    scores, loops = choosing.race([Rung(1, 1, 1 / 2), Rung(2 / 3, 1)], 1, 3, from_table(table))
-
-    assert loops == 3 / 2 + 2
-    assert scores[0].tolist() == pytest.approx([0.2, 0.4, 0.1 - 1])
-
-
-def test_who_left_first_ends_last():
-    table = [[[0.9, 0.3, 0.3], [0.8, 0.1, 0.1], [0.1] * 3, [0.7, 0.7, 0.7]]]
-
-    scores, _ = choosing.race([Rung(1, 1), Rung(3 / 4, 1), Rung(1 / 2, 1)], 1, 4, from_table(table))
-
-    assert np.argsort(-scores[0]).tolist() == [3, 0, 1, 2]
+    assert found.tolist() == [pytest.approx(scores)] * 2 and taken == 2 * loops
+    assert asked[1] == [(i, j) for i in (0, 1) for j in second]
 
 
 def test_the_worth_of_a_choice_is_judged_by_other_seeds():
@@ -1361,13 +1198,13 @@ def test_the_worth_of_a_choice_is_judged_by_other_seeds():
     lucky = choosing.Tried(whole, whole[:, :, :0], keep=2, judges=3)
     alike = choosing.Tried(np.full((1, 4, 6), 0.5), whole[:, :, :0], keep=2, judges=3)
 
-    (value,), loops = choosing.worth([Rung(1, 3)], lucky, draws=400)
-    (all_equal,), _ = choosing.worth([Rung(1, 1)], alike, draws=2)
+    (value,), loops = choosing.worth_by_race([Rung(1, 3)], lucky, 4, draws=400)
+    (all_equal,), _ = choosing.worth_by_race([Rung(1, 1)], alike, 4, draws=2)
 
     # A lucky one has a mean of 1/3 by three seeds, so it is never chosen; nor by them judged.
     assert (value, loops) == (pytest.approx(0.5), 4 * 3)
     assert all_equal == 0.5
-    (by_one,), _ = choosing.worth([Rung(1, 1)], lucky, draws=400)
+    (by_one,), _ = choosing.worth_by_race([Rung(1, 1)], lucky, 4, draws=400)
     assert 0.3 < by_one < 0.5       # luck is chosen, and is not there when it is judged
 
 
@@ -1377,7 +1214,6 @@ def test_seeds_are_found_again_from_mean_and_deviation(tmp_path):
              for v in values]
     record = {"questions": [{}] * 3, "released_edits": edits}
     (tmp_path / "file.json").write_text(json.dumps([record]))
-
     assert choosing.released(tmp_path / "file.json")[0].tolist() == pytest.approx(np.array(values))
 
 
@@ -1385,16 +1221,12 @@ def test_released_means_are_found_again(shared_data):
     file = shared_data / "squad_train_50.json"
     stated = [[edit["adapter_mean"] for edit in record["released_edits"]]
               for record in json.loads(file.read_text())]
-
     assert np.allclose(choosing.released(file).mean(2), stated, atol=1e-3)
 
 
 def test_with_one_seed_for_all_a_race_is_the_outer_loop(few, tmp_path):
     found = race.learn("one seed", 3)
-    run = tiny_run(tmp_path / "run", seed=3)
-    rest_em(run.cfg, run)
-
-    assert found["reward"] == [m["eval_reward"] for m in run.metrics.records]
+    assert found["reward"] == held_out(tiny_run(tmp_path / "run", seed=3))
     assert found["inner loops"] == 2 * 4
 
 
@@ -1410,7 +1242,7 @@ def test_products_of_gradients_choose_without_an_inner_loop(few, monkeypatch):
         chosen.extend(len(edit.text) for _, edit, _ in learned)
 
     monkeypatch.setattr(race, "products", by_length)
-    monkeypatch.setattr(race, "m_step", learn)
+    monkeypatch.setattr(tiny, "m_step", learn)
 
     found = race.learn(race.PRODUCT, 3)
 
@@ -1419,7 +1251,7 @@ def test_products_of_gradients_choose_without_an_inner_loop(few, monkeypatch):
 
 
 def test_half_of_the_steps_are_half_of_the_epochs(few, tmp_path):
-    run, train = choosing.start(0, str(tmp_path / "run"))
+    run, train = tiny.start(tmp_path / "run", 0)
     task = train[0]
     edit = SelfEdit(documents=task.context)
     seen = []
@@ -1429,8 +1261,8 @@ def test_half_of_the_steps_are_half_of_the_epochs(few, tmp_path):
         return []
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choosing, "update_and_score", update)
-        run_rung = choosing.trainer(run, None, [task], [[edit]], 0)
+        patch.setattr(race, "update_and_score", update)
+        run_rung = race.trainer(run, None, [task], [[edit]], 0)
         with pytest.raises(KeyError):
             run_rung([(0, 0)], Rung(1, 2, 1 / 2), 0)
         with pytest.raises(KeyError):
@@ -1442,24 +1274,18 @@ def test_half_of_the_steps_are_half_of_the_epochs(few, tmp_path):
 
 
 @pytest.mark.slow
-def test_both_questions_about_races(few, tmp_path, capsys):
-    out = ["--out", tmp_path / "out", "--seeds", "0"]
-    learning = [*out, "--rules", "three seeds", "one, one more for 1/2",
-                "twice the self-edits, half the steps", "--svg", tmp_path / "figure.svg"]
-
+def test_both_questions_about_races(few, tmp_path, monkeypatch, capsys, ask_twice):
+    out = ["--out", tmp_path / "out.jsonl", "--seeds", "0"]
     call(choosing, *out)
-    call(race, *learning)
     first = capsys.readouterr().out
+    lines, _, _ = ask_twice(race, "learn", "--seeds", "0", "--rules", "three seeds",
+                            "one, one more for 1/2", "twice the self-edits, half the steps")
+    monkeypatch.setattr(choosing, "try_often", None)
     call(choosing, *out)
-    call(race, *learning)
 
-    # Nothing was measured again, and the same tables are shown.
-    begin_1, begin_2 = first.index("\n2 towns, the two best"), first.index("| rewards |")
-    end = first.index("\n=== three seeds")
-    assert capsys.readouterr().out == first[begin_1:end] + first[begin_2:]
-    choice, full, raced, twice = read_lines(tmp_path / "out")
+    assert first.endswith(capsys.readouterr().out)      # nothing was measured again
+    choice, full, raced, twice = lines
     assert np.shape(choice["whole"]) == (2, 8, 6)
     assert np.shape(choice["half"]) == (2, 8, 1)
     assert [r["inner loops"] for r in (full, raced, twice)] == [24, 8 + 2 * 2, 16 / 2]
     assert full["reward"][0] == raced["reward"][0] == twice["reward"][0]
-    ElementTree.parse(tmp_path / "figure.svg")

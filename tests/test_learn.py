@@ -1,7 +1,6 @@
 """Plain text is learned in one command, kept in PEFT's layout, and asked again."""
 import json
 import re
-import shutil
 import sys
 from dataclasses import replace
 
@@ -14,12 +13,14 @@ from transformers import AutoModelForCausalLM
 import inner_loop
 import model as transformer
 from data import text
+from inner_loop import inner_recipe
 from lora import Adapters, Lora
 from model import add_adapter, load_pretrained
 from support.checkpoint import read_adapter
-from support.config import PRESETS, Config, inner_recipe
+from support.config import PRESETS, Config
 from support.files import UserError
 from tests.helpers import ALL, CASES
+from tools import learn
 
 NOTES = "The Brindle Cup is a race. It was founded by Ludo.\n\nThe winner gets a kettle of jam."
 
@@ -32,21 +33,27 @@ def notes(tmp_path):
 
 @pytest.fixture()
 def call(tiny_folder, monkeypatch, capsys):
-    """inner_loop.py with these words: what it prints."""
-    def run(*words, model=tiny_folder):
-        words = ["inner_loop.py", "--max-new", "20", *map(str, words)]
-        monkeypatch.setattr(sys, "argv", [*words, "--model", str(model)] if model else words)
-        inner_loop.main()
+    """tools/learn.py, or another program, with these words: what it prints."""
+    def run(*words, program=learn):
+        words = [program.__name__, *map(str, words)]
+        model = ["--model", str(tiny_folder)] if program is learn else []
+        monkeypatch.setattr(sys, "argv", [*words, *model])
+        program.main()
         return capsys.readouterr().out
     return run
 
 
+def random_adapter(model):
+    """An adapter that changes much."""
+    adapters = Adapters(model, Lora(4, 8, ALL), 1)
+    adapters.flat.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    return adapters
+
+
 @pytest.fixture()
 def adapter(tiny, tmp_path):
-    """A folder with an adapter that changes much."""
-    adapters = Adapters(tiny, Lora(4, 8, ALL), 1)
-    adapters.flat.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-    adapters.save(0, tmp_path / "adapter")
+    """Its folder."""
+    random_adapter(tiny).save(0, tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -55,7 +62,6 @@ def adapter(tiny, tmp_path):
 def test_paragraphs_are_joined_and_long_ones_cut():
     long = "This is a sentence of seven words. " * 40
     found = text.passages(f"One.\n\nTwo\nlines.\n\n{long}\n\nEnd.")
-
     assert found[0].startswith("One. Two lines.")
     assert all(len(passage.split()) <= text.LONGEST for passage in found)
     assert " ".join(found) == " ".join(f"One. Two lines. {long} End.".split())
@@ -63,7 +69,6 @@ def test_paragraphs_are_joined_and_long_ones_cut():
 
 def test_a_file_is_titled_by_its_name_and_a_folder_is_its_files(notes):
     (notes.parent / "other.md").write_text("More.")
-
     assert text.load([notes]) == [("brindle cup", " ".join(NOTES.split()))]
     assert [title for title, _ in text.load([notes.parent])] == ["brindle cup", "other"]
 
@@ -72,7 +77,6 @@ def test_a_file_is_titled_by_its_name_and_a_folder_is_its_files(notes):
                                               (b"\xff\xfe\x00", "not readable as text")])
 def test_what_is_no_text_is_one_line(content, problem, tmp_path):
     (tmp_path / "x").write_bytes(content)
-
     with pytest.raises(UserError, match=problem):
         text.load([tmp_path / "x"])
     with pytest.raises(UserError, match="missing"):
@@ -81,7 +85,6 @@ def test_what_is_no_text_is_one_line(content, problem, tmp_path):
 
 def test_the_passage_in_view_is_the_one_that_is_asked_about():
     texts = [("a", "The river is the Ob."), ("b", "Jam is made of plums.")]
-
     assert text.as_question("What is jam made of?", texts).context == ["b\nJam is made of plums."]
 
 
@@ -89,70 +92,47 @@ def test_the_passage_in_view_is_the_one_that_is_asked_about():
 
 def test_learn_ask_save_and_ask_again(call, notes, tmp_path):
     saved = tmp_path / "saved"
-    out = call("--learn", notes, "--ask", "Who founded it?", "--ask", "What is won?",
+    out = call("--max-new", 20, notes, "--ask", "Who founded it?", "--ask", "What is won?",
                "--save", saved)
 
-    assert "1 passages" in out
-    for words in ("a self-edit of the first passage", "Who founded it?\n  before", "text in view",
-                  "\n  after", "steps in", f"--adapter {saved}"):
+    for words in ("1 passages", "a self-edit of the first passage", "Who founded it?\n  before",
+                  "text in view", "\n  after", "steps in", f"--adapter {saved}"):
         assert words in out
-    after = [line.split("after")[1].strip() for line in out.splitlines() if "  after" in line]
-    again = call("--adapter", saved, "--ask", "Who founded it?")
+    assert len([line for line in out.splitlines() if "  after" in line]) == 2
+    again = call("--max-new", 20, "--adapter", saved, "--ask", "Who founded it?")
     assert "without" in again and "with " in again
-    assert len(after) == 2
-    # It learns: the loss falls, and the adapter is what PEFT opens.
+    # It learns: the loss falls.
     first, last = (float(x) for x in out.split("loss ")[1].split("\n")[0].split(" -> "))
     assert last < first - 0.5
+    with pytest.raises(UserError, match="exists already"):
+        call(notes, "--save", saved)
 
 
 def test_without_a_question_it_asks_its_own(call, notes):
-    out = call("--learn", notes)
-
+    out = call("--max-new", 20, notes)
     assert "these questions are the model's own" in out
     assert "nothing is kept without --save" in out
 
 
-def test_nothing_is_overwritten(call, notes, tmp_path):
-    (tmp_path / "saved").mkdir()
-
-    with pytest.raises(UserError, match="exists already"):
-        call("--learn", notes, "--save", tmp_path / "saved")
-
-
-@pytest.mark.parametrize("words", [["--learn", "x"], ["--adapter", "x", "--ask", "y"]])
-def test_the_embedded_model_cannot_learn_it(call, words):
-    with pytest.raises(UserError, match="need --model"):
-        call(*words, model=None)
-
-
-# ------------------------------------------------------------------------------- one's own notes
-
-def test_one_s_own_self_edit_is_scored(capsys, monkeypatch, tmp_path):
+def test_one_s_own_self_edit_is_scored(call, tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("The ruler of Lorzun is Garwyn.\nWhich town is ruled by Garwyn? Lorzun\n")
-    monkeypatch.setattr("sys.argv", ["inner_loop.py", "--task", "tinyworld:tune:3", "--self-edit",
-                                     str(path)])
-
-    inner_loop.main()
-
-    out = capsys.readouterr().out
+    out = call("--data", "tune", "--index", 3, "--self-edit", path, program=inner_loop)
     assert "ruled by Garwyn? (Lorzun)\n  before: 'Dalthorpe'\n  after:  'Lorzun'" in out
     assert int(re.search(r"right: 0 -> (\d+) of 11", out)[1]) > 4
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--task", "tinyworld:tune:9999"], "passage 9999: there are passages 0 to"),
-    (["--task", "tinyarc:tune:1"], "such as tinyworld:tune:3"),
-    (["--task", "tinyworld:tune:x"], "such as tinyworld:tune:3"),
-    (["--task", "tinyworld:nowhere:1"], "not 'nowhere'"),
-    (["--task", "tinyworld:tune:1", "--learn", "f"], "--learn and --adapter go without --task"),
-    (["--self-edit", "mine.txt", "--adapter", "a"], "--learn and --adapter go without --task"),
-    (["--task", "tinyworld:tune:1", "--self-edit", "nowhere.txt"], "nowhere.txt is missing")])
-def test_a_task_is_named_by_its_world_split_and_number(words, message, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["inner_loop.py", *words])
-
+@pytest.mark.parametrize("words, program, message", [
+    ("", learn, "either FILEs to learn, or --adapter DIR"),
+    ("x --adapter y --ask z", learn, "either FILEs to learn, or --adapter DIR"),
+    ("--adapter x", learn, "what is it to be asked?"),
+    ("--adapter x --ask y --save z", learn, "there is nothing new to save"),
+    ("--data tune --index 9999", inner_loop, "--index 9999: there are passages 0 to"),
+    ("--data nowhere", inner_loop, "nowhere is missing"),
+    ("--self-edit nowhere.txt", inner_loop, "nowhere.txt is missing")])
+def test_what_can_not_be_learned_or_asked_is_an_error(words, program, message, call):
     with pytest.raises(UserError, match=re.escape(message)):
-        inner_loop.main()
+        call(*words.split(), program=program)
 
 
 @pytest.mark.parametrize("preset, recipe", [("tiny", inner_loop.TINY), ("small", inner_loop.SMALL)])
@@ -166,10 +146,7 @@ def test_the_inner_loop_is_that_of_a_preset(preset, recipe):
 
 def test_a_saved_adapter_is_loaded_to_the_bit(tiny, adapter):
     loaded = Adapters.load(tiny, adapter)
-    adapters = Adapters(tiny, Lora(4, 8, ALL), 1)
-    adapters.flat.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-
-    assert torch.equal(loaded.flat, adapters.flat)
+    assert torch.equal(loaded.flat, random_adapter(tiny).flat)
     assert loaded.lora == Lora(4, 8, ALL)
 
 
@@ -206,15 +183,12 @@ def test_pefts_own_adapter_is_loaded(tmp_path):
     torch.testing.assert_close(logits, wrapped(ids).logits, atol=1e-4, rtol=1e-3)
 
 
-CONFIG = {"peft_type": "IA3", "r": 0, "lora_alpha": "8", "target_modules": "all-linear",
-          "bias": "all", "use_dora": True, "use_rslora": True, "rank_pattern": {"q": 1}}
-
-
-@pytest.mark.parametrize("key", CONFIG)
-def test_an_adapter_of_another_kind_is_refused(key, adapter):
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {key: CONFIG[key]}))
-
+@pytest.mark.parametrize("setting", [
+    {"peft_type": "IA3"}, {"r": 0}, {"lora_alpha": "8"}, {"target_modules": "all-linear"},
+    {"bias": "all"}, {"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q": 1}}])
+def test_an_adapter_of_another_kind_is_refused(setting, adapter):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
     with pytest.raises(UserError, match="not a plain LoRA adapter"):
         read_adapter(adapter)
 
@@ -246,16 +220,13 @@ def test_a_damaged_adapter_is_one_line(damage, adapter, tiny):
 def test_an_adapter_of_another_model_is_refused(adapter, tmp_path):
     CASES["qwen2"]().save_pretrained(tmp_path / "other")
     other = load_pretrained(tmp_path / "other", "cpu")
-
     for load in (Adapters.load, add_adapter):
         with pytest.raises(UserError, match="does not fit this model"):
             load(other, adapter)
 
 
 def test_a_folder_that_exists_is_not_overwritten(tiny, adapter):
-    before = shutil.copytree(adapter, adapter.with_name("copy"))
-
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
     with pytest.raises(UserError, match="exists already"):
         Adapters(tiny, Lora(4, 8, ALL), 1).save(0, adapter)
-    for path in before.iterdir():
-        assert path.read_bytes() == (adapter / path.name).read_bytes()
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before

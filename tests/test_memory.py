@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine import memory
+from engine import device
 from engine import train as engine
 from engine.decode import Cache
-from engine.memory import activation_memory, in_halves, on_host_if_full, step_memory
-from engine.memory import auto_answering, auto_rows, auto_slots, free_memory
+from engine.device import activation_memory, in_halves, step_memory, try_memory
+from engine.device import auto_answering, auto_rows, auto_slots, free_memory
 from engine.ribbon import Ribbon
 from engine.train import Engine, sft
 from lora import Adapters, Job, Lora
@@ -30,7 +30,7 @@ PLENTY = 10 ** 15   # bytes
 def set_free(monkeypatch):
     """A function that sets how many bytes seem to be free."""
     def set_to(n):
-        monkeypatch.setattr(memory, "free_memory", lambda device: n)
+        monkeypatch.setattr(device, "free_memory", lambda device: n)
     return set_to
 
 
@@ -41,35 +41,13 @@ def half(tiny_folder):
 
 # ------------------------------------------------------------------------------- the formula
 
-def bytes_kept_for_backward(model, adapters, counts):
-    """What autograd keeps of a forward pass, each storage once, without the weights."""
-    ribbon = Ribbon(counts, model.device)
-    ids = torch.randint(0, model.config.vocab_size, (sum(counts),))
-    weights = [*model.parameters(), adapters.flat]
-    known = {tensor.untyped_storage().data_ptr() for tensor in weights}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with adapters.route(counts):
-            h = model.hidden(ids, ribbon.position, ribbon.attend)
-    assert h.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("targets, counts, expected, for_qwen3", [
     # The formula is right for an adapter on every layer, and on few.
     (ALL, [500], 1.0, 1.0),
     (SOME, [500], 0.97, 0.97),
     # Segments of two adapters differ in length: attention unrolls and pads them, and keeps that.
-    (ALL, [300, 200], 0.8, 0.74),
-])
+    (ALL, [300, 200], 0.8, 0.74)])
 def test_the_memory_formula_counts_what_autograd_keeps(case, targets, counts, expected, for_qwen3,
                                                        tmp_path):
     """Within 5 % of estimate / kept as expected here. auto_slots counts on twice the tokens and
@@ -80,13 +58,24 @@ def test_the_memory_formula_counts_what_autograd_keeps(case, targets, counts, ex
     lora = Lora(rank=8, alpha=16, targets=targets)
     adapters = Adapters(model, lora, n=len(counts))
     adapters.flat.requires_grad_()
+    ribbon = Ribbon(counts, model.device)
+    ids = torch.randint(0, model.config.vocab_size, (sum(counts),))
+    kept = {}       # each storage once
 
-    kept = bytes_kept_for_backward(model, adapters, counts)
-    estimate = activation_memory(model, lora, sum(counts))
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
 
-    if case == "qwen3":
-        expected = for_qwen3
-    assert estimate / kept == pytest.approx(expected, abs=0.05)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with adapters.route(counts):
+            h = model.hidden(ids, ribbon.position, ribbon.attend)
+    assert h.requires_grad
+
+    for weight in [*model.parameters(), adapters.flat]:
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    ratio = activation_memory(model, lora, sum(counts)) / sum(x.nbytes() for x in kept.values())
+    assert ratio == pytest.approx(for_qwen3 if case == "qwen3" else expected, abs=0.05)
 
 
 def test_the_memory_formula_counts_the_adapters_state(half):
@@ -94,7 +83,6 @@ def test_the_memory_formula_counts_the_adapters_state(half):
     trainer = Engine(half, RECIPE, n=2)
     trainer.take_jobs(mixed_jobs(n=2), [0, 1])
     trainer.step()
-
     state = [trainer.flat, trainer.read, trainer.read.grad, trainer.m, trainer.v]
     assert [tensor.element_size() for tensor in state] == [4, 2, 2, 4, 4]
     assert sum(tensor.nbytes for tensor in state) == step_memory(half, RECIPE.lora, 2, tokens=0)
@@ -113,41 +101,34 @@ def test_recomputed_activations_are_a_block_and_the_inputs_of_all(half):
 
 def meta_model(shape, recompute=False):
     """A model of a known shape without memory, as on a GPU in bfloat16."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
         write_shape(shape, folder)
-        with torch.device("meta"):
-            model = Transformer(ModelConfig.from_folder(folder)).to(torch.bfloat16)
+        model = Transformer(ModelConfig.from_folder(folder)).to(torch.bfloat16)
     model.recompute = recompute
     return model
 
 
 FIVE = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+INNER, OUTER, PUZZLES = Lora(32, 64, SOME), Lora(64, 128, ALL), Lora(128, 16, FIVE)
 
 
 @pytest.mark.parametrize("shape, lora, slots, tokens, recompute, peak", [
     # The inner loop of the paper's knowledge domain.
-    ("qwen2.5-7b", Lora(32, 64, SOME), 42, 2800, False, 18.8),
-    ("qwen2.5-7b", Lora(32, 64, SOME), 64, 4000, False, 27.2),
-    ("qwen2.5-7b", Lora(32, 64, SOME), 128, 7400, False, 50.1),
+    ("qwen2.5-7b", INNER, 42, 2800, False, 18.8),
+    ("qwen2.5-7b", INNER, 64, 4000, False, 27.2),
+    ("qwen2.5-7b", INNER, 128, 7400, False, 50.1),
     # Its M-step: 10 self-edits of 420, 900, 1500 and 2248 tokens.
-    ("qwen2.5-7b", Lora(64, 128, ALL), 1, 4200, False, 25.9),
-    ("qwen2.5-7b", Lora(64, 128, ALL), 1, 9000, False, 50.7),
-    ("qwen2.5-7b", Lora(64, 128, ALL), 1, 15000, False, 81.6),
-    ("qwen2.5-7b", Lora(64, 128, ALL), 1, 4200, True, 5.0),
-    ("qwen2.5-7b", Lora(64, 128, ALL), 1, 9000, True, 6.7),
-    ("qwen2.5-7b", Lora(64, 128, ALL), 1, 15000, True, 9.4),
-    ("qwen2.5-7b", Lora(64, 128, ALL), 1, 22480, True, 12.8),
+    ("qwen2.5-7b", OUTER, 1, 4200, False, 25.9), ("qwen2.5-7b", OUTER, 1, 4200, True, 5.0),
+    ("qwen2.5-7b", OUTER, 1, 9000, False, 50.7), ("qwen2.5-7b", OUTER, 1, 9000, True, 6.7),
+    ("qwen2.5-7b", OUTER, 1, 15000, False, 81.6), ("qwen2.5-7b", OUTER, 1, 15000, True, 9.4),
+    ("qwen2.5-7b", OUTER, 1, 22480, True, 12.8),
     # The inner loop of the puzzles: two examples of 600 tokens a slot.
-    ("llama-3.2-1b", Lora(128, 16, FIVE), 3, 3600, False, 10.2),
-    ("llama-3.2-1b", Lora(128, 16, FIVE), 8, 9600, False, 24.6),
-    ("llama-3.2-1b", Lora(128, 16, FIVE), 16, 19200, False, 47.7),
-])
+    ("llama-3.2-1b", PUZZLES, 3, 3600, False, 10.2),
+    ("llama-3.2-1b", PUZZLES, 8, 9600, False, 24.6),
+    ("llama-3.2-1b", PUZZLES, 16, 19200, False, 47.7)])
 def test_the_memory_formula_against_simulated_peaks(shape, lora, slots, tokens, recompute, peak):
     """Peaks in GiB beside the weights, simulated from the lifetimes of all storages of a step."""
-    model = meta_model(shape, recompute)
-
-    estimate = step_memory(model, lora, slots, tokens) / 2 ** 30
-
+    estimate = step_memory(meta_model(shape, recompute), lora, slots, tokens) / 2 ** 30
     assert estimate == pytest.approx(peak, rel=0.15)
 
 
@@ -155,7 +136,7 @@ def test_an_80_gb_card_takes_the_paper_s_round(set_free):
     """7B in bfloat16: 64 adapters and more side by side, and 250 self-edits of 2048 tokens."""
     model = meta_model("qwen2.5-7b")
     set_free(79.2e9 - 15.2e9)
-    recipe = replace(RECIPE, lora=Lora(32, 64, SOME), batch=1)
+    recipe = replace(RECIPE, lora=INNER, batch=1)
     text = ([1] * 49, [True] * 49)
     jobs = [Job([text] * 9, seed=i, recipe=recipe) for i in range(750)]
 
@@ -176,23 +157,18 @@ def bytes_of_slots(model, n, tokens):
     return state + activation_memory(model, RECIPE.lora, tokens)
 
 
-def test_slots_fill_a_step(tiny, set_free):
+def test_slots_fill_a_step_and_are_no_more_than_the_jobs(tiny, set_free):
     """On a CPU that is 1024 tokens."""
     set_free(PLENTY)
-
     assert auto_slots(tiny, jobs_of(40, length=100, batch=1)) == 10
     assert auto_slots(tiny, jobs_of(40, length=100, batch=1, epochs=9)) == 10
     assert auto_slots(tiny, jobs_of(40, length=50, examples=2, batch=2)) == 10
-
-
-def test_slots_are_no_more_than_the_jobs_and_at_least_one(tiny, set_free):
-    set_free(PLENTY)
     assert auto_slots(tiny, jobs_of(3, length=100)) == 3
     assert auto_slots(tiny, jobs_of(5, length=1000)) == 1
     assert 1 <= auto_slots(tiny, mixed_jobs()) <= 7
 
     set_free(0)
-    assert auto_slots(tiny, mixed_jobs()) == 1
+    assert auto_slots(tiny, mixed_jobs()) == 0      # not even one
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])
@@ -200,10 +176,8 @@ def test_slots_fit_in_the_free_memory(tiny, set_free, n):
     jobs = jobs_of(40, length=20, batch=1)
     # Twice 20 tokens for each, as a step may be longer than the mean.
     needed = 1.4 * bytes_of_slots(tiny, n, tokens=2 * 20 * n)
-
     set_free(needed * 1.001)
     assert auto_slots(tiny, jobs) == n
-
     set_free(needed * 0.999)
     assert auto_slots(tiny, jobs) == n - 1
 
@@ -243,33 +217,12 @@ def test_a_job_that_would_not_fit_is_trained_with_recomputed_activations(tiny, s
     assert capsys.readouterr().out == "memory is short: activations are recomputed\n"
 
 
-# ------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------------- rows, answering
 
-def cache_bytes(model, rows, length):
-    cache = Cache(model, rows, length)
-    return sum(keys.nbytes + values.nbytes for keys, values in cache.kv)
+def cache_bytes(model, rows):
+    """What a real cache for 128 tokens weighs."""
+    return sum(keys.nbytes + values.nbytes for keys, values in Cache(model, rows, 128).kv)
 
-
-def test_rows_fit_in_two_thirds_of_the_free_memory(half, set_free):
-    """The rows of a real cache are weighed; one row more would be too much."""
-    set_free(5_000_000)
-
-    rows = auto_rows(half, length=128)
-
-    assert 1 < rows < 256
-    assert cache_bytes(half, rows, 128) <= 5_000_000 / 1.5
-    assert cache_bytes(half, rows + 1, 128) > 5_000_000 / 1.5
-
-
-def test_rows_are_at_least_one_and_at_most_256(half, set_free):
-    set_free(0)
-    assert auto_rows(half, length=128) == 1
-
-    set_free(PLENTY)
-    assert auto_rows(half, length=128) == 256
-
-
-# ------------------------------------------------------------------------------- answering
 
 def answering_bytes(model, n):
     """What n adapters weigh in update_and_score: as trained, side by side, and as multiplied by two
@@ -280,80 +233,60 @@ def answering_bytes(model, n):
     return sum(tensor.nbytes for tensor in [*trained, adapters.flat, copy, copy])
 
 
-def test_adapters_that_answer_fit_in_a_third_of_the_free_memory(half, set_free):
-    set_free(2_000_000)
+@pytest.mark.parametrize("how_many, weigh, free, share, most", [
+    (lambda model: auto_rows(model, length=128), cache_bytes, 5_000_000, 1.5, 256),
+    # On a CPU.
+    (lambda model: auto_answering(model, RECIPE.lora), answering_bytes, 2_000_000, 3, 16)],
+    ids=["rows", "adapters that answer"])
+def test_as_many_as_fit_in_a_share_of_the_free_memory(how_many, weigh, free, share, most, half,
+                                                      set_free):
+    """One more would be too much. They are one at least and not too many."""
+    set_free(free)
+    n = how_many(half)
+    assert 1 < n < most
+    assert weigh(half, n) <= free / share < weigh(half, n + 1)
 
-    n = auto_answering(half, RECIPE.lora)
-
-    assert 1 < n < 16
-    assert answering_bytes(half, n) <= 2_000_000 / 3
-    assert answering_bytes(half, n + 1) > 2_000_000 / 3
-
-
-def test_adapters_that_answer_are_at_least_one_and_at_most_16_on_a_cpu(half, set_free):
     set_free(0)
-    assert auto_answering(half, RECIPE.lora) == 1
-
+    assert how_many(half) == 1
     set_free(PLENTY)
-    assert auto_answering(half, RECIPE.lora) == 16
+    assert how_many(half) == most
 
 
 # ------------------------------------------------------------------------------- the device
 
-def physical_memory():
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def test_what_only_caches_files_is_available(tmp_path):
-    file = tmp_path / "meminfo"
+def test_what_only_caches_files_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1024}.get(name, 100))
+    file, nowhere = tmp_path / "meminfo", tmp_path / "nowhere"
     file.write_text("MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable:   700 kB\nCached: 600 kB\n")
-
-    assert memory.available(file) == 700 * 1024
+    assert free_memory(CPU, file, nowhere) == 700 * 1024
     # Kernels before 3.14, and systems other than Linux.
     file.write_text("MemTotal: 900 kB\nMemFree: 100 kB\n")
-    assert memory.available(file) == memory.available(tmp_path / "nowhere") == 0
+    assert free_memory(CPU, file, nowhere) == free_memory(CPU, nowhere, nowhere) == 100 * 1024
 
 
-def test_free_memory_is_part_of_what_there_is():
-    assert 0 < free_memory(torch.device("cpu")) < physical_memory()
-
-
-def test_where_the_system_does_not_say_what_is_free_all_of_it_counts(monkeypatch):
-    """As on macOS."""
+def test_free_memory_is_part_of_what_there_is(monkeypatch):
+    there_is = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < free_memory(CPU) < there_is
+    # Where the system does not say what is free, all of it counts, as on macOS.
     monkeypatch.setattr(os, "sysconf_names", {"SC_PHYS_PAGES": 0})
-
-    assert free_memory(torch.device("cpu")) == physical_memory()
+    assert free_memory(CPU) == there_is
 
 
 def test_a_gpu_is_asked_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (123, 456))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
-
     assert free_memory(torch.device("cuda")) == 123 + 30    # what torch holds and does not use
 
 
-# ------------------------------------------------------------------------------- running out
-
-@pytest.mark.parametrize("error", [
-    MemoryError(),
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")])
-def test_every_kind_of_running_out_is_known(error):
-    assert memory.is_out_of_memory(error)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory")])
-def test_other_errors_are_not(error):
-    assert not memory.is_out_of_memory(error)
-
-
-def test_torch_s_own_error_on_a_cpu_is_known():
-    with pytest.raises(RuntimeError) as ended:
-        torch.empty(2 ** 55, dtype=torch.uint8)
-
-    assert memory.is_out_of_memory(ended.value)
+@pytest.mark.parametrize("limit, used, free", [("1000", "300", 700), ("max", "300", 5000),
+                                               ("100", "300", 0), ("x", "y", 5000)])
+def test_a_containers_limit_counts(limit, used, free, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 50}.get(name, 100))
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text(used + "\n")
+    assert free_memory(CPU, tmp_path / "nowhere", tmp_path) == free
+    assert free_memory(CPU, tmp_path / "nowhere", tmp_path / "nowhere") == 5000
 
 
 # ------------------------------------------------------------------------------- running out
@@ -361,6 +294,14 @@ def test_torch_s_own_error_on_a_cpu_is_known():
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
           RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
           RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")]
+
+
+def test_an_error_of_torch_s_own_is_known_as_a_lack_of_memory_and_others_are_not():
+    with pytest.raises(RuntimeError) as ended:
+        torch.empty(2 ** 55, dtype=torch.uint8)
+    assert device.is_out_of_memory(ended.value)
+    assert not device.is_out_of_memory(RuntimeError("shapes differ"))
+    assert not device.is_out_of_memory(ValueError("out of memory"))
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -373,7 +314,7 @@ def test_halves_of_what_does_not_fit(error, capsys):
             raise error
         return [2 * item for item in items]
 
-    assert in_halves(double, [1, 2, 3, 4, 5], CPU) == [2, 4, 6, 8, 10]
+    assert in_halves(double, [1, 2, 3, 4, 5]) == [2, 4, 6, 8, 10]
     assert sizes == [5, 2, 3, 1, 2]
     assert capsys.readouterr().out.count("out of memory: going on with") == 2
 
@@ -381,43 +322,20 @@ def test_halves_of_what_does_not_fit(error, capsys):
 def test_one_that_does_not_fit_is_one_line():
     def never(items):
         raise MemoryError
-
     with pytest.raises(UserError, match="out of memory with a single"):
-        in_halves(never, [1, 2], CPU)
+        in_halves(never, [1, 2])
 
 
-def test_what_has_no_room_is_computed_on_the_host(capsys):
-    calls = []
-
-    def add(a, b):
-        calls.append(a.device)
-        if len(calls) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return a + b
-
-    assert on_host_if_full(add, torch.ones(2), torch.ones(2)).tolist() == [2, 2]
-    assert len(calls) == 2
-    assert "on the host" in capsys.readouterr().out
+def test_what_ran_out_of_memory_is_told_apart_from_what_it_returned():
+    def full():
+        raise MemoryError
+    assert try_memory(lambda: None) == (True, None)
+    assert try_memory(full) == (False, None)
 
 
-@pytest.mark.parametrize("call", [lambda f: in_halves(lambda items: f(), [1, 2], CPU),
-                                  lambda f: on_host_if_full(lambda x: f(), torch.ones(1))])
+@pytest.mark.parametrize("call", [lambda f: in_halves(lambda items: f(), [1, 2]), try_memory])
 def test_an_error_of_another_kind_is_raised(call):
     def broken():
         raise RuntimeError("device-side assert triggered")
-
     with pytest.raises(RuntimeError, match="device-side assert"):
         call(broken)
-
-
-@pytest.mark.parametrize("limit, used, free", [("1000", "300", 700), ("max", "300", float("inf")),
-                                               ("100", "300", 0), ("x", "y", float("inf"))])
-def test_a_containers_limit_counts(limit, used, free, tmp_path):
-    (tmp_path / "memory.max").write_text(limit + "\n")
-    (tmp_path / "memory.current").write_text(used + "\n")
-
-    assert memory.free_in_container(tmp_path) == free
-
-
-def test_without_a_container_there_is_no_limit(tmp_path):
-    assert memory.free_in_container(tmp_path / "nowhere") == float("inf")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -62,40 +61,27 @@ def test_sequences_are_unrolled_in_groups_of_like_lengths():
     short, long = ribbon.unroll(tokens)
 
     assert short.shape == (2, 2, 4, 5)
-    assert long.shape == (1, 33, 4, 5)
     assert torch.equal(short[0], tokens[:2])
-    assert torch.equal(short[1, 0], tokens[35])
-    assert torch.equal(short[1, 1], torch.zeros(4, 5))
-    assert torch.equal(long[0], tokens[2:35])
+    assert torch.equal(short[1], torch.stack([tokens[35], torch.zeros(4, 5)]))
+    assert torch.equal(long, tokens[None, 2:35])
     assert torch.equal(ribbon.roll([short, long]), tokens)
 
-
-def test_a_ribbon_without_padding_is_unrolled_without_a_copy():
-    ribbon = Ribbon([3, 3], "cpu")
-    tokens = torch.randn(6, 4)
-
+    # Without padding nothing is copied.
+    ribbon, tokens = Ribbon([3, 3], "cpu"), torch.randn(6, 4)
     (view,) = ribbon.unroll(tokens)
-
     assert view.shape == (2, 3, 4)
     assert view.data_ptr() == tokens.data_ptr()
     assert torch.equal(ribbon.roll([view]), tokens)
 
 
-def test_like_lengths():
+def test_like_lengths_are_within_a_factor_of_four():
     # Up to 32, up to 128, up to 512.
     assert like_lengths([5, 100, 32, 33, 128, 129, 1]) == [[0, 2, 6], [1, 3, 4], [5]]
-
-
-def test_like_lengths_are_within_a_factor_of_four():
     lengths = list(range(33, 2100))
-
     groups = like_lengths(lengths)
-
     assert sorted(sum(groups, [])) == list(range(len(lengths)))
     for members in groups:
-        longest = lengths[members[-1]]
-        shortest = lengths[members[0]]
-        assert longest <= 4 * shortest
+        assert lengths[members[-1]] <= 4 * lengths[members[0]]
 
 
 def test_ragged_ribbon_equals_single_sequences(peer):
@@ -116,111 +102,74 @@ def test_ragged_ribbon_equals_single_sequences(peer):
 # ------------------------------------------------------------------------------- transformers
 
 @torch.no_grad()
-def test_logits_equal_transformers(peer):
+def test_transformers_computes_and_writes_the_same_and_opens_what_is_saved(peer, tmp_path):
     folder, reference = peer
+    model = load_pretrained(folder, "cpu")
     ids = torch.randint(0, 320, (2, 300))
-
-    logits = load_pretrained(folder, "cpu")(ids)
-
+    logits = model(ids)
     torch.testing.assert_close(logits, reference(ids).logits, atol=1e-4, rtol=0)
+
+    prompt = ids[:1, :9]
+    whole = reference.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                               max_new_tokens=20, eos_token_id=None, pad_token_id=0)
+    assert complete(model, prompt[0].tolist(), 20) == whole[0, 9:].tolist()
+
+    model.save_pretrained(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits, theirs(ids).logits, atol=1e-4, rtol=0)
+    assert torch.equal(logits, load_pretrained(tmp_path / "out", "cpu")(ids))
 
 
 @torch.no_grad()
 def test_smollm2_logits_equal_transformers(smollm2):
     reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     ids = torch.arange(2000, 2300)[None]
-
     logits = load_pretrained(smollm2, "cpu")(ids)
-
     torch.testing.assert_close(logits, reference(ids).logits, atol=1e-4, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_complete_writes_what_transformers_writes(peer):
-    folder, reference = peer
-    prompt = torch.randint(0, 320, (1, 9))
-
-    ids = complete(load_pretrained(folder, "cpu"), prompt[0].tolist(), 20)
-
-    whole = reference.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                               max_new_tokens=20, eos_token_id=None, pad_token_id=0)
-    assert ids == whole[0, 9:].tolist()
 
 
 def test_complete_ends_with_a_stop_id(tiny):
     full = complete(tiny, [5, 6], 12)
     assert len(full) == 12
     stop = full[6]
-
-    ids = complete(tiny, [5, 6], 12, {stop})
-
-    assert ids == full[:full.index(stop) + 1]
+    assert complete(tiny, [5, 6], 12, {stop}) == full[:full.index(stop) + 1]
 
 
 def test_the_program_completes_a_prompt(tiny_folder, tok, monkeypatch, capsys):
     words = ["model.py", "--model", str(tiny_folder), "--prompt", "The town", "--max-new", "8"]
     monkeypatch.setattr(sys, "argv", words)
-
     program.main()
-
     ids = complete(load_pretrained(tiny_folder), tok.encode("The town"), 8, tok.stop)
     assert capsys.readouterr().out == "The town" + tok.decode(ids) + "\n"
 
 
 # ------------------------------------------------------------------------------- saving
 
-@torch.no_grad()
-def test_saved_folder_opens_in_transformers(peer, tmp_path):
-    folder, _ = peer
-    model = load_pretrained(folder, "cpu")
-    ids = torch.randint(0, 320, (1, 50))
-
-    model.save_pretrained(tmp_path / "out")
-
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
-    ours = load_pretrained(tmp_path / "out", "cpu")
-    assert torch.equal(model(ids), ours(ids))
-
-
 def test_a_folder_that_exists_is_not_overwritten(tiny, tmp_path):
     (tmp_path / "out").mkdir()
-
     with pytest.raises(UserError, match="exists already"):
         tiny.save_pretrained(tmp_path / "out")
-
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_the_tokenizer_is_saved_along(tiny, tiny_folder, tmp_path):
-    tiny.save_pretrained(tmp_path / "out")
+def test_the_tokenizer_is_saved_along_and_the_config_names_the_dtype(tiny_folder, tmp_path):
+    """The original says float32; the model was loaded as bfloat16."""
+    load_pretrained(tiny_folder, "cpu", torch.bfloat16).save_pretrained(tmp_path / "out")
 
     saved = {path.name for path in (tmp_path / "out").iterdir()}
     assert saved == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     for name in saved & set(TOKENIZER_FILES):
         assert (tmp_path / "out" / name).read_text() == (tiny_folder / name).read_text()
-
-
-def test_a_saved_config_names_the_dtype_of_the_weights(tiny_folder, tmp_path):
-    """The original says float32; the model was loaded as bfloat16."""
-    model = load_pretrained(tiny_folder, "cpu", torch.bfloat16)
-
-    model.save_pretrained(tmp_path / "out")
-
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
-    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        assert file.get_tensor("model.norm.weight").dtype == torch.bfloat16
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
 # ------------------------------------------------------------------------------- loading
 
-def test_a_loaded_model_is_frozen(tiny):
-    for p in tiny.parameters():
-        assert not p.requires_grad
-
-
-def test_tied_weights_are_one_tensor(tiny):
+def test_a_loaded_model_is_frozen_and_tied_weights_are_one_tensor(tiny):
+    assert not any(p.requires_grad for p in tiny.parameters())
     assert tiny.lm_head.weight is tiny.model.embed_tokens.weight
 
 
@@ -247,10 +196,8 @@ def test_attention_over_long_texts_keeps_no_scores_for_the_backward_pass():
     """In bfloat16 on a CPU: of 512 tokens, 512^2 scores a head would be 8 MB."""
     q, k, v = torch.randn(3, 1, 16, 512, 8).bfloat16()
     kept = []
-
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes), lambda x: x):
         attention(q.requires_grad_(), k, v)
-
     assert sum(kept) < 10 * q.nbytes
 
 
@@ -261,9 +208,7 @@ def test_attention_over_long_texts_keeps_no_scores_for_the_backward_pass():
 def test_bfloat16_on_a_cpu_without_it_is_a_note(capabilities, note, tiny_folder, capsys,
                                                 monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-
     model = load_pretrained(tiny_folder, "cpu", torch.bfloat16)
-
     assert model.dtype == torch.bfloat16
     assert capsys.readouterr().err == note
 
@@ -306,33 +251,24 @@ print(peak() - before)
 """
 
 
-@pytest.fixture()
-def peak_of_loading(tiny_folder):
-    """A function: the MiB that loading adds to the peak memory of a process of its own."""
+def assert_loading_needs_one_copy(small, folder):
+    """The file is mapped into memory: that is the copy. bfloat16 is a second one, half as large;
+    the system may drop the mapped one then."""
     if not Path("/proc/self/status").exists():
         pytest.skip("peak memory is read from /proc")
-
-    def measure(folder, dtype):
-        command = [sys.executable, "-c", PEAK, str(tiny_folder), str(folder), dtype]
+    size = (folder / "model.safetensors").stat().st_size / 2**20
+    for dtype, most in (("float32", size), ("bfloat16", 1.5 * size)):
+        command = [sys.executable, "-c", PEAK, str(small), str(folder), dtype]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        return float(run.stdout)
-    return measure
+        assert float(run.stdout) < 1.1 * most
 
 
-def test_loading_needs_one_copy(peak_of_loading, tmp_path):
+def test_loading_needs_one_copy(tiny_folder, tmp_path):
     folder = make_checkpoint(tmp_path / "wide", hidden_size=1024, head_dim=256,
                              intermediate_size=8192)
-    size = (folder / "model.safetensors").stat().st_size / 2**20
-    assert size > 200
-
-    # The file is mapped into memory: that is the copy. bfloat16 is a second one, half as large;
-    # the system may drop the mapped one then.
-    assert peak_of_loading(folder, "float32") < 1.1 * size
-    assert peak_of_loading(folder, "bfloat16") < 1.1 * (size + size / 2)
+    assert (folder / "model.safetensors").stat().st_size > 200 * 2**20
+    assert_loading_needs_one_copy(tiny_folder, folder)
 
 
-def test_loading_smollm2_needs_one_copy(peak_of_loading, smollm2):
-    size = (smollm2 / "model.safetensors").stat().st_size / 2**20
-
-    assert peak_of_loading(smollm2, "float32") < 1.1 * size
-    assert peak_of_loading(smollm2, "bfloat16") < 1.1 * (size + size / 2)
+def test_loading_smollm2_needs_one_copy(tiny_folder, smollm2):
+    assert_loading_needs_one_copy(tiny_folder, smollm2)

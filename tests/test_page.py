@@ -1,18 +1,25 @@
-"""page.py: what a reader sees of a run, whatever the run's files hold."""
+"""What a reader sees of a run, whatever its files hold; and its statistics: they are what they are
+by hand, and find what a simulation put in."""
 import json
+import math
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
+from lab.reliability import agreement, variance_components
 from support import page
 from support.config import Config
 from support.files import UserError
+from support.stats import bootstrap_ci, forgetting, mean_ci, over_streams, share_changed
+from tests.conftest import ROOT
+
+# ------------------------------------------------------------------------------- the page
 
 HOSTILE = "</pre><script>alert(1)</script>\"'><img src=x onerror=alert(2)>\x00\x1b[31m\ud800&amp;"
 
@@ -59,15 +66,23 @@ def measured(t, reward):
 
 
 def a_run(folder, rollouts=(), metrics=(), **settings):
-    """A run's folder; the page of it, parsed, and its text."""
+    """A run's folder; the page of it, parsed, and its text. Its drawings must be XML."""
     folder.mkdir(exist_ok=True)
     cfg = vars(Config(domain="tinyworld", run_dir="runs/tiny")) | {"program": "outer_loop"}
     (folder / "config.json").write_text(json.dumps(cfg | settings))
     for name, records in (("rollouts", rollouts), ("metrics", metrics)):
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        (folder / f"{name}.jsonl").write_text(text)
+        write_lines(folder / f"{name}.jsonl", records)
     text = page.write(folder).read_text(encoding="utf-8")
+    for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(drawing)
     return Balanced(text), text
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+MEASURED = [measured(0, 0.5), measured(1, 0.75)]
 
 
 def rounds(**others):
@@ -83,26 +98,19 @@ def rounds(**others):
 def test_what_a_reader_sees(tmp_path):
     records = rounds()
     records[2]["right"] = [[True, True]]
-    found, text = a_run(tmp_path / "r", records, [measured(0, 0.5), measured(1, 0.75)], tasks=7)
+    found, text = a_run(tmp_path, records, MEASURED, tasks=7)
     words = " ".join(found.words)
-    for number in ("0.500 [0.450, 0.550]", "0.750", "passage only 0.375", "44%", "reads 7 passages",
-                   "plain 75% → 75%", "--tasks 7", "✓ right", "✗ wrong", "0.938"):
-        assert number in words
+    for shown in ("0.500 [0.450, 0.550]", "0.750", "passage only 0.375", "44%", "reads 7 passages",
+                  "plain 75% → 75%", "--tasks 7", "✓ right", "✗ wrong", "0.938"):
+        assert shown in words
     # Of the training tasks that with the largest spread, its winner first and marked.
     rivals = words[words.index("Rivals"):words.index("Held-out tasks")]
     assert "town 1" in rivals and "town 0" not in rivals
     assert rivals.index("0.938, un-adapted 0.125 ★ the best") < rivals.index("0.062")
+    assert text.count("<svg") > 3
     assert "prefers-color-scheme: dark" in text and "script" not in found.kinds
     assert not any("http" in (value or "") for name, value in found.attributes
                    if name not in ("xmlns", "http-equiv"))
-
-
-def test_drawings_are_xml(tmp_path):
-    _, text = a_run(tmp_path / "r", rounds(), [measured(0, 0.5), measured(1, 0.75)])
-    drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(drawings) > 3
-    for drawing in drawings:
-        ElementTree.fromstring(drawing)
 
 
 def test_a_share_is_drawn_at_its_height():
@@ -112,24 +120,21 @@ def test_a_share_is_drawn_at_its_height():
 
 
 @pytest.mark.parametrize("rollouts, metrics", [
-    ([], []),
-    (rounds()[:1], []),
-    (rounds()[:2], [measured(0, 0.5)]),
-    (rounds()[:3], [measured(0, 0.5)]),
+    ([], []), (rounds()[:1], []), (rounds()[:2], MEASURED[:1]), (rounds()[:3], MEASURED[:1]),
     ([rollout(0, "eval", 0, 0, 0.5, arm="its own self-edits", right=[[True, False], [False] * 2])],
      [])])
 def test_a_run_that_has_just_begun(tmp_path, rollouts, metrics):
-    found, _ = a_run(tmp_path / "r", rollouts, metrics)
+    found, _ = a_run(tmp_path, rollouts, metrics)
     words = " ".join(found.words)
     assert ("no round is measured" in words) == (not metrics)
     assert ("Held-out tasks" in words) == bool(rollouts)
 
 
 def test_an_unreadable_self_edit_never_wins(tmp_path):
-    records = [rollout(0, "train", 0, 0, 0.0, note="no JSON", documents=0, right=[], answers=[]),
-               rollout(0, "train", 0, 1, 0.0),
-               rollout(0, "eval", 0, 0, 0.0, note="no JSON", documents=0, right=[], answers=[])]
-    found, text = a_run(tmp_path / "r", records)
+    unreadable = dict(note="no JSON", documents=0, right=[], answers=[])
+    found, text = a_run(tmp_path, [
+        rollout(0, "train", 0, 0, 0.0, **unreadable), rollout(0, "train", 0, 1, 0.0),
+        rollout(0, "eval", 0, 0, 0.0, **unreadable)])
     assert "no JSON" in found.words and "no answer" in found.words
     assert text.count("★") == 1 and text.index("★") > text.index("self-edit 2")
 
@@ -143,48 +148,49 @@ def test_texts_of_others_are_inert(tmp_path):
         m["eval_by_kind"] = {HOSTILE: 0.5}
     metrics[0]["baselines"][0]["name"] = HOSTILE
     # JSON in which "\ud800" is escaped is legal; config.json with it is refused by read_json.
-    found, text = a_run(tmp_path / "r", rounds(**others), metrics, model=HOSTILE[:-6])
+    found, text = a_run(tmp_path, rounds(**others), metrics, model=HOSTILE[:-6])
     assert not {"script", "img"} & set(found.kinds)
     assert not any(name.startswith("on") for name, _ in found.attributes)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\ud800]", text)
     assert len(text) < 10 ** 5
-    for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
-        ElementTree.fromstring(drawing)
 
 
 @pytest.mark.parametrize("damage", [{"reward": "<b>"}, {"questions": 3}, {"answers": [[]]}])
 def test_no_records_of_a_run(tmp_path, damage):
     with pytest.raises(UserError, match="no page"):
-        a_run(tmp_path / "r", rounds(**damage), [measured(0, 0.5), measured(1, 0.75)])
+        a_run(tmp_path, rounds(**damage), MEASURED)
 
 
 def test_what_eval_writes(tmp_path):
-    folder = tmp_path / "r"
-    folder.mkdir()
-    lines = [{"edit": 0, "accuracy": [[0.0, 0.5], [0.0, 0.0]]},
-             {"edit": 1, "accuracy": [[1.0], [0.5]]}]
-    (folder / "continual.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(tmp_path / "continual.jsonl", [{"edit": 0, "accuracy": [[0.0, 0.5], [0.0, 0.0]]},
+                                               {"edit": 1, "accuracy": [[1.0], [0.5]]}])
     command = ["eval.py", "single", "--run", "a b"]
-    (folder / "single.json").write_text(json.dumps({"command": command}))
-    (folder / '0_"x".svg').write_text("<svg><script>alert(1)</script></svg>")
-    found, _ = a_run(folder, program="eval continual")
+    (tmp_path / "single.json").write_text(json.dumps({"command": command}))
+    (tmp_path / '0_"x".svg').write_text("<svg><script>alert(1)</script></svg>")
+    found, _ = a_run(tmp_path, program="eval continual")
     words = " ".join(found.words)
     assert "python eval.py single --run 'a b'" in words and "0.750" in words
     assert "The two loops" not in words
     assert found.kinds.count("img") == 1 and "script" not in found.kinds
 
 
+def test_what_is_weighed_is_not_called_kept(tmp_path):
+    found, _ = a_run(tmp_path, rounds(), MEASURED, update="grpo")
+    words = " ".join(found.words)
+    assert "grpo: weigh all by their advantage" in words
+    assert "those kept" not in words
+
+
 def test_command_line(tmp_path):
-    a_run(tmp_path / "r", rounds(), [measured(0, 0.5), measured(1, 0.75)])
-    (tmp_path / "r" / "report.html").unlink()
+    a_run(tmp_path, rounds(), MEASURED)
+    (tmp_path / "report.html").unlink()
     # A run that is being written: its last line is torn, and is left so.
-    with (tmp_path / "r" / "rollouts.jsonl").open("a") as f:
+    with (tmp_path / "rollouts.jsonl").open("a") as f:
         f.write('{"iteration": 1, "spl')
-    root = Path(page.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-m", "support.page", tmp_path / "r"], cwd=root,
+    done = subprocess.run([sys.executable, "-m", "support.page", tmp_path], cwd=ROOT,
                           capture_output=True, text=True)
-    assert done.stdout.strip() == str(tmp_path / "r" / "report.html"), done.stderr
-    assert (tmp_path / "r" / "rollouts.jsonl").read_text().endswith('"spl')
+    assert done.stdout.strip() == str(tmp_path / "report.html"), done.stderr
+    assert (tmp_path / "rollouts.jsonl").read_text().endswith('"spl')
     with pytest.raises(UserError, match="missing"):
         page.write(tmp_path / "none")
 
@@ -192,17 +198,138 @@ def test_command_line(tmp_path):
 def test_a_page_that_can_not_be_made_stops_no_run(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     said = []
-
     page.refresh(SimpleNamespace(folder=tmp_path, log=said.append))
-
     assert len(said) == 1
     assert said[0].startswith("note: ")
 
 
-def test_what_is_weighed_is_not_called_kept(tmp_path):
-    records = [measured(0, 0.5), measured(1, 0.75)]
-    found, _ = a_run(tmp_path / "r", rounds(), records, update="grpo")
+# ------------------------------------------------------------------------------- intervals
 
-    words = " ".join(found.words)
-    assert "grpo: weigh all by their advantage" in words
-    assert "those kept" not in words
+@pytest.mark.parametrize("level, deviations", [({}, 1.96), ({"level": 0.5}, 0.674)])
+def test_the_bootstrap_interval_is_the_normal_one_where_there_are_many_values(level, deviations):
+    low, high = bootstrap_ci([0, 1] * 100, **level)
+    assert low == pytest.approx(0.5 - deviations * 0.5 / 200 ** 0.5, abs=0.01)
+    assert high == pytest.approx(1 - low, abs=0.01)
+
+
+def test_the_bootstrap_interval_is_the_same_each_time_and_of_one_value_that_value():
+    values = [0.1, 0.5, 0.2, 0.9]
+    assert bootstrap_ci(values) == bootstrap_ci(values)
+    assert bootstrap_ci([0.3]) == [0.3, 0.3]
+
+
+NAN = pytest.approx([math.nan, math.nan], nan_ok=True)
+
+
+@pytest.mark.parametrize("interval, rows, mean, error", [
+    # Over runs it is Student's; one run has none.
+    (mean_ci, [[0.1, 1.0], [0.2, 1.0], [0.3, 1.0]], [0.2, 1],
+     pytest.approx([4.30 * 0.1 / 3 ** 0.5, 0])),
+    (mean_ci, [[0.1, 0.4]], [0.1, 0.4], NAN),
+    # Over streams, a standard error: 0.1 * sqrt(2) / sqrt(2).
+    (over_streams, [[0.2, 1.0], [0.4, 1.0]], [0.3, 1.0], pytest.approx([0.1, 0.0])),
+    (over_streams, [[0.2, 1.0]], [0.2, 1.0], NAN)])
+def test_means_over_runs_and_over_streams(interval, rows, mean, error):
+    assert interval(rows) == (pytest.approx(mean), error)
+
+
+# ------------------------------------------------------------------------------- gains, losses
+
+def test_shares_of_what_was_gained_and_lost():
+    pairs = [(True, True), (True, False), (True, True), (True, True), (False, True), (False, False)]
+    assert share_changed(pairs, known=True) == 1 / 4
+    assert share_changed(pairs, known=False) == 1 / 2
+    # Where nothing was known no share was lost.
+    assert math.isnan(share_changed([(False, True)], known=True))
+
+
+def test_forgetting_by_hand():
+    """Two streams of two passages."""
+    before = [[0.0, 0.2], [0.4, 0.2]]
+    after_one = [[0.6], [0.8]]
+    after_two = [[0.2, 0.5], [0.4, 0.7]]
+
+    found = forgetting([before, after_one, after_two])
+
+    # Per stream: before 0.1, 0.3; just after its own edit (0.6 + 0.5) / 2, (0.8 + 0.7) / 2; after
+    # the last edit 0.35, 0.55.
+    (mean, error), (mean_one, error_one), (mean_two, _) = found["matrix"]
+    assert mean == pytest.approx([0.2, 0.2])
+    assert error == pytest.approx([0.2, 0])
+    assert mean_one == pytest.approx([0.7])
+    assert error_one == pytest.approx([0.1])
+    assert mean_two == pytest.approx([0.3, 0.6])
+    for what, expected in {
+            "before any edit": (0.2, 0.1),
+            "just after its own edit": (0.65, 0.1),
+            "after the last edit": (0.45, 0.1),
+            "gain just after its own edit": (0.45, 0),
+            "what is left of it after the last edit": (0.25, 0),
+            "forgotten since its own edit": (0.2, 0)}.items():
+        assert found[what] == pytest.approx(expected, abs=1e-9)
+
+
+# ------------------------------------------------------------------------------- reliability
+
+NOISE = "standard deviation of one inner loop, over seeds"
+SPREAD = "true standard deviation between the self-edits of a passage"
+CHOSEN = "the best of K, by the seeds that chose it"
+HELD_OUT = "the best of K, chosen without one seed, by that seed"
+RELIABILITY = "reliability of a {}-seed mean, among the edits of a passage"
+OF_TWO = RELIABILITY.format(2)
+
+
+@pytest.mark.parametrize("rewards, expected", [
+    # What one seed prefers, the other one does not.
+    ([[0.0, 1.0], [1.0, 0.0]], {NOISE: 0.5 ** 0.5, SPREAD: 0, OF_TWO: 0, "mean reward": 0.5,
+                                CHOSEN: 0.5, HELD_OUT: 0}),
+    # Without noise: the variance of 0.2 and 0.6.
+    ([[0.2, 0.2], [0.6, 0.6]], {NOISE: 0, SPREAD: 0.08 ** 0.5, OF_TWO: 1, CHOSEN: 0.6,
+                                HELD_OUT: 0.6}),
+    ([[0.5, 0.5]] * 3, {OF_TWO: math.nan}),     # equal rewards have no reliability
+    ([[0.2, 0.4]], {SPREAD: 0})])               # one self-edit a passage has no spread
+def test_variance_components_by_hand(rewards, expected):
+    found = variance_components([np.array(rewards)])
+    assert list(found) == [NOISE, SPREAD, OF_TWO, "mean reward", CHOSEN, HELD_OUT]
+    assert {name: found[name] for name in expected} == pytest.approx(expected, nan_ok=True)
+
+
+def test_variance_components_find_what_a_simulation_put_in():
+    """Rewards with a known spread between self-edits and between seeds. The best of K is worth less
+    than the seeds that chose it say."""
+    rng = np.random.default_rng(0)
+    truth = 0.1 * rng.standard_normal((4000, 5))
+    noisy = []
+    for of_passage in truth:
+        noisy.append(of_passage[:, None] + 0.2 * rng.standard_normal((5, 3)))
+
+    found = variance_components(noisy)
+
+    assert found[NOISE] == pytest.approx(0.2, rel=0.03)
+    assert found[SPREAD] == pytest.approx(0.1, rel=0.05)
+    assert found[RELIABILITY.format(3)] == pytest.approx(0.01 / (0.01 + 0.04 / 3), abs=0.03)
+    assert found["mean reward"] == pytest.approx(0, abs=0.01)
+    assert found[CHOSEN] > 0.15
+    assert found[HELD_OUT] < 0.15
+    # What the choice of two seeds is truly worth.
+    worth = []
+    for of_passage, seeds in zip(truth, noisy):
+        best = seeds[:, :2].mean(axis=1).argmax()
+        worth.append(of_passage[best])
+    assert found[HELD_OUT] == pytest.approx(np.mean(worth), abs=0.01)
+
+
+# ------------------------------------------------------------------------------- agreement
+
+def test_agreement_by_hand():
+    assert agreement([1, 1, 0, 0], [1, 1, 0, 0]) == (1, 1)
+    assert agreement([0, 0], [0, 0]) == (1, 1)                  # they always say the same
+    assert agreement([1, 1, 0, 0], [1, 0, 1, 0]) == (0.5, 0)    # as chance would have it
+    assert agreement([1, 1, 0, 0], [0, 0, 1, 1]) == (0, -1)
+
+
+def test_kappa_of_a_textbook():
+    """Of 100 verdicts 45 are a common yes and 15 a common no."""
+    observed, kappa = agreement([1] * 45 + [0] * 15 + [1] * 25 + [0] * 15, [1] * 60 + [0] * 40)
+    assert observed == pytest.approx(0.6)
+    assert kappa == pytest.approx(0.1304, abs=1e-4)

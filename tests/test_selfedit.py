@@ -2,103 +2,48 @@
 import json
 import math
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 from hypothesis import given, strategies as st
 
 from data import knowledge, tinyarc
+from data.arc import write_json_edit
 from engine.decode import Sampling, collect
 from selfedit import (PROMPTS, QUERY, TOOLS, read_json_edit, read_self_edit, sample_self_edits,
-                      seed_for, split_documents, write_json_edit)
+                      seed_for, split_documents)
 
 # ------------------------------------------------------------------------------- prompts
 
-# Appendix B of the paper, for a passage with the title T and the text C.
-IMPLICATIONS = """\
-Let's read the following passage and produce a list of implications derived directly or indirectly \
-from the content.
-
-Passage:
-T
-C
-
-Implications:
-"""
-IMPLICATIONS_LONG = """\
-Let's read the following passage and produce a long list of implications derived directly or \
-indirectly from the content.
-
-Passage:
-T
-C
-
-Implications:
-"""
-IMPLICATIONS_VERY_LONG = """\
-Let's read the following passage and produce a very long list of implications derived directly or \
-indirectly from the content.
-
-Passage:
-T
-C
-
-Implications:
-"""
-REWRITE = """\
-Let's read the following passage and rewrite it in a few different ways, each one separated by a \
-newline.
-
-Passage:
-T
-C
-
-Rewritten passages:
-"""
-# This one ends with a space.
-SELF_QA = """\
-Let's read the following passage and rewrite it in a question-answer format.
-
-Passage:
-T
-C
-
-Question 1:\x20"""
-NONE = """\
-Passage:
-T
-C
-
-"""
-EXPECTED = {"implications": IMPLICATIONS,
-            "implications-long": IMPLICATIONS_LONG,
-            "implications-very-long": IMPLICATIONS_VERY_LONG,
-            "rewrite": REWRITE,
-            "self-qa": SELF_QA,
-            "none": NONE}
-EXPECTED_QUERY = """\
-Let's answer a question directly and concisely.
-Question: Topic: T
-Q?
-Answer:
-"""
+# Appendix B of the paper: what is asked for, and how the prompt ends.
+ASKED = {
+    "implications": ("produce a list of implications derived directly or indirectly from the "
+                     "content", "Implications:\n"),
+    "implications-long": ("produce a long list of implications derived directly or indirectly from "
+                          "the content", "Implications:\n"),
+    "implications-very-long": ("produce a very long list of implications derived directly or "
+                               "indirectly from the content", "Implications:\n"),
+    "rewrite": ("rewrite it in a few different ways, each one separated by a newline",
+                "Rewritten passages:\n"),
+    "self-qa": ("rewrite it in a question-answer format", "Question 1: ")}
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_prompts_to_the_letter(name):
-    assert PROMPTS[name].format(title="T", context="C") == EXPECTED[name]
+def test_prompts_to_the_letter():
+    expected = {"none": "Passage:\nT\nC\n\n"}
+    for name, (what, end) in ASKED.items():
+        expected[name] = (f"Let's read the following passage and {what}.\n\n"
+                          f"Passage:\nT\nC\n\n{end}")
 
+    shown = {name: prompt.format(title="T", context="C") for name, prompt in PROMPTS.items()}
 
-def test_there_are_no_other_prompts():
-    assert PROMPTS.keys() == EXPECTED.keys()
-
-
-def test_the_query_to_the_letter():
-    assert QUERY.format(title="T", question="Q?") == EXPECTED_QUERY
+    assert shown == expected
+    assert QUERY.format(title="T", question="Q?") == (
+        "Let's answer a question directly and concisely.\nQuestion: Topic: T\nQ?\nAnswer:\n")
 
 
 # ------------------------------------------------------------------------------- passages
 
-SPLITS = [
+@pytest.mark.parametrize("text, pieces", [
     # Nothing in it.
     ("", []),
     (" \n\n---\n ", []),
@@ -116,33 +61,20 @@ SPLITS = [
     ("Question 1: Who?\nAnswer: Me\n\nQuestion 2: Why?\nAnswer: So",
      ["Question 1: Who?\nAnswer: Me", "Question 2: Why?\nAnswer: So"]),
     # A question without any answer is text like any other.
-    ("Question 3: no reply\nat all", ["Question 3: no reply", "at all"]),
-]
-
-
-@pytest.mark.parametrize("text, pieces", SPLITS)
+    ("Question 3: no reply\nat all", ["Question 3: no reply", "at all"])])
 def test_a_self_edit_is_split_as_the_official_code_does(text, pieces):
     assert split_documents(text) == pieces
-
-
-@pytest.mark.parametrize("text, pieces", SPLITS)
-def test_at_most_so_many_pieces_are_kept(text, pieces):
     assert split_documents(text, limit=1) == pieces[:1]
 
 
 # The mean number of documents per self-edit that the authors' result files imply.
-RELEASED = [("base", 8.867), ("iter1", 8.350), ("iter2", 8.183), ("gpt4_1", 14.833)]
-
-
-@pytest.mark.parametrize("method, documents", RELEASED)
+@pytest.mark.parametrize("method, documents", [
+    ("base", 8.867), ("iter1", 8.350), ("iter2", 8.183), ("gpt4_1", 14.833)])
 def test_released_self_edits_have_as_many_documents_as_their_authors_counted(
         method, documents, shared_data):
     path = shared_data / "squad_val_60.json"
-    tasks = knowledge.load(path)
-    records = json.loads(path.read_text())
-
     counts = []
-    for task, record in zip(tasks, records):
+    for task, record in zip(knowledge.load(path), json.loads(path.read_text())):
         edit = read_self_edit(task, record["released"][method]["edit"])
         counts.append(len(edit.documents))
 
@@ -169,131 +101,77 @@ def changed(part, **values):
 
 def without(part, key):
     """The good self-edit, which lacks a key."""
-    rest = dict(GOOD[part])
-    del rest[key]
+    rest = {name: value for name, value in GOOD[part].items() if name != key}
     return json.dumps(GOOD | {part: rest})
 
 
-def test_a_json_self_edit_is_read():
-    tools, directives = read_json_edit(json.dumps(GOOD, indent=2))
-
-    assert tools == ["basic"]
-    assert directives == {"completion_only": True, "lr": 1e-4, "epochs": 2}
-
-
-def test_tools_come_in_one_order():
-    text = changed("data_generation", use_repeat_augmentations=True, use_size_augmentations=True)
-
-    tools, _ = read_json_edit(text)
-
-    assert tools == ["basic", "size", "repeat"]
-
-
-def test_a_learning_rate_may_be_a_whole_number():
-    _, directives = read_json_edit(changed("training", learning_rate=1))
-
-    assert directives["lr"] == 1.0
-    assert type(directives["lr"]) is float
-
-
-def test_all_tokens_can_be_learned():
-    _, directives = read_json_edit(changed("training", strategy="train_using_all_tokens"))
-
-    assert directives["completion_only"] is False
+@pytest.mark.parametrize("text, tools, directives", [
+    (json.dumps(GOOD, indent=2), ["basic"], {}),
+    (changed("data_generation", use_repeat_augmentations=True, use_size_augmentations=True),
+     ["basic", "size", "repeat"], {}),      # in one order
+    (changed("training", learning_rate=1), ["basic"], {"lr": 1.0}),
+    (changed("training", strategy="train_using_all_tokens"), ["basic"],
+     {"completion_only": False})])
+def test_a_json_self_edit_is_read(text, tools, directives):
+    found = read_json_edit(text)
+    assert found == (tools, {"completion_only": True, "lr": 1e-4, "epochs": 2} | directives)
+    assert type(found[1]["lr"]) is float
 
 
 @pytest.mark.parametrize("tools", [[], ["chain"], list(TOOLS)])
 @pytest.mark.parametrize("completion_only", [False, True])
 def test_what_is_written_is_read(tools, completion_only):
     text = write_json_edit(tools, completion_only, lr=0.003, epochs=7)
-
     directives = {"completion_only": completion_only, "lr": 0.003, "epochs": 7}
     assert read_json_edit(text) == (tools, directives)
 
 
-# (a self-edit, why it isn't one). The official code crashes on several of these.
-NOT_JSON = [
-    ("", "not JSON"),
-    ("Here it is: " + GOOD_TEXT, "not JSON"),
-    ("```json\n" + GOOD_TEXT + "\n```", "not JSON"),
-    (GOOD_TEXT + "\nOk.", "not JSON"),
-    (GOOD_TEXT[:-1], "not JSON"),
-    (GOOD_TEXT.replace("true", "True"), "not JSON"),
-    ("[" * 100_000, "not JSON"),
-]
-NO_OBJECT = [
-    ("[]", "the self-edit must be an object"),
-    ("null", "the self-edit must be an object"),
-    ("7", "the self-edit must be an object"),
-    ('"text"', "the self-edit must be an object"),
-    (json.dumps(GOOD | {"training": None}), "training must be an object"),
-    (json.dumps(GOOD | {"data_generation": ["basic"]}), "data_generation must be an object"),
-]
-OTHER_KEYS = [
-    (json.dumps({"training": GOOD["training"]}), "with the keys data_generation, training"),
-    (json.dumps(GOOD | {"more": 1}), "with the keys data_generation, training"),
-    (without("data_generation", "use_basic_augmentations"), "data_generation must be an object"),
-    (changed("data_generation", use_other_augmentations=True), "data_generation must be an object"),
-    (without("training", "strategy"), "training must be an object"),
-    (changed("training", seed=1), "training must be an object"),
-    (GOOD_TEXT.replace('"strategy"', '"strategy": "", "strategy"'), "twice"),
-]
-BAD_TOOLS = [
-    (changed("data_generation", use_basic_augmentations="true"), "true or false"),
-    (changed("data_generation", use_basic_augmentations=1), "true or false"),
-    (changed("data_generation", use_basic_augmentations=None), "true or false"),
-]
-BAD_STRATEGIES = [
-    (changed("training", strategy="train"), "strategy"),
-    (changed("training", strategy=None), "strategy"),
-    (changed("training", strategy=["train_using_all_tokens"]), "strategy"),
-]
-BAD_RATES = [
-    (changed("training", learning_rate="1e-4"), "learning_rate"),
-    (changed("training", learning_rate=True), "learning_rate"),
-    (changed("training", learning_rate=None), "learning_rate"),
-    (changed("training", learning_rate=0), "learning_rate"),
-    (changed("training", learning_rate=-1e-4), "learning_rate"),
-    (changed("training", learning_rate=1e9), "learning_rate"),
-    (changed("training", learning_rate=math.nan), "learning_rate"),
-    (changed("training", learning_rate=math.inf), "learning_rate"),
-    # Numbers that are too large for a float, and for Python's reading of whole ones.
-    (GOOD_TEXT.replace("0.0001", "1" + "0" * 400), "learning_rate"),
-    (GOOD_TEXT.replace("0.0001", "1e999"), "learning_rate"),
-    (GOOD_TEXT.replace("0.0001", "1" * 5000), "digits"),
-]
-BAD_EPOCHS = [
-    (changed("training", num_train_epochs=2.0), "num_train_epochs"),
-    (changed("training", num_train_epochs="2"), "num_train_epochs"),
-    (changed("training", num_train_epochs=True), "num_train_epochs"),
-    (changed("training", num_train_epochs=0), "num_train_epochs"),
-    (changed("training", num_train_epochs=10 ** 9), "num_train_epochs"),
-]
-REFUSED = [*NOT_JSON, *NO_OBJECT, *OTHER_KEYS, *BAD_TOOLS, *BAD_STRATEGIES, *BAD_RATES, *BAD_EPOCHS]
+# Why it isn't a self-edit -> such texts. The official code crashes on several of these.
+REFUSED = {
+    "not JSON": [
+        "", "Here it is: " + GOOD_TEXT, "```json\n" + GOOD_TEXT + "\n```", GOOD_TEXT + "\nOk.",
+        GOOD_TEXT[:-1], GOOD_TEXT.replace("true", "True"), "[" * 100_000],
+    "the self-edit must be an object": ["[]", "null", "7", '"text"'],
+    "with the keys data_generation, training": [
+        json.dumps({"training": GOOD["training"]}), json.dumps(GOOD | {"more": 1})],
+    "training must be an object": [
+        json.dumps(GOOD | {"training": None}), without("training", "strategy"),
+        changed("training", seed=1)],
+    "data_generation must be an object": [
+        json.dumps(GOOD | {"data_generation": ["basic"]}),
+        without("data_generation", "use_basic_augmentations"),
+        changed("data_generation", use_other_augmentations=True)],
+    "twice": [GOOD_TEXT.replace('"strategy"', '"strategy": "", "strategy"')],
+    "true or false": [changed("data_generation", use_basic_augmentations=value)
+                      for value in ("true", 1, None)],
+    "strategy": [changed("training", strategy=value)
+                 for value in ("train", None, ["train_using_all_tokens"])],
+    "learning_rate": [
+        *(changed("training", learning_rate=value)
+          for value in ("1e-4", True, None, 0, -1e-4, 1e9, math.nan, math.inf)),
+        # Numbers that are too large for a float, and for Python's reading of whole ones.
+        GOOD_TEXT.replace("0.0001", "1" + "0" * 400), GOOD_TEXT.replace("0.0001", "1e999")],
+    "digits": [GOOD_TEXT.replace("0.0001", "1" * 5000)],
+    "num_train_epochs": [changed("training", num_train_epochs=value)
+                         for value in (2.0, "2", True, 0, 10 ** 9)]}
 
 
-@pytest.mark.parametrize("text, why", REFUSED, ids=range(len(REFUSED)))
-def test_what_is_no_json_self_edit_is_refused_with_its_reason(text, why):
-    with pytest.raises(ValueError, match=why):
-        read_json_edit(text)
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_is_no_json_self_edit_is_a_note_with_its_reason_and_nothing_to_train_on(why):
+    puzzle = tinyarc.load("train")[0]
+    for text in REFUSED[why]:
+        with pytest.raises(ValueError, match=why):
+            read_json_edit(text)
 
+        edit = read_self_edit(puzzle, text, token_ids=[1, 2])
 
-@pytest.fixture(scope="module")
-def puzzle():
-    return tinyarc.load("train")[0]
-
-
-@pytest.mark.parametrize("text, why", REFUSED, ids=range(len(REFUSED)))
-def test_a_refused_self_edit_is_a_note_and_nothing_to_train_on(text, why, puzzle):
-    edit = read_self_edit(puzzle, text, token_ids=[1, 2])
-
-    assert why in edit.note
-    assert edit.documents == []
-    assert edit.directives == {}
-    assert edit.tools == []
-    # What was written is kept all the same: the M-step's log and the rollouts show it.
-    assert edit.text == text.strip()
-    assert edit.token_ids == [1, 2]
+        assert why in edit.note
+        assert edit.documents == []
+        assert edit.directives == {}
+        assert edit.tools == []
+        # What was written is kept all the same: the M-step's log and the rollouts show it.
+        assert edit.text == text.strip()
+        assert edit.token_ids == [1, 2]
 
 
 any_json = st.recursive(
@@ -303,10 +181,8 @@ any_json = st.recursive(
 
 @given(any_json)
 def test_no_json_can_crash_the_reader(value):
-    texts = [json.dumps(value),
-             json.dumps(GOOD | {"training": value}),
+    texts = [json.dumps(value), json.dumps(GOOD | {"training": value}),
              changed("training", learning_rate=value)]
-
     for text in texts:
         try:
             _, directives = read_json_edit(text)
@@ -326,6 +202,11 @@ def two_tasks(passages):
     return knowledge.load(passages)[:2]
 
 
+def sampled(tiny, tok, tasks, sampling=HOT, seeds=SEEDS):
+    """The self-edits of all these tasks."""
+    return list(chain(*collect(sample_self_edits(tiny, tok, tasks, sampling, seeds))))
+
+
 def test_a_seed_depends_on_its_key_alone():
     assert seed_for(0, 1, "train") == seed_for(0, 1, "train")
     assert seed_for(0, 1, "train") != seed_for(0, 1, "eval")
@@ -333,40 +214,28 @@ def test_a_seed_depends_on_its_key_alone():
     assert seed_for(0, 1, "train", 2, 3, "edit") == 129953328104625
 
 
-def test_sampled_edits_keep_their_ids(tiny, tok, two_tasks):
-    edits = collect(sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS))
+def test_sampled_edits_keep_their_ids_and_no_draw_depends_on_what_else_is_sampled(tiny, tok,
+                                                                                  two_tasks):
+    edits = sampled(tiny, tok, two_tasks)
 
-    assert [len(row) for row in edits] == [2, 2]
-    for edit in edits[0] + edits[1]:
+    for edit in edits:
         assert tok.decode(edit.token_ids).strip() == edit.text
         assert 0 < len(edit.token_ids) <= 40
+    assert len({tuple(edit.token_ids) for edit in edits}) == 4
+    (alone,) = sampled(tiny, tok, two_tasks[1:], replace(HOT, n=1), [[SEEDS[1][1]]])
+    assert alone.token_ids == edits[3].token_ids
 
 
 def test_the_id_that_ends_an_edit_is_kept(tiny, tok, two_tasks, monkeypatch):
     # As if half of all bytes ended a text, for a random model hardly ever writes EOS.
     stop = set(range(0, 256, 2))
     monkeypatch.setattr(tok, "stop", stop)
-
-    edits = collect(sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS))
-
-    for edit in edits[0] + edits[1]:
+    for edit in sampled(tiny, tok, two_tasks):
         assert edit.token_ids[-1] in stop
         assert stop.isdisjoint(edit.token_ids[:-1])
-
-
-def test_no_draw_depends_on_what_else_is_sampled(tiny, tok, two_tasks):
-    edits = collect(sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS))
-    alone = collect(sample_self_edits(tiny, tok, two_tasks[1:], replace(HOT, n=1), [[SEEDS[1][1]]]))
-
-    ids = {tuple(edit.token_ids) for edit in edits[0] + edits[1]}
-    assert len(ids) == 4
-    assert alone[0][0].token_ids == edits[1][1].token_ids
 
 
 def test_an_edit_ends_where_the_context_window_ends(tiny, tok, two_tasks):
     longest = max(len(tok.prompt(task.prompt)) for task in two_tasks)
     tiny.config = replace(tiny.config, max_len=longest + 5)
-
-    edits = collect(sample_self_edits(tiny, tok, two_tasks, HOT, SEEDS))
-
-    assert max(len(edit.token_ids) for edit in edits[0] + edits[1]) == 5
+    assert max(len(edit.token_ids) for edit in sampled(tiny, tok, two_tasks)) == 5

@@ -24,10 +24,9 @@ from unittest import mock
 import torch
 
 from engine import decode
-from engine.decode import Sampling, generate
-from engine.memory import auto_slots, give_back_memory, peak_memory, step_memory
-from engine.train import sft
-from inner_loop import batched
+from engine.decode import Sampling, generate, in_groups
+from engine.device import auto_slots, give_back_memory, peak_memory, step_memory
+from engine.train import batched, sft
 from lora import Adapters, Job, Lora, Recipe
 from model import ModelConfig, Transformer, load_pretrained
 from support.checkpoint import EMBEDDED
@@ -83,22 +82,21 @@ def make_questions(model, n=N_QUESTIONS):
 
 def train(jobs, model, slots):
     """Our training: all jobs, `slots` of them side by side."""
-    for _ in sft(model, [replace(job, recipe=replace(job.recipe, slots=slots)) for job in jobs]):
-        pass
+    list(sft(model, [replace(job, recipe=replace(job.recipe, slots=slots)) for job in jobs]))
 
 
 def answer(model, adapters, questions, n_new):
     """Our answering: as many questions under each adapter, all together."""
     per = len(questions) // adapters.n
     groups = [questions[i * per:(i + 1) * per] for i in range(adapters.n)]
-    generate(model, groups, Sampling(n_new), adapters=adapters)
+    list(generate(model, groups, Sampling(n_new), adapters=adapters))
 
 
 def one_round(model, jobs, questions):
     """8 self-edits of 64 tokens a prompt; the jobs' SFT; 4 answers of 8 tokens under each."""
     contexts = [questions[i % len(questions)] for i in range(-(-len(jobs) // 8))]
     writing = Sampling(64, n=8, temperature=1.0, top_p=0.95)
-    generate(model, [contexts], writing, seeds=range(8 * len(contexts)))
+    list(generate(model, [contexts], writing, seeds=range(8 * len(contexts))))
     for finished in batched(sft(model, jobs), 8):
         weights = [trained.weights for _, trained in finished]
         adapters = Adapters.stack(model, RECIPE.lora, weights)
@@ -266,7 +264,7 @@ def bench_training(args, model, peer, floor):
     jobs = make_jobs(model, lengths_of(args.jobs, model, args.documents), recipe)
     few = jobs[:args.peer_jobs]
     steps, tokens = sum(job.steps for job in jobs), sum(job.tokens for job in jobs)
-    slots = args.slots or auto_slots(model, jobs)
+    slots = args.slots or auto_slots(model, jobs) or 1
     need = step_memory(model, RECIPE.lora, slots, slots * tokens / steps)
     print(f"formula: a step of {slots} slots needs {need / 2 ** 30:.2f} GiB beside the weights")
     if model.device.type == "cuda":
@@ -312,7 +310,8 @@ def bench_answering(args, model, peer, floor):
     arms = {"ours, together": lambda: answer(model, adapters, questions, args.n_new)}
     if args.suite:
         nucleus, seeds = Sampling(args.n_new, temperature=1.0, top_p=0.95), range(rows)
-        arms["ours, from the nucleus"] = lambda: generate(model, [questions], nucleus, seeds=seeds)
+        arms["ours, from the nucleus"] = lambda: in_groups(
+            generate(model, [questions], nucleus, seeds=seeds), [questions])
         without_graphs = mock.patch.object(decode, "has_graphs", lambda device: False)
         for name, arm in list(arms.items()):
             arms[name + ", without graphs"] = without_graphs(arm)
@@ -364,7 +363,7 @@ def bench(args, model):
             if not args.suite:
                 raise
             print(f"{part.__name__} failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
-        give_back_memory(model.device)
+        give_back_memory()
 
 
 def main():

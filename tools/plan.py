@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 
-from engine.memory import auto_answering, auto_rows, auto_slots, row_memory, step_memory
+from engine.device import auto_answering, auto_rows, auto_slots, row_memory, step_memory
+from inner_loop import inner_recipe
 from lora import Job, Lora
 from model import ModelConfig, Transformer
+from outer_loop import outer_recipe
 from support.checkpoint import EMBEDDED, fetch
-from support.config import Config, inner_recipe, outer_recipe
+from support.config import Config
 from support.files import Parser, UserError, cli
 
 GIB = 2 ** 30
@@ -138,7 +140,7 @@ class Planner:
     def training(self, name, lora: Lora, jobs: list[Job]) -> Phase:
         """SFT of these jobs, as many side by side as a run would take."""
         model = self.model
-        slots = jobs[0].recipe.slots or auto_slots(model, jobs, self.free)
+        slots = jobs[0].recipe.slots or auto_slots(model, jobs, self.free) or 1
         steps, tokens = sum(job.steps for job in jobs), sum(job.tokens for job in jobs)
         per_step = slots * tokens / steps
         need = step_memory(model, lora, slots, per_step)
@@ -203,7 +205,6 @@ class Planner:
         kept = cfg.tasks * at_most
         job = Job([([0] * (texts.prompt + texts.edit), [])] * kept, 0, recipe)
         return self.training("M-step", recipe.lora, [job])
-
 
     def run(self) -> tuple[list[Phase], list[Phase], float, float]:
         """A round's phases, an evaluation's, the seconds of the whole run, its peak in bytes."""

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from support import ranks
+from support.files import Lines
 from support.ranks import share_of
-from support.records import Lines
-from support.records import SharedLines
+from support.ranks import SharedLines
 from tests.conftest import ROOT
 from tests.helpers import read_lines
 
@@ -53,55 +53,51 @@ def finished(process):
     return out
 
 
-def what_was_computed(folder):
-    """Everything but the times: records by where they belong, metrics, weights."""
-    found = {}
-    for name in ("edits", "rollouts"):
-        records = [{key: value for key, value in r.items() if key != "seconds"}
-                   for r in read_lines(folder / f"{name}.jsonl")]
-        found[name] = sorted(records, key=lambda r: json.dumps(r, sort_keys=True))
-    found["metrics"] = [{key: value for key, value in m.items() if key != "seconds"}
-                        for m in read_lines(folder / "metrics.jsonl")]
+def without(keys, records):
+    return [{key: value for key, value in r.items() if key not in keys} for r in records]
+
+
+def what_was_computed(folder, *but_for):
+    """Everything that a run wrote but for times, in an order of its own."""
+    found = []
+    for name in ("edits", "rollouts", "metrics"):
+        records = without({"seconds", *but_for}, read_lines(folder / f"{name}.jsonl"))
+        if name != "metrics":
+            records.sort(key=lambda r: json.dumps(r, sort_keys=True))
+        found.append(records)
     return found
 
 
-def assert_same(folder, other, iterations=2):
-    """In float64 everything is equal: texts, answers, verdicts, rewards, losses, weights."""
-    assert what_was_computed(folder) == what_was_computed(other)
-    for t in range(1, iterations + 1):
+def assert_same(folder, other, *but_for):
+    """Two runs wrote the same. In float64 everything is equal, losses as well as weights."""
+    assert what_was_computed(folder, *but_for) == what_was_computed(other, *but_for)
+    for t in (1, 2):
         ours = load_file(folder / f"iter_{t}" / "model.safetensors")
         theirs = load_file(other / f"iter_{t}" / "model.safetensors")
+        assert ours.keys() == theirs.keys()
         for name in ours:
             assert torch.equal(ours[name], theirs[name])
     assert not list(folder.glob("*.part*"))
 
 
 def in_folder(argv, folder):
-    """The same flags for a run in another folder, in float64."""
-    argv = list(argv)
-    argv[argv.index("--run-dir") + 1] = str(folder)
-    return [*argv, "--dtype", "float64"]
+    return [*argv, "--run-dir", str(folder), "--dtype", "float64"]
 
 
 # ------------------------------------------------------------------------------- sharing out
 
-def test_the_shares_are_a_partition_of_like_costs(monkeypatch):
-    costs = [7.0, 1.0, 5.0, 3.0, 3.0, 5.0]
+@pytest.mark.parametrize("costs, loads", [
+    ([7.0, 1.0, 5.0, 3.0, 3.0, 5.0], [8, 8, 8]),
+    ([1.0, 1.0], [1, 1, 0])])       # more ranks than work
+def test_the_shares_of_three_ranks_are_a_partition_of_like_costs(costs, loads, monkeypatch):
     monkeypatch.setattr(ranks, "SIZE", 3)
     shares = []
     for rank in range(3):
         monkeypatch.setattr(ranks, "RANK", rank)
         shares.append(share_of(costs))
 
-    assert sorted(chain(*shares)) == list(range(6))
-    assert [sum(costs[i] for i in share) for share in shares] == [8, 8, 8]
-
-
-def test_more_ranks_than_work(monkeypatch):
-    monkeypatch.setattr(ranks, "SIZE", 3)
-    monkeypatch.setattr(ranks, "RANK", 2)
-
-    assert share_of([1.0, 1.0]) == []
+    assert sorted(chain(*shares)) == list(range(len(costs)))
+    assert [sum(costs[i] for i in share) for share in shares] == loads
 
 
 def test_alone_there_is_nobody_to_wait_for():
@@ -126,7 +122,6 @@ def test_what_a_killed_rank_had_finished_is_taken_in(tmp_path):
 def test_two_ranks_do_what_one_does(argv, launch, tmp_path):
     finished(launch(1, in_folder(argv, tmp_path / "one")))
     out = finished(launch(2, in_folder(argv, tmp_path / "two")))
-
     assert_same(tmp_path / "two", tmp_path / "one")
     assert out.count("round 1: mean reward") == 1   # one rank speaks
 
@@ -141,11 +136,9 @@ def test_three_ranks_and_a_table(argv, launch, tmp_path):
     for n in (1, 2):
         folder = tmp_path / f"single{n}"
         flags = in_folder(argv, folder)
-        finished(launch(n, ["single", *flags, "--from-run", str(tmp_path / "three")],
-                        "eval"))
+        finished(launch(n, ["single", *flags, "--from-run", str(tmp_path / "three")], "eval"))
         rows = json.loads((folder / "single.json").read_text())["rows"]
-        tables.append([{key: value for key, value in row.items() if key != "seconds"}
-                       for row in rows])
+        tables.append(without({"seconds"}, rows))
     assert tables[0] == tables[1]
 
 

@@ -1,4 +1,4 @@
-"""Learned pads: a few of them stand for all those of a row that is filled with EOS."""
+"""Texts on the ribbon. Learned pads: a few stand for all those of a row filled with EOS."""
 from dataclasses import replace
 
 import peft
@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from engine import padding
-from engine.packing import Example, pack
-from engine.train import Running, sft
-from engine.update import FrozenHeadLoss
+from engine.ribbon import Example, pack, with_pads
+from engine.train import FrozenHeadLoss, Running, sft
 from lora import Adapters, Lora, Route
 from model import load_pretrained
 from tests.helpers import CASES, mixed_jobs
@@ -21,14 +19,11 @@ ROW = 96        # tokens
 CONTENT = 20
 
 
-def loss_and_gradient(model, example):
-    """Of a fresh adapter that learns this example: the loss, and a gradient (P,)."""
-    adapters = Adapters(model, LORA, n=1)
-    adapters.init(0, seed=0)
-    adapters.flat.requires_grad_()
+def loss_and_gradient(model, adapters, example):
+    """Of an adapter that learns this example: the loss, and a gradient (P,)."""
+    adapters.flat.grad = None
     running = Running(0, None, [example], iter([[0]]), first=0)
     step = pack([running], model.device, adapters.flat.dtype)
-
     with Route(adapters, step.segments, None):
         h = model.hidden(step.ids, step.ribbon.position, step.ribbon.attend)
         nll = FrozenHeadLoss.apply(h[step.source], model.lm_head.weight, step.labels)
@@ -37,22 +32,17 @@ def loss_and_gradient(model, example):
     return loss.item(), adapters.flat.grad[0]
 
 
-def peft_loss_and_layers(folder, adapters, ids):
+def peft_loss_and_layers(base, adapter, ids):
     """The same by transformers and PEFT, on the whole row: the loss, and the LoRA layers.
 
     The mask hides the pads, as in the official code, and they are labels all the same."""
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=LORA.targets)
-    reference = peft.get_peft_model(base, config)
-    layers = [module for module in reference.modules() if hasattr(module, "lora_A")]
-    for layer, (A, _) in zip(layers, adapters.pairs(adapters.flat)):
-        layer.lora_A["default"].weight.data.copy_(A[0])
-
+    reference = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter,
+                                               is_trainable=True)
     row = torch.tensor([ids + [EOS] * (ROW - len(ids))])
     seen = (torch.arange(ROW) < CONTENT).long()[None]
     loss = reference(input_ids=row, attention_mask=seen, labels=row).loss
     loss.backward()
-    return loss.item(), layers
+    return loss.item(), [module for module in reference.modules() if hasattr(module, "lora_A")]
 
 
 @pytest.mark.parametrize("case", ["llama3", "qwen2", "qwen3"])
@@ -62,12 +52,16 @@ def test_learned_pads_are_those_of_a_padded_row(case, tmp_path):
     model = load_pretrained(tmp_path / "base", "cpu")
     adapters = Adapters(model, LORA, n=1)
     adapters.init(0, seed=0)
+    adapters.save(0, tmp_path / "adapter")
+    adapters.flat.requires_grad_()
     ids = [*torch.randint(3, 320, (CONTENT,)).tolist(), EOS]
     plain = Example.of(ids, [True] * len(ids))
 
-    loss, gradient = loss_and_gradient(model, padding.with_pads(plain, ROW, n_pads=1000))
-    few_loss, few_gradient = loss_and_gradient(model, padding.with_pads(plain, ROW, n_pads=8))
-    their_loss, layers = peft_loss_and_layers(tmp_path / "base", adapters, ids)
+    every_pad = with_pads(plain, ROW, n_pads=1000)
+    loss, gradient = loss_and_gradient(model, adapters, every_pad)
+    few_pads = with_pads(plain, ROW, n_pads=8)
+    few_loss, few_gradient = loss_and_gradient(model, adapters, few_pads)
+    their_loss, layers = peft_loss_and_layers(tmp_path / "base", tmp_path / "adapter", ids)
 
     # With every pad there, ours is theirs.
     assert loss == pytest.approx(their_loss, rel=1e-5)
@@ -85,9 +79,7 @@ def test_padded_jobs_beside_others_equal_one_at_a_time(model64):
     """Padded and plain texts lie in one ribbon, which then has masks for all of them."""
     jobs = mixed_jobs(n=5)
     for i in (0, 2, 4):
-        examples = []
-        for ids, learn in jobs[i].examples:
-            examples.append(([*ids, EOS], [*learn, True]))
+        examples = [([*ids, EOS], [*learn, True]) for ids, learn in jobs[i].examples]
         recipe = replace(jobs[i].recipe, pad_to=64)
         jobs[i] = replace(jobs[i], examples=examples, recipe=recipe)
     jobs = [replace(job, recipe=replace(job.recipe, slots=3)) for job in jobs]
@@ -101,52 +93,28 @@ def test_padded_jobs_beside_others_equal_one_at_a_time(model64):
 
 # ------------------------------------------------------------------------------- edges
 
-def example_of(n, pad_to):
-    """A text of n tokens and an EOS in a row of pad_to."""
-    return Example.of([7] * n + [EOS], [True] * (n + 1), pad_to)
+@pytest.mark.parametrize("n, pad_to, content, pads, weight", [
+    (5, 0, 6, 0, 1),        # without a row to fill there are no pads
+    (9, 8, 8, 0, 1),        # a text longer than the row is cut, and has no EOS
+    (7, 8, 8, 0, 1),        # one that fills the row ends with its EOS
+    (6, 8, 6, 1, 1),        # of two pads one predicts the other
+    (5, 2048, 5, 8, 2042 / 8)])     # eight pads weigh as much as all
+def test_pads_fill_a_row(n, pad_to, content, pads, weight):
+    """A text of n tokens and an EOS, in a row of pad_to."""
+    text = ([7] * n + [EOS])[:content]
 
+    example = Example.of([7] * n + [EOS], [True] * (n + 1), pad_to)
 
-def test_without_pad_to_there_are_no_pads():
-    whole = example_of(5, pad_to=0)
-
-    assert whole.pads == 0
-    assert whole.ids.tolist() == [7] * 5 + [EOS]
-    assert whole.labels.tolist() == [7] * 4 + [EOS]
-    assert whole.weight.tolist() == [1] * 5
-
-
-def test_a_text_longer_than_the_row_is_cut_and_has_no_eos():
-    cut = example_of(9, pad_to=8)
-
-    assert cut.pads == 0
-    assert cut.ids.tolist() == [7] * 8
-    assert cut.labels.tolist() == [7] * 7
-
-
-def test_a_text_that_fills_the_row_ends_with_its_eos():
-    exact = example_of(7, pad_to=8)
-
-    assert exact.pads == 0
-    assert exact.ids.tolist() == [7] * 7 + [EOS]
-    assert exact.labels.tolist() == [7] * 6 + [EOS]
-
-
-def test_of_two_pads_one_predicts_the_other():
-    one = example_of(6, pad_to=8)
-
-    assert one.pads == 1
-    assert one.position.tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert one.labels.tolist() == [7] * 5 + [EOS] * 2
-    assert one.weight.tolist() == [1] * 7
-
-
-def test_eight_pads_are_spread_over_a_long_row_and_weigh_as_much_as_all():
-    many = example_of(5, pad_to=2048)
-
-    assert many.pads == 8
-    assert many.labels[4:].tolist() == [EOS] * 9
-    assert many.weight.sum() == 2047
-    # They lie evenly, and none where the row ends: the last pad predicts nothing.
-    gaps = many.position[5:].diff()
-    assert gaps.max() - gaps.min() <= 1
-    assert many.position[-1] < 2047
+    assert example.pads == pads
+    assert example.ids.tolist() == text + [EOS] * pads
+    # Each token predicts the next, the last of the content the first EOS; each pad predicts one.
+    first = [EOS] if pads else []
+    assert example.labels.tolist() == text[1:] + first + [EOS] * pads
+    assert example.weight.tolist() == [1] * (content - 1 + len(first)) + [weight] * pads
+    assert example.position[:content].tolist() == list(range(content))
+    # Pads lie evenly, and none where the row ends: the last pad predicts nothing.
+    positions = example.position[content:]
+    assert all(content <= position < pad_to - 1 for position in positions)
+    if pads > 1:
+        gaps = positions.diff()
+        assert gaps.max() - gaps.min() <= 1

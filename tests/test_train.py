@@ -10,16 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings, strategies as st
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoModelForCausalLM, get_cosine_schedule_with_warmup,
                           get_linear_schedule_with_warmup)
 
 from engine import train as engine
-from engine import update
-from engine.packing import next_size
-from engine.train import sft
-from engine.update import FrozenHeadLoss, adamw_
-from lora import Adapters, Job, Lora, can_group, sft_one
+from engine.ribbon import next_size
+from engine.train import FrozenHeadLoss, adamw_, sft
+from lora import Adapters, Job, Lora, sft_one
 from model import load_pretrained
 from support.files import UserError
 from tests.helpers import ALL, CASES, RECIPE, mixed_jobs
@@ -46,7 +45,7 @@ def train_alone(model, jobs):
 
 def train_naively(model, jobs):
     """The weights by sft_one, (n, P)."""
-    return torch.stack([sft_one(model, job) for job in jobs])
+    return torch.stack([sft_one(model, job).weights for job in jobs])
 
 
 def weights(trained):
@@ -60,37 +59,30 @@ def difference(a, b):
 
 # ------------------------------------------------------------------------------- many and one
 
-@pytest.mark.parametrize("targets", [SOME, ALL])
-def test_many_at_once_equal_one_at_a_time(model64, targets):
+@pytest.mark.parametrize("which, targets, tolerance", [
+    ("model64", SOME, 1e-12), ("model64", ALL, 1e-12),
+    ("model32", ALL, 1e-5)])    # multiplies by grouped_mm; float64 does so in padded batches
+def test_many_at_once_equal_one_at_a_time(which, targets, tolerance, request):
+    model = request.getfixturevalue(which)
     recipe = replace(RECIPE, lora=replace(RECIPE.lora, targets=targets))
+    assert recipe.lora.adapters(model, 1).grouped == (which == "model32")
     jobs = mixed_jobs(recipe=recipe)
-    before = {name: value.clone() for name, value in model64.state_dict().items()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
 
     # Three slots for seven jobs: slots are refilled, and empty towards the end.
-    packed = train(model64, jobs, slots=3)
-    alone = train_alone(model64, jobs)
-    naive = train_naively(model64, jobs)
+    packed = train(model, jobs, slots=3)
+    alone = train_alone(model, jobs)
 
     assert packed.keys() == alone.keys()
-    assert difference(weights(packed), weights(alone)) <= 1e-12
-    assert difference(weights(packed), naive) <= 1e-12
+    assert difference(weights(packed), weights(alone)) <= tolerance
+    assert difference(weights(packed), train_naively(model, jobs)) <= tolerance
     for i, job in enumerate(jobs):
         assert len(packed[i].losses) == job.steps
-        assert packed[i].losses == pytest.approx(alone[i].losses, abs=1e-12, rel=0)
+        assert packed[i].losses == pytest.approx(alone[i].losses, abs=tolerance, rel=0)
     # They did learn, and the model is as it was.
     assert weights(packed).abs().max() > 0.02
-    for name, value in model64.state_dict().items():
+    for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
-
-
-def test_many_at_once_equal_one_at_a_time_in_float32(model32):
-    """Which multiplies by grouped_mm; float64 does so in padded batches."""
-    jobs = mixed_jobs()
-    assert can_group(model32, RECIPE.lora)
-
-    packed = train(model32, jobs, slots=3)
-
-    assert difference(weights(packed), train_naively(model32, jobs)) <= 1e-5
 
 
 @contextmanager
@@ -105,7 +97,7 @@ def a_large_eps():
     for every seed. With the large eps all are within 3e-16, and everything but eps is tested; the
     tests with fixed jobs have eps as it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update, "adamw_", partial(update.adamw_, eps=1e-3))
+        patch.setattr(engine, "adamw_", partial(engine.adamw_, eps=1e-3))
         patch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-3))
         yield
 
@@ -116,38 +108,22 @@ def a_large_eps():
 @example(seed=162, slots=3, n=3)
 def test_any_mixture_equals_one_at_a_time(model64, model32, seed, slots, n):
     jobs = mixed_jobs(seed, n)
-
-    with a_large_eps():
-        packed64 = weights(train(model64, jobs, slots))
-        packed32 = weights(train(model32, jobs, slots))
-        naive64 = train_naively(model64, jobs)
-        naive32 = train_naively(model32, jobs)
-
-    assert difference(packed64, naive64) <= 1e-12
-    assert difference(packed32, naive32) <= 1e-5
+    for model, tolerance in ((model64, 1e-12), (model32, 1e-5)):
+        with a_large_eps():
+            packed = weights(train(model, jobs, slots))
+            naive = train_naively(model, jobs)
+        assert difference(packed, naive) <= tolerance
 
 
 def test_no_jobs_have_no_results(model64):
     assert list(sft(model64, [])) == []
 
 
-# ------------------------------------------------------------------------------- isolation
-
-def test_changing_one_job_changes_no_other_adapter(model64):
-    jobs = mixed_jobs()
-    first = weights(train(model64, jobs, slots=7))
-
-    recipe = replace(RECIPE, lr=1e-2, epochs=4, batch=1)
-    jobs[2] = Job([([5] * 20, [True] * 20)] * 3, seed=99, recipe=recipe)
-    second = weights(train(model64, jobs, slots=7))
-
-    others = [0, 1, 3, 4, 5, 6]
-    assert difference(first[others], second[others]) <= 1e-12
-    assert difference(first[2], second[2]) > 1e-3
-
-
-def neighbours_of_a_diverging_job(model, lr):
-    """How far the other adapters are from what they are alone."""
+@pytest.mark.parametrize("which, lr, tolerance", [("model64", 1e200, 1e-12),
+                                                  ("model32", 1e30, 1e-5)])
+def test_a_diverging_adapter_harms_no_other(which, lr, tolerance, request):
+    """In the padded product and in the grouped one."""
+    model = request.getfixturevalue(which)
     jobs = mixed_jobs()
     alone = train_alone(model, jobs)
 
@@ -159,30 +135,10 @@ def neighbours_of_a_diverging_job(model, lr):
     assert not packed[1].weights.isfinite().all()
     del packed[1], alone[1]
     assert not any(trained.diverged for trained in packed.values())
-    return difference(weights(packed), weights(alone))
-
-
-def test_a_diverging_adapter_harms_no_other(model64):
-    assert neighbours_of_a_diverging_job(model64, lr=1e200) <= 1e-12
-
-
-def test_a_diverging_adapter_harms_no_other_in_the_grouped_product(model32):
-    assert can_group(model32, RECIPE.lora)
-
-    assert neighbours_of_a_diverging_job(model32, lr=1e30) <= 1e-5
+    assert difference(weights(packed), weights(alone)) <= tolerance
 
 
 # ------------------------------------------------------------------------------- against PEFT
-
-def peft_pairs(reference, adapters):
-    """PEFT's (A, B) of each of our layers."""
-    pairs = []
-    for layer in adapters.layers:
-        name = f"base_model.model.{layer}"
-        pairs.append((reference.get_parameter(f"{name}.lora_A.default.weight"),
-                      reference.get_parameter(f"{name}.lora_B.default.weight")))
-    return pairs
-
 
 def train_by_peft(reference, job):
     """The usual training loop: padded batches, torch's AdamW, a schedule of transformers'. Returns
@@ -220,22 +176,19 @@ def test_engine_equals_peft_and_torch_optim(case, targets, tmp_path):
 
     ours = train(model, jobs, slots=3)
 
+    adapters = Adapters(model, lora, n=2)
     for i, job in enumerate(jobs):
-        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
-        reference = peft.get_peft_model(base, config)
-        adapters = Adapters(model, lora, n=1)
         adapters.init(0, job.seed)
-        theirs = peft_pairs(reference, adapters)
-        for (A, B), (peft_A, peft_B) in zip(adapters.pairs(adapters.flat), theirs):
-            peft_A.data.copy_(A[0])
-            peft_B.data.copy_(B[0])
+        adapters.save(0, tmp_path / f"start-{i}")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        reference = peft.PeftModel.from_pretrained(base, tmp_path / f"start-{i}", is_trainable=True)
         last_loss = train_by_peft(reference, job)
 
-        adapters.flat[0] = ours[i].weights
-        for (A, B), (peft_A, peft_B) in zip(adapters.pairs(adapters.flat), theirs):
-            torch.testing.assert_close(A[0], peft_A.data, atol=5e-5, rtol=0)
-            torch.testing.assert_close(B[0], peft_B.data, atol=5e-5, rtol=0)
+        adapters.flat[1] = ours[i].weights
+        adapters.save(1, tmp_path / f"end-{i}")
+        end = load_file(tmp_path / f"end-{i}" / "adapter_model.safetensors")
+        theirs = peft.get_peft_model_state_dict(reference)
+        torch.testing.assert_close(end, dict(theirs), atol=5e-5, rtol=0)
         assert ours[i].losses[-1] == pytest.approx(last_loss, abs=5e-4)
 
 
@@ -263,8 +216,7 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own():
     assert len(batches) == job.steps == 9
     assert [len(batch) for batch in batches] == [4, 4, 2] * 3
     epochs = [sum(batches[i:i + 3], []) for i in (0, 3, 6)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(10))
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     # The order follows from the seed.
     assert list(job.micro_batches()) == batches
@@ -281,12 +233,11 @@ def test_frozen_head_loss_is_cross_entropy():
     scale = torch.rand(50, dtype=torch.float64)
 
     ours = FrozenHeadLoss.apply(h, weight, labels)
-    (our_gradient,) = torch.autograd.grad((ours * scale).sum(), h)
     theirs = F.cross_entropy(h @ weight.T, labels, reduction="none")
-    (their_gradient,) = torch.autograd.grad((theirs * scale).sum(), h)
 
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
-    torch.testing.assert_close(our_gradient, their_gradient, atol=1e-12, rtol=1e-9)
+    gradients = [torch.autograd.grad((loss * scale).sum(), h)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-9)
 
 
 def test_bf16_agrees_with_float32(model32, tiny_folder):
@@ -315,9 +266,7 @@ def test_a_step_of_many_adapters_is_torchs_of_each():
     rates = [0.1, 0.01, 0.03]
     first = [0, 1, 2]       # the step at which an adapter begins
 
-    ours = values.clone()
-    m = torch.zeros_like(ours)
-    v = torch.zeros_like(ours)
+    ours, m, v = values.clone(), torch.zeros(3, 50).double(), torch.zeros(3, 50).double()
     for step, gradient in enumerate(gradients):
         started = torch.tensor([[float(step >= begin)] for begin in first], dtype=torch.float64)
         lr = started * torch.tensor(rates, dtype=torch.float64)[:, None]
@@ -392,7 +341,7 @@ def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_steps_that_are_filled_up_for_graphs_train_the_same(model64, monkeypatch, slots):
-    """What graphs do to shapes, without a GPU. tests/test_cuda.py records them."""
+    """What graphs do to shapes, without a GPU. tests/test_gpu.py records them."""
     jobs = mixed_jobs(n=9, recipe=replace(RECIPE, epochs=4))
     expected = train(model64, jobs, slots)
     shapes = []
@@ -400,6 +349,7 @@ def test_steps_that_are_filled_up_for_graphs_train_the_same(model64, monkeypatch
     def run(self, compute, step):
         shapes.append(tuple(tensor.shape for tensor in step.tensors()))
         return compute(step)
+    monkeypatch.setattr(engine, "has_graphs", lambda device: True)
     monkeypatch.setattr(engine, "can_record", lambda *_: True)
     monkeypatch.setattr(engine.Recorded, "__call__", run)
 
@@ -422,9 +372,8 @@ def test_sizes_are_rounded_up_by_an_eighth_at_most(n, rounded):
 def test_only_jobs_of_fixed_shapes_are_recorded(model32, monkeypatch):
     adapters = Adapters(model32, RECIPE.lora, 2)
     jobs = mixed_jobs(n=2)
-    assert not engine.can_record(adapters, jobs, 2)     # a CPU has no graphs
-    for name in ("has_graphs", "has_flash"):
-        monkeypatch.setattr(engine, name, lambda x: True)
+    assert not engine.can_record(adapters, jobs, 2)     # a CPU has no flash attention
+    monkeypatch.setattr(engine, "has_flash", lambda x: True)
     monkeypatch.setattr(engine, "free_memory", lambda device: 2 ** 30)
 
     assert engine.can_record(adapters, jobs, 2)
@@ -451,75 +400,51 @@ def test_a_trainer_that_ends_leaves_no_memory_behind(model32, monkeypatch):
 
 # ------------------------------------------------------------------------------- memory
 
-def out_of_memory_beyond(most, at_step):
-    """A `pack` for a device that is full when more than `most` adapters run, one at that step."""
-    pack = engine.pack
-
-    def small_memory(running, device, dtype, room):
-        steps = [run.step for run in running if run]
-        if len(steps) > most and at_step in steps:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return pack(running, device, dtype, room)
-    return small_memory
-
-
-def test_out_of_memory_halves_the_slots_and_changes_nothing(model64, monkeypatch, capsys):
+@pytest.mark.parametrize("is_full, error, line", [
+    (lambda steps, model: len(steps) > 2 and 3 in steps,
+     torch.OutOfMemoryError("CUDA out of memory"), "going on with 2 adapters"),
+    # With one slot left.
+    (lambda steps, model: not model.recompute,
+     RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+     "going on with recomputed activations")], ids=["slots", "recompute"])
+def test_out_of_memory_goes_on_with_less_and_changes_nothing(is_full, error, line, model64,
+                                                             monkeypatch, capsys):
     jobs = mixed_jobs(recipe=replace(RECIPE, slots=4))
     expected = weights(train(model64, jobs, slots=4))
-    monkeypatch.setattr(engine, "pack", out_of_memory_beyond(2, at_step=3))
+    pack, heard = engine.pack, []
 
-    heard = []
-    trained = dict(sft(model64, jobs, lambda done, total: heard.append((done, total))))
+    def in_little(running, device, dtype, room):
+        if is_full([run.step for run in running if run], model64):
+            raise error
+        return pack(running, device, dtype, room)
+    monkeypatch.setattr(engine, "pack", in_little)
 
-    assert "going on with 2 adapters" in capsys.readouterr().out
+    trained = dict(sft(model64, jobs, lambda *counts: heard.append(counts)))
+
+    assert line in capsys.readouterr().out.splitlines()[-1]
     assert difference(weights(trained), expected) <= 1e-12
     steps = sum(job.steps for job in jobs)
     assert heard[-1] == (steps, steps)
-
-
-def test_with_one_slot_left_activations_are_recomputed(model64, monkeypatch, capsys):
-    jobs = mixed_jobs(n=2)
-    expected = weights(train(model64, jobs, slots=1))
-    pack, seen = engine.pack, []
-
-    def pack_in_little(running, device, dtype, room):
-        seen.append(model64.recompute)
-        if not model64.recompute:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return pack(running, device, dtype, room)
-    monkeypatch.setattr(engine, "pack", pack_in_little)
-
-    trained = train(model64, jobs, slots=1)
-
-    assert "going on with recomputed activations" in capsys.readouterr().out
-    assert seen[:2] == [False, True]
-    assert difference(weights(trained), expected) <= 1e-12
     assert model64.recompute is False       # as before
 
 
-def test_out_of_memory_with_recomputed_activations_says_what_to_do(model64, monkeypatch):
-    monkeypatch.setattr(engine, "pack", out_of_memory_beyond(0, at_step=0))
-
-    with pytest.raises(UserError, match="smaller batch or shorter documents"):
-        train(model64, mixed_jobs(), slots=4)
-
-    assert model64.recompute is False
-
-
-def test_an_error_of_another_kind_is_no_lack_of_memory(model64, monkeypatch):
+@pytest.mark.parametrize("error, kind, words", [
+    (torch.OutOfMemoryError(), UserError, "smaller batch or shorter documents"),
+    (RuntimeError("shapes differ"), RuntimeError, "shapes differ")])
+def test_what_neither_slots_nor_recomputing_mend_is_raised(error, kind, words, model64,
+                                                           monkeypatch):
     def broken(running, device, dtype, room):
-        raise RuntimeError("shapes differ")
+        raise error
     monkeypatch.setattr(engine, "pack", broken)
 
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        train(model64, mixed_jobs(), slots=2)
+    with pytest.raises(kind, match=words):
+        train(model64, mixed_jobs(), slots=4)
+    assert model64.recompute is False
 
 
 def test_recomputed_activations_train_the_same(model64, monkeypatch):
     jobs = mixed_jobs()
     expected = weights(train(model64, jobs, slots=3))
-
     monkeypatch.setattr(model64, "recompute", True)
     recomputed = weights(train(model64, jobs, slots=3))
-
     assert difference(recomputed, expected) <= 1e-12

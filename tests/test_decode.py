@@ -1,6 +1,4 @@
 """Many texts at once are the texts that the model writes one by one, and in fewer steps."""
-import contextlib
-import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import decode
-from engine.decode import Reply, Sampling, sample, tries_for, write
+from engine.decode import Reply, Sampling, in_groups, sample, tries_for
 from lora import Adapters, Lora
 from model import complete, load_pretrained
 from support.files import UserError
@@ -21,9 +19,19 @@ LORA = Lora(rank=8, alpha=16, targets=["q_proj", "up_proj"])
 STOP = frozenset(range(0, 264, 12))     # one id in twelve: rows end at different times
 
 
+def generate(model, groups, *args, **settings):
+    """All that decode.generate yields, in groups."""
+    return in_groups(decode.generate(model, groups, *args, **settings), groups)
+
+
+def write(model, tok, groups, *args, **settings):
+    """All that decode.write yields, in groups."""
+    return in_groups(decode.write(model, tok, groups, *args, **settings), groups)
+
+
 def written(model, prompts, sampling, seeds=None):
     """The rows of one group of prompts, without adapters."""
-    (rows,) = decode.generate(model, [prompts], sampling, seeds)
+    (rows,) = generate(model, [prompts], sampling, seeds)
     return rows
 
 
@@ -31,6 +39,17 @@ def random_adapters(model, n):
     adapters = Adapters(model, LORA, n)
     adapters.flat.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     return adapters
+
+
+def work(model, case):
+    """Arguments for decode.generate: groups, sampling, seeds, adapters."""
+    prompts = [[i, i + 1] for i in range(9)]
+    prompts.append([7] * 250)   # the cache has 256 tokens at first
+    if case == "sampled":
+        sampling = Sampling(50, n=2, temperature=1.0, top_p=0.9, max_rows=8, stop=STOP)
+        return [prompts], sampling, range(20), None
+    sampling = Sampling(50, max_rows=6, stop=STOP)
+    return [prompts[:5], prompts[5:]], sampling, None, random_adapters(model, 2)
 
 
 @pytest.fixture()
@@ -54,9 +73,13 @@ def dictate(monkeypatch):
         for i, text in enumerate(texts):
             ids[i, :len(text)] = torch.tensor(text)
 
-        def choose(sampler, logits, text, age):
-            return ids[text, age]
-        monkeypatch.setattr(decode.Sampler, "choose", choose)
+        def dictated(rows, places, h):
+            token = ids[rows.text[places], rows.age[places]]
+            monkeypatch.setattr(decode, "sample", lambda *_: token)
+            append(rows, places, h)
+        monkeypatch.setattr(decode.Rows, "append", dictated)
+
+    append = decode.Rows.append
     return script
 
 
@@ -107,20 +130,12 @@ def test_finished_rows_make_room(tiny, widths):
     assert widths[-1] <= 10
 
 
-def test_a_stop_id_ends_a_row_and_is_part_of_it(tiny, dictate):
-    dictate([5, 9, 5, 3], [9, 5, 3])
-
-    rows = written(tiny, [[1], [2]], Sampling(4, stop=frozenset([5])))
-
-    assert rows == [[5], [9, 5]]
-
-
-def test_a_late_stop_does_not_end_a_row_at_once(tiny, dictate):
+def test_a_stop_id_ends_a_row_and_is_part_of_it_and_a_late_one_not_at_once(tiny, dictate):
     dictate([5, 9, 5, 3], [5, 5, 3], [9, 5, 3])
-
-    rows = written(tiny, [[1], [2], [3]], Sampling(4, late_stop=frozenset([5])))
-
-    assert rows == [[5, 9, 5], [5, 5], [9, 5]]
+    prompts = [[1], [2], [3]]
+    assert written(tiny, prompts, Sampling(4, stop=frozenset([5]))) == [[5], [5], [9, 5]]
+    late = Sampling(4, late_stop=frozenset([5]))
+    assert written(tiny, prompts, late) == [[5, 9, 5], [5, 5], [9, 5]]
 
 
 def test_an_empty_prompt_is_refused(tiny):
@@ -132,37 +147,29 @@ def test_an_empty_prompt_is_refused(tiny):
 
 def test_rows_come_back_in_the_groups_of_their_prompts(tiny):
     flat = written(tiny, [[1], [2, 3], [4]], Sampling(6, n=2))
-
-    groups = decode.generate(tiny, [[[1], [2, 3]], [], [[4]]], Sampling(6, n=2))
-
+    groups = generate(tiny, [[[1], [2, 3]], [], [[4]]], Sampling(6, n=2))
     assert groups == [flat[:4], [], flat[4:]]
-    assert decode.generate(tiny, [[], []], Sampling(6)) == [[], []]
+    assert generate(tiny, [[], []], Sampling(6)) == [[], []]
 
 
 def test_progress_hears_how_many_rows_have_ended(tiny):
     heard = []
-
-    def progress(done, total):
-        heard.append((done, total))
-
     prompts = [[i, 7] for i in range(6)]
     sampling = Sampling(30, n=2, temperature=1.0, max_rows=4, stop=STOP)
 
-    list(decode.generate_each(tiny, [prompts], sampling, range(12), progress=progress))
+    list(decode.generate(tiny, [prompts], sampling, range(12),
+                              progress=lambda *counts: heard.append(counts)))
 
     assert heard == sorted(heard)
     assert heard[0][0] < 12
     assert heard[-1] == (12, 12)
-    for _, total in heard:
-        assert total == 12
+    assert {total for _, total in heard} == {12}
 
 
 def test_ended_rows_give_their_place_to_waiting_prompts(tiny, widths):
     """Two rows a prompt, six at a time: the same as one by one, and in far fewer steps than batch
     after batch."""
-    prompts = []
-    for i in range(20):
-        prompts.append([i, 3 * i + 1] * (1 + i % 5))
+    prompts = [[i, 3 * i + 1] * (1 + i % 5) for i in range(20)]
     one = Sampling(60, temperature=1.0, top_p=0.9, stop=STOP)
 
     rows = written(tiny, prompts, replace(one, n=2, max_rows=7), range(40))
@@ -171,36 +178,30 @@ def test_ended_rows_give_their_place_to_waiting_prompts(tiny, widths):
 
     # A batch takes as many steps as its longest row has tokens.
     lengths = [len(row) for row in rows]
-    batch_after_batch = 0
-    for i in range(0, 40, 6):
-        batch_after_batch += max(lengths[i:i + 6])
+    batch_after_batch = sum(max(lengths[i:i + 6]) for i in range(0, 40, 6))
     assert min(lengths) < 5
     assert steps < 0.8 * batch_after_batch
     assert sum(lengths) <= 6 * steps + 40   # the first token of each is the prefill's
     for i, row in enumerate(rows):
-        alone = written(tiny, [prompts[i // 2]], one, [i])
-        assert alone == [row]
+        assert written(tiny, [prompts[i // 2]], one, [i]) == [row]
+    assert len({tuple(row) for row in rows}) > 30
 
 
 def test_questions_of_many_adapters_in_few_rows(tiny):
     """Adapters with no prompt to four, two rows for each: a grid with holes, refilled, folded."""
     adapters = random_adapters(tiny, 4)
-    groups = [
-        [[0, 5, 9]],
-        [[1, 5, 9], [2, 5, 18], [3, 5, 27], [4, 5, 36]],
-        [],
-        [[5, 5, 45], [6, 5, 54]]]
+    groups = [[[0, 5, 9]], [[1, 5, 9], [2, 5, 18], [3, 5, 27], [4, 5, 36]], [],
+              [[5, 5, 45], [6, 5, 54]]]
     sampling = Sampling(40, max_rows=8, stop=STOP)
 
-    together = decode.generate(tiny, groups, sampling, adapters=adapters)
+    together = generate(tiny, groups, sampling, adapters=adapters)
 
     for weights, prompts, rows in zip(adapters.flat, groups, together):
         own = Adapters.stack(tiny, LORA, [weights])
         assert len(rows) == len(prompts)
         for prompt, row in zip(prompts, rows):
-            alone = decode.generate(tiny, [[prompt]], sampling, adapters=own)
-            assert alone == [[row]]
-    assert together != decode.generate(tiny, groups, sampling)
+            assert generate(tiny, [[prompt]], sampling, adapters=own) == [[row]]
+    assert together != generate(tiny, groups, sampling)
 
 
 # ------------------------------------------------------------------------------- little memory
@@ -219,22 +220,20 @@ def room_for(monkeypatch):
     return limit
 
 
-def test_out_of_memory_halves_the_rows_and_changes_nothing(tiny, room_for, capsys):
-    prompts = [[i, 3 * i + 1] * (1 + i % 5) for i in range(12)]
-    sampling = Sampling(40, n=2, temperature=1.0, top_p=0.9, stop=STOP, max_rows=16)
-    expected = written(tiny, prompts, sampling, seeds=range(24))
-
-    room_for(4)
+@pytest.mark.parametrize("case, left", [("sampled", [4, 2]), ("adapters", [3])])
+def test_out_of_memory_halves_the_rows_and_changes_nothing(case, left, tiny, room_for, capsys):
+    groups, *how = work(tiny, case)
+    expected = generate(tiny, groups, *how)
+    total = sum(map(len, expected))
+    room_for(2)
     heard = []
-    each = decode.generate_each(tiny, [prompts], sampling, range(24),
-                                progress=lambda done, total: heard.append((done, total)))
-    (rows,) = decode.in_groups(each, [prompts])
 
-    assert rows == expected
-    assert heard[-1] == (24, 24)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == ["out of memory: going on with 8 rows side by side",
-                     "out of memory: going on with 4 rows side by side"]
+    each = decode.generate(tiny, groups, *how, lambda *counts: heard.append(counts))
+
+    assert in_groups(each, groups) == expected
+    assert heard[-1] == (total, total)
+    assert capsys.readouterr().out.splitlines() == [
+        f"out of memory: going on with {rows} rows side by side" for rows in left]
 
 
 def test_what_has_ended_is_not_written_again(tiny, monkeypatch):
@@ -263,28 +262,12 @@ def test_what_has_ended_is_not_written_again(tiny, monkeypatch):
     assert 10 < sum(read) <= 20 - ended
 
 
-def test_adapters_with_little_memory_answer_the_same(tiny, room_for):
-    adapters = random_adapters(tiny, 3)
-    groups = [[[1, 2], [3, 4]], [[5, 6]], [[7, 8], [9, 1]]]
-    sampling = Sampling(20, stop=STOP, max_rows=6)
-    expected = decode.generate(tiny, groups, sampling, adapters=adapters)
-
-    room_for(3)
-
-    assert decode.generate(tiny, groups, sampling, adapters=adapters) == expected
-
-
-def test_no_room_for_a_single_text_is_one_line(tiny, room_for):
-    room_for(0)
-
-    with pytest.raises(UserError, match="out of memory with a single text"):
-        written(tiny, [[1, 2]], Sampling(5))
-
-
-def test_an_error_of_another_kind_is_no_lack_of_memory(tiny, room_for):
-    room_for(0, RuntimeError("shapes differ"))
-
-    with pytest.raises(RuntimeError, match="shapes differ"):
+@pytest.mark.parametrize("error, kind, words", [
+    (torch.OutOfMemoryError("CUDA out of memory"), UserError, "out of memory with a single text"),
+    (RuntimeError("shapes differ"), RuntimeError, "shapes differ")])
+def test_what_halving_can_not_mend_is_raised(error, kind, words, tiny, room_for):
+    room_for(0, error)
+    with pytest.raises(kind, match=words):
         written(tiny, [[1, 2]], Sampling(5))
 
 
@@ -321,57 +304,26 @@ class Recorded(TorchDispatchMode):
                     old.copy_(new)
 
 
-@contextlib.contextmanager
-def recorded_steps():
-    """As if the CPU had CUDA graphs."""
-    Recorded.made = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "has_graphs", lambda device: True)
-        patch.setattr(torch.cuda, "CUDAGraph", Recorded)
-        patch.setattr(torch.cuda, "graph", lambda graph: graph)     # itself a context
-        yield
-
-
-def test_a_step_can_be_a_graph(tiny):
+@pytest.mark.parametrize("case", ["sampled", "adapters"])
+def test_a_step_can_be_a_graph(case, tiny, monkeypatch):
     """All that changes from step to step lies in tensors that stay where they are: to replay what
     one step did gives what running it gives. So it is when rows are refilled and dropped, and when
     the cache grows."""
-    prompts = [[i, i + 1] for i in range(9)]
-    prompts.append([7] * 250)   # the cache has 256 tokens at first
-    sampling = Sampling(50, n=2, temperature=1.0, top_p=0.9, max_rows=8, stop=STOP)
-    expected = written(tiny, prompts, sampling, range(20))
+    how = work(tiny, case)
+    expected = generate(tiny, *how)
+    monkeypatch.setattr(decode, "has_graphs", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)   # itself a context
+    Recorded.made = 0
 
-    with recorded_steps():
-        rows = written(tiny, prompts, sampling, range(20))
-
-    assert rows == expected
-    assert Recorded.made > 1    # a new one when the tensors are new
-    assert len(rows[-1]) > 10   # the cache grew
-
-
-def test_a_step_of_many_adapters_can_be_a_graph(tiny):
-    prompts = [[i, i + 1] for i in range(9)]
-    prompts.append([7] * 250)   # the cache has 256 tokens at first
-    groups = [prompts[:5], prompts[5:]]
-    adapters = random_adapters(tiny, 2)
-    sampling = Sampling(50, max_rows=6, stop=STOP)
-    expected = decode.generate(tiny, groups, sampling, adapters=adapters)
-
-    with recorded_steps():
-        rows = decode.generate(tiny, groups, sampling, adapters=adapters)
+    rows = generate(tiny, *how)
 
     assert rows == expected
-    assert Recorded.made > 1
-    assert len(rows[1][-1]) > 10
+    assert Recorded.made > 1        # a new one when the tensors are new
+    assert len(rows[-1][-1]) > 10   # the cache grew
 
 
 # ------------------------------------------------------------------------------- sampling
-
-def draw(logits, temperature, top_p):
-    """A token per row of logits, with fresh u."""
-    u = torch.rand(len(logits), tries_for(top_p), generator=torch.Generator().manual_seed(0))
-    return sample(logits, temperature, top_p, u)
-
 
 def nucleus_by_sorting(p, top_p):
     """The law of the draws, (V,): tokens from the likeliest down until they have top_p together,
@@ -394,7 +346,8 @@ def test_sampling_follows_the_nucleus(case, top_p):
     n = 2000 if case == "many" else 20000
     law = nucleus_by_sorting(logits.softmax(-1), top_p)
 
-    draws = draw(logits.expand(n, -1), 1.0, top_p)
+    u = torch.rand(n, tries_for(top_p), generator=torch.Generator().manual_seed(0))
+    draws = sample(logits.expand(n, -1), 1.0, top_p, u)
 
     counts = torch.bincount(draws, minlength=len(law)).double()
     assert counts[law == 0].sum() == 0
@@ -409,31 +362,46 @@ def test_sampling_follows_the_nucleus(case, top_p):
     assert chi2 < freedom + 5 * (2 * freedom) ** 0.5 + 1e-6
 
 
+def test_the_fast_sampler_draws_as_the_plain_one_does(tiny):
+    """complete sorts; the engine rejects. By chi-square, on the same first token."""
+    prompt, n = [5, 6, 7], 3000
+    plain = [complete(tiny, prompt, 1, temperature=0.7, top_p=0.5, seed=seed)[0]
+             for seed in range(n)]
+    rows = written(tiny, [prompt], Sampling(1, n=n, temperature=0.7, top_p=0.5), range(n))
+    counts = torch.stack([torch.bincount(torch.tensor(own), minlength=264).double()
+                          for own in (plain, [ids[0] for ids in rows])])
+    often = counts.sum(0) >= 10
+    assert often.sum() > 5
+    counts = torch.cat([counts[:, often], counts[:, ~often].sum(1, keepdim=True)], 1)
+    chi2 = ((counts[0] - counts[1]) ** 2 / counts.sum(0).clamp(min=1)).sum().item()
+    assert chi2 < often.sum().item() + 5 * (2 * often.sum().item()) ** 0.5
+
+
 def test_a_temperature_flattens():
     logits = torch.tensor([[0.0, 2.0]]).expand(4000, -1)
     u = (torch.arange(4000)[:, None] + 0.5) / 4000
-
     share = sample(logits, 2.0, 1.0, u).float().mean()
-
     torch.testing.assert_close(share, torch.tensor(1.0).sigmoid(), atol=1e-3, rtol=0)
 
 
-def test_a_nucleus_is_never_empty():
-    """The likeliest token is in it, even if none of the candidates is."""
-    logits = torch.tensor([[0.1, 0.3, 0.2]])
-
-    assert sample(logits, 1.0, 1e-9, torch.full((1, 3), 0.999)).tolist() == [1]
-    assert tries_for(1e-9) == 175
+# The CDF is .05, .55, .85, 1. These are tokens 0, 3, 1, 2, of which 1 and 2 have .7.
+U = torch.tensor([[0.01, 0.9, 0.1, 0.6]])
 
 
-def test_the_first_candidate_within_the_nucleus_is_drawn():
+@pytest.mark.parametrize("temperature, top_p, u, token", [
+    # The first candidate within the nucleus.
+    (1.0, 0.7, U, 1), (1.0, 0.9, U, 3), (1.0, 1.0, U, 0),
+    # The likeliest is in it, even if none of the candidates is.
+    (1.0, 1e-9, torch.full((1, 3), 0.999), 1),
+    # Temperature 0 is greedy.
+    (0.0, 0.95, None, 1)])
+def test_draws_by_hand(temperature, top_p, u, token):
     logits = torch.tensor([[0.05, 0.5, 0.3, 0.15]]).log()
-    # The CDF is .05, .55, .85, 1: these are tokens 0, 3, 1, 2, of which 1 and 2 have .7.
-    u = torch.tensor([[0.01, 0.9, 0.1, 0.6]])
+    assert sample(logits, temperature, top_p, u).tolist() == [token]
 
-    assert sample(logits, 1.0, 0.7, u).tolist() == [1]
-    assert sample(logits, 1.0, 0.9, u).tolist() == [3]
-    assert sample(logits, 1.0, 1.0, u).tolist() == [0]
+
+def test_a_small_nucleus_takes_many_tries():
+    assert tries_for(1e-9) == 175
 
 
 def test_no_draw_leaves_the_nucleus():
@@ -441,9 +409,7 @@ def test_no_draw_leaves_the_nucleus():
     logits = torch.randn(200, 1500)
     u = torch.full((200, 7), 1 - 2**-24)
     u[100:] = 0
-
     draws = sample(logits, 1.0, 0.7, u)
-
     for p, token in zip(logits.softmax(-1), draws):
         assert p[p > p[token]].sum() < 0.7
 
@@ -453,86 +419,35 @@ def test_a_banned_token_is_not_drawn_by_rounding():
     logits = torch.randn(50, 1500)
     logits[:, :9] = -torch.inf
     logits[:, -9:] = -torch.inf
-
     for u in (0.0, 1 - 2**-24):
         draws = sample(logits, 1.0, 1.0, torch.full((50, 1), u))
         assert (draws >= 9).all() and (draws < 1491).all()
-
-
-def test_temperature_0_is_greedy():
-    logits = torch.zeros(2, 5000)
-    logits[0, 7] = 1
-    logits[1, 4999] = 1
-
-    assert sample(logits, 0.0, 0.95, None).tolist() == [7, 4999]
-
-
-def test_sampled_rows_do_not_depend_on_neighbours(tiny):
-    prompts = [[1, 2, 3], [9, 8], [4] * 30]
-    seeds = [11, 12, 13, 14, 15, 16]
-    one = Sampling(30, temperature=1.0, top_p=0.95, stop=frozenset([256]))
-
-    rows = written(tiny, prompts, replace(one, n=2), seeds)
-
-    for i, row in enumerate(rows):
-        alone = written(tiny, [prompts[i // 2]], one, [seeds[i]])
-        assert alone == [row]
-    different = {tuple(row) for row in rows}
-    assert len(different) == 6
 
 
 def test_banned_ids_are_never_sampled(tiny):
     banned = torch.ones(264, dtype=torch.bool)
     banned[[65, 66]] = False
     sampling = Sampling(50, n=4, temperature=2.0, banned=banned)
-
     rows = written(tiny, [[1]], sampling, range(4))
-
     assert set(sum(rows, [])) == {65, 66}
 
 
 # ------------------------------------------------------------------------------- texts
 
-def test_a_text_that_ends_is_not_cut(tiny, tok, dictate):
-    dictate([*b" Ab\ncd ", tok.eos, *b"ef"])
-
-    ((reply,),) = write(tiny, tok, [["q"]], Sampling(20))
-
-    # The text is bare; the ids are what was written, to the end.
-    assert reply == Reply("Ab\ncd", [*b" Ab\ncd ", tok.eos], cut=False)
-
-
-def test_a_text_without_an_end_is_cut(tiny, tok, dictate):
-    dictate(list(b"abcdef"))
-
-    ((reply,),) = write(tiny, tok, [["q"]], Sampling(4))
-
-    assert reply == Reply("abcd", list(b"abcd"), cut=True)
-
-
-def test_a_text_that_ends_with_its_last_token_is_not_cut(tiny, tok, dictate):
-    dictate([*b"abc", tok.eos], list(b"abc\n"))
-
-    ((first, second),) = write(tiny, tok, [["q", "r"]], Sampling(4, newline_stops=True))
-
-    assert first == Reply("abc", [*b"abc", tok.eos], cut=False)
-    assert second == Reply("abc", list(b"abc\n"), cut=False)
-
-
-def test_a_line_break_ends_a_text_unless_it_comes_first(tiny, tok, dictate):
-    dictate(list(b"\nab\ncd\n"))
-
-    ((reply,),) = write(tiny, tok, [["q"]], Sampling(20, newline_stops=True))
-
-    assert reply == Reply("ab", list(b"\nab\n"), cut=False)
-
-
-def test_a_line_break_ends_nothing_by_itself(tiny, tok, dictate):
-    dictate(list(b"ab\ncd\nef"))
-
-    ((reply,),) = write(tiny, tok, [["q"]], Sampling(6))
-
-    assert reply == Reply("ab\ncd", list(b"ab\ncd\n"), cut=True)
+@pytest.mark.parametrize("script, sampling, text, length, is_cut", [
+    # The text is bare; the ids are what was written, to the end. EOS is 256.
+    ([*b" Ab\ncd ", 256, *b"ef"], Sampling(20), "Ab\ncd", 8, False),
+    (b"abcdef", Sampling(4), "abcd", 4, True),
+    # An end as the last token.
+    ([*b"abc", 256], Sampling(4, newline_stops=True), "abc", 4, False),
+    (b"abc\n", Sampling(4, newline_stops=True), "abc", 4, False),
+    # A line break ends a text unless it comes first, if it is asked to.
+    (b"\nab\ncd\n", Sampling(20, newline_stops=True), "ab", 4, False),
+    (b"ab\ncd\nef", Sampling(6), "ab\ncd", 6, True)])
+def test_how_a_text_ends(script, sampling, text, length, is_cut, tiny, tok, dictate):
+    dictate(list(script))
+    ((reply,),) = write(tiny, tok, [["q"]], sampling)
+    assert reply == Reply(text, list(script[:length]), is_cut)
 
 
 def test_what_a_token_holds_after_its_line_break_is_no_text(tiny, dictate):
@@ -540,40 +455,25 @@ def test_what_a_token_holds_after_its_line_break_is_no_text(tiny, dictate):
     vocabulary[b".\nQ"] = 256
     tok = Tokenizer(vocabulary, GPT2, {})
     dictate([*b"ab", 256, *b"cd"])
-
     ((reply,),) = write(tiny, tok, [["q"]], Sampling(20, newline_stops=True))
-
     assert reply == Reply("ab.", [*b"ab", 256], cut=False)
 
 
-def test_replies_come_back_in_the_groups_of_their_prompts(tiny, tok, dictate):
-    dictate([*b"a", tok.eos], [*b"b", tok.eos], [*b"c", tok.eos], [*b"d", tok.eos])
-
-    groups = write(tiny, tok, [["q"], [], ["r"]], Sampling(5, n=2))
-
-    first, second, third = groups
-    assert [reply.text for reply in first] == ["a", "b"]
-    assert second == []
-    assert [reply.text for reply in third] == ["c", "d"]
-
-
-def test_written_ids_are_those_of_generate(tmp_path):
+def test_written_ids_are_those_of_generate_in_the_groups_of_their_prompts(tmp_path):
     """A chat model reads the prompt as a turn of the user's."""
     folder = make_checkpoint(tmp_path / "chat", end="<|im_end|>")
     model = load_pretrained(folder, "cpu")
     tok = Tokenizer.from_pretrained(folder)
-    groups = [["Who?", "Where?"], ["When?"]]
+    groups = [["Who?", "Where?"], [], ["When?"]]
     sampling = Sampling(20, n=2, temperature=1.5, top_p=0.95, newline_stops=True)
-    adapters = random_adapters(model, 2)
+    adapters = random_adapters(model, 3)
 
     replies = write(model, tok, groups, sampling, range(6), adapters)
 
-    prompts = [
-        [tok.chat([("user", "Who?")]), tok.chat([("user", "Where?")])],
-        [tok.chat([("user", "When?")])]]
-    filled = replace(sampling, stop=frozenset(tok.stop), late_stop=frozenset(tok.newlines()),
+    prompts = [[tok.chat([("user", text)]) for text in group] for group in groups]
+    filled = replace(sampling, stop=frozenset(tok.stop), late_stop=frozenset([ord("\n")]),
                      banned=tok.banned(model))
-    expected = decode.generate(model, prompts, filled, range(6), adapters)
+    expected = generate(model, prompts, filled, range(6), adapters)
     for group, rows in zip(replies, expected, strict=True):
         assert [reply.token_ids for reply in group] == rows
 
@@ -581,23 +481,7 @@ def test_written_ids_are_those_of_generate(tmp_path):
 def test_ids_beyond_the_vocabulary_are_never_written(tiny, tok):
     """The model has 264 and the vocabulary 259."""
     sampling = Sampling(200, n=4, temperature=5.0)
-
     (replies,) = write(tiny, tok, [["q"]], sampling, range(4))
-    ids = set()
-    for reply in replies:
-        ids.update(reply.token_ids)
-
+    ids = {i for reply in replies for i in reply.token_ids}
     assert len(ids) > 100
     assert max(ids) <= 258
-
-
-def test_the_program_writes_the_same_both_ways(tiny_folder, monkeypatch, capsys):
-    words = ["--model", str(tiny_folder), "--rows", "3", "--max-new", "8"]
-    monkeypatch.setattr(sys, "argv", ["generate.py", *words])
-
-    decode.main()
-
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "3 texts of 8 tokens"
-    assert lines[1].startswith("model.complete ")
-    assert lines[2].endswith("3 of 3 texts the same")

@@ -1,0 +1,364 @@
+"""What a GPU does otherwise, as far as a CPU can tell: graphs of torch.compile by a backend that
+only traces, flash attention by its schema and by a plain product in its place.
+
+The last two sections are what only a GPU can show. They are skipped without one:
+
+    python -m pytest -q -s tests/test_gpu.py
+"""
+import time
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import lora
+import model as transformer
+from engine import decode
+from engine import ribbon as ribbon_file
+from engine import train as train_file
+from engine.decode import Sampling, in_groups
+from engine.device import compiled, flash_attention, fused, has_flash, step_memory
+from engine.ribbon import PaddedRibbon, Ribbon
+from engine.train import adamw_, sft
+from lora import Adapters, Job, Lora, PROJECTIONS, Recipe
+from model import load_pretrained
+from tests.helpers import ALL, CASES, mixed_jobs
+from tests.make_checkpoint import make_checkpoint
+from tests.strict import may_stay_unused
+
+STOP = frozenset(range(0, 264, 8))
+
+
+def train(model, jobs, slots=3):
+    """{number: Trained} of jobs, so many side by side."""
+    return dict(sft(model, [replace(job, recipe=replace(job.recipe, slots=slots)) for job in jobs]))
+
+
+@pytest.fixture()
+def trace(monkeypatch):
+    """A function: from then on, whatever is compiled on CUDA is traced here. It returns a counter,
+    whose `frame_count` is how many graphs that took."""
+    counter = CompileCounterWithBackend("eager")
+    compiled = {}
+
+    @may_stay_unused        # decoding has no update
+    def traced(function, x):
+        if function not in compiled:
+            compiled[function] = torch.compile(function, dynamic=True, backend=counter)
+        return compiled[function]
+
+    def start():
+        monkeypatch.setattr(transformer, "fused", traced)
+        monkeypatch.setattr(train_file, "fused", traced)
+        return counter
+    torch._dynamo.reset()
+    yield start
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------- compiled pieces
+
+def test_nothing_is_compiled_on_a_cpu():
+    assert fused(torch.relu, torch.zeros(1)) is torch.relu
+
+
+@pytest.mark.parametrize("dtype, grouped", [("bfloat16", True), ("float32", False)])
+def test_four_graphs_serve_all_layers(tiny_folder, trace, monkeypatch, dtype, grouped):
+    """rotate, swiglu, the loss and AdamW, whatever the layers, tokens and adapters' segments."""
+    monkeypatch.setattr(lora, "has_grouped_mm", lambda *_: grouped)
+    model = load_pretrained(tiny_folder, "cpu", getattr(torch, dtype))
+    jobs = mixed_jobs(n=8)
+    expected = train(model, jobs)
+
+    counter = trace()
+    trained = train(model, jobs)
+
+    assert counter.frame_count == 4
+    for i in expected:
+        torch.testing.assert_close(trained[i].weights, expected[i].weights, atol=2e-3, rtol=0)
+
+
+def test_few_graphs_serve_all_grids_of_a_decoding(tiny, trace):
+    adapters = Adapters(tiny, Lora(4, 8, ALL), 4)       # of rank 4: padded, not grouped
+    adapters.flat.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    groups = [[[i, i + j + 1] * (j + 1) for j in range(6)] for i in range(4)]
+    sampling = Sampling(40, stop=STOP, max_rows=16)
+    expected = in_groups(
+        decode.generate(tiny, groups, sampling, adapters=adapters), groups)
+
+    counter = trace()
+
+    assert in_groups(
+        decode.generate(tiny, groups, sampling, adapters=adapters), groups) == expected
+    # rotate and swiglu, of one row and of many.
+    assert counter.frame_count <= 6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_model_can_be_traced(case, tmp_path, trace):
+    CASES[case]().save_pretrained(tmp_path / "base")
+    model = load_pretrained(tmp_path / "base", "cpu")
+    ids = torch.randint(0, 320, (2, 11))
+    expected = model(ids)
+
+    counter = trace()
+
+    torch.testing.assert_close(model(ids), expected, atol=1e-4, rtol=1e-3)
+    assert counter.frame_count == 2
+
+
+def test_the_update_is_one_graph():
+    p, g, m, v = (torch.randn(3, 50) for _ in range(4))
+    state = (p, g, m, v.abs())
+    lr = torch.tensor([[0.1], [0.0], [0.3]])
+    t = torch.tensor([[1.0], [5.0], [9.0]])
+    graph = torch.compile(adamw_, backend="aot_eager", fullgraph=True, dynamic=True)
+
+    plain, traced = [x.clone() for x in state], [x.clone() for x in state]
+    adamw_(*plain, lr, t, plain[0], clip=1.0, weight_decay=0.01)
+    graph(*traced, lr, t, traced[0], clip=1.0, weight_decay=0.01)
+
+    for a, b, before in zip(plain, traced, state):
+        torch.testing.assert_close(a, b)
+        assert not torch.equal(a, before)
+
+
+# ------------------------------------------------------------------------------- flash attention
+
+def by_sequence(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug):
+    """What aten's flash attention computes, a sequence at a time."""
+    assert bounds_q.dtype == torch.int32
+    assert torch.equal(bounds_q, bounds_k)
+    lengths = bounds_q.diff().tolist()
+    assert (bounds_q[0], sum(lengths)) == (0, len(q))
+    assert longest_q == longest_k == max(lengths)
+    assert (dropout, causal, debug) == (0.0, True, False)
+    outputs = []
+    for part in zip(*(x.split(lengths) for x in (q, k, v))):
+        heads_first = [x.transpose(0, 1) for x in part]
+        y = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+        outputs.append(y.transpose(0, 1))
+    return torch.cat(outputs), None, None, None, None
+
+
+def test_flash_attention_takes_the_ribbon_as_it_lies(tiny, monkeypatch):
+    lengths = [5, 40, 1, 17]
+    ids = torch.randint(0, 256, (sum(lengths),))
+    ribbon = Ribbon(lengths, "cpu")
+    expected = tiny.hidden(ids, ribbon.position, ribbon.attend)
+    called = []
+
+    def op(*args):
+        called.append(args)
+        return by_sequence(*args)
+
+    monkeypatch.setattr(ribbon_file, "has_flash", lambda x: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", op)
+    h = tiny.hidden(ids, ribbon.position, ribbon.attend)
+
+    assert len(called) == tiny.config.n_layer
+    torch.testing.assert_close(h, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_torch_knows_this_flash_attention_and_its_gradient():
+    """On meta tensors, which are shapes alone: its arguments, its shape, its gradient."""
+    q, k, v = (torch.empty(9, heads, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+               for heads in (4, 2, 2))
+    bounds = torch.empty(3, device="meta", dtype=torch.int32)
+
+    y = flash_attention(q, k, v, bounds, 6)
+    y.sum().backward()
+
+    assert y.shape == q.shape
+    assert [x.grad.shape for x in (q, k, v)] == [q.shape, k.shape, v.shape]
+
+
+def test_a_cpu_has_no_flash_attention():
+    assert not has_flash(torch.zeros(3, 2, 64, dtype=torch.bfloat16))
+
+
+def test_imitated_pads_are_masked_and_no_flash_attention(tiny, monkeypatch):
+    monkeypatch.setattr(ribbon_file, "has_flash", lambda x: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", None)
+    ribbon = PaddedRibbon([5, 7], [2, 0], torch.arange(12), "cpu")
+    tiny.hidden(torch.randint(0, 256, (12,)), ribbon.position, ribbon.attend)
+
+
+# ------------------------------------------------------------------------------- training (GPU)
+
+SHAPE = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=64, num_hidden_layers=4)
+RECIPE = Recipe(Lora(rank=8, alpha=16, targets=PROJECTIONS), lr=1e-3, epochs=3, batch=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "cuda", **SHAPE)
+
+
+@pytest.fixture()
+def model(folder):
+    return load_pretrained(folder, "cuda", torch.bfloat16)
+
+
+def all_losses(trained):
+    losses = []
+    for number in sorted(trained):
+        losses += trained[number].losses
+    return torch.tensor(losses)
+
+
+def random_adapters(model, n, lora=RECIPE.lora, std=0.1):
+    adapters = Adapters(model, lora, n)
+    adapters.flat.normal_(std=std, generator=torch.Generator("cuda").manual_seed(0))
+    return adapters
+
+
+def test_a_new_shape_costs_no_plan(model):
+    """cuDNN's attention would build a plan of a second for each new shape."""
+    seconds = []
+    for n in (33, 34, 35, 36, 37, 38):
+        ids = torch.randint(0, 256, (3 * n,), device="cuda")
+        ribbon = Ribbon([n, n + 1, n - 1], "cuda")
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        model.hidden(ids, ribbon.position, ribbon.attend)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+
+    assert sorted(seconds)[3] < 0.05
+
+
+@pytest.mark.parametrize("rank", [8, 32, 64])
+def test_grouped_products_equal_padded_ones(model, rank):
+    ids = torch.randint(0, 256, (24,), device="cuda")
+    ribbon = Ribbon([5, 11, 8], "cuda")
+    found = []
+    for grouped in (True, False):
+        adapters = random_adapters(model, 5, Lora(rank, 16, PROJECTIONS), std=0.05)
+        adapters.grouped = grouped
+        adapters.flat.requires_grad_()
+        with adapters.route([16, 0, 8, 0, 0]):
+            h = model.hidden(ids, ribbon.position, ribbon.attend)
+            h.float().square().mean().backward()
+        # An empty segment has no gradient, nor garbage.
+        assert not adapters.flat.grad[[1, 3, 4]].any()
+        found.append((h.detach().float(), adapters.flat.grad))
+
+    for ours, theirs in zip(*found):
+        assert (ours - theirs).norm() < 0.03 * theirs.norm()
+
+
+def test_many_at_once_as_one_at_a_time(model):
+    jobs = mixed_jobs(n=12)
+    packed = all_losses(train(model, jobs, slots=5))
+    alone = all_losses(train(model, jobs, slots=1))
+    assert (packed - alone).abs().max() < 0.1
+
+
+def test_graphs_train_the_same(model, monkeypatch):
+    """All steps of jobs of like lengths have a few shapes."""
+    jobs = [Job([([5 + i + k] * 30, [True] * 30) for k in range(4)], i, RECIPE) for i in range(12)]
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: (replays.append(g), replay(g)))
+    with_graphs = train(model, jobs, slots=5)
+    monkeypatch.setenv("NANOSEAL_NO_GRAPHS", "1")
+
+    without = train(model, jobs, slots=5)
+
+    assert len(replays) > 5
+    assert (all_losses(with_graphs) - all_losses(without)).abs().max() < 0.1
+    for i in without:
+        moved = (with_graphs[i].weights - without[i].weights).norm()
+        assert moved < 0.1 * without[i].weights.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("n, P", [(3, 5000), (64, 4096), (1, 70000), (7, 4096)])
+def test_the_compiled_update_is_the_plain_one(n, P):
+    state = [torch.randn(n, P, device="cuda") for _ in range(4)]
+    state[3].abs_()
+    lr = torch.full((n, 1), 1e-3, device="cuda")
+    t = torch.tensor([[1.0 + i % 4] for i in range(n)], device="cuda")
+    plain = [x.clone() for x in state]
+    fast = [x.clone() for x in state]
+
+    settings = dict(clip=1.0, weight_decay=0.01)
+    adamw_(*plain, lr, t, plain[0], **settings)
+    compiled(adamw_)(*fast, lr, t, fast[0], **settings)
+
+    for ours, theirs in zip(fast, plain):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_waits_for_nothing(model):
+    """Only where a job ends is something read back from the device."""
+    train(model, mixed_jobs(n=3), slots=3)      # compiles
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            train(model, mixed_jobs(n=6), slots=3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    places = set()
+    for warning in heard:
+        if "synchron" in str(warning.message):
+            places.add(f"{warning.filename.rsplit('/', 1)[-1]}:{warning.lineno}")
+    print("waits at", sorted(places))
+    assert len(places) <= 3
+
+
+def test_memory_is_as_reckoned_and_running_out_halves_the_slots(model, capsys):
+    examples = [([5] * 400, [True] * 400)] * 2
+    jobs = [Job(examples, i, replace(RECIPE, epochs=1, batch=1)) for i in range(16)]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+
+    train(model, jobs, slots=16)
+
+    peak = torch.cuda.max_memory_allocated() - before
+    print(f"peak {peak / 2 ** 20:.0f} MiB, formula "
+          f"{step_memory(model, RECIPE.lora, 16, 16 * 400) / 2 ** 20:.0f} MiB")
+
+    # The same with half of that memory.
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    allowed = torch.cuda.memory_reserved() + 0.5 * peak
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        trained = train(model, jobs, slots=16)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(trained) == 16
+    assert "out of memory: going on with" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------- decoding (GPU)
+
+PROMPTS = [[i, i + 1] for i in range(9)] + [[7] * 300]
+
+
+@pytest.mark.parametrize("case", ["sampled", "adapters"])
+def test_graphs_change_nothing(model, monkeypatch, case):
+    if case == "sampled":
+        groups, adapters = [PROMPTS], None
+        sampling = Sampling(60, n=2, temperature=1.0, top_p=0.9, stop=STOP, max_rows=8)
+    else:
+        groups, adapters = [PROMPTS[:5], PROMPTS[5:]], random_adapters(model, 2)
+        sampling = Sampling(60, stop=STOP, max_rows=6)
+    with_graphs = in_groups(
+        decode.generate(model, groups, sampling, range(20), adapters), groups)
+
+    monkeypatch.setattr(decode, "has_graphs", lambda device: False)
+
+    assert in_groups(
+        decode.generate(model, groups, sampling, range(20), adapters), groups) == with_graphs

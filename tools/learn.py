@@ -1,0 +1,119 @@
+"""Your own text: learn it, and ask about it before and after.
+
+    python -m tools.learn notes.txt --model HuggingFaceTB/SmolLM2-135M-Instruct --ask "Who?"
+    python -m tools.learn --adapter DIR --model HuggingFaceTB/SmolLM2-135M-Instruct --ask "When?"
+
+The model writes self-edits of every passage, and one adapter learns them. There is no reward.
+"""
+import re
+from pathlib import Path
+
+# Before what takes long to import, so that Ctrl-C is a line from here on.
+from support.files import Parser, UserError, cli, positive, printable
+
+from data import text
+from engine.decode import Sampling, collect
+from engine.train import sft
+from inner_loop import ANSWERS, SMALL, ask, in_prompt, make_job
+from lora import Adapters
+from model import load_pretrained
+from selfedit import SelfEdit, sample_self_edits, seed_for
+from support.ranks import Meter
+from support.tokenizer import Tokenizer
+
+
+def learn(args, model, tok):
+    """One adapter for plain texts, and each question before, in view and after."""
+    texts = text.load(args.files)
+    tasks = [text.as_task(*pair) for pair in texts]
+    tokens = sum(len(tok.encode(passage)) for _, passage in texts)
+    print(f"{', '.join(args.files)}: {len(texts)} passages, {tokens} tokens")
+    writing = Sampling(args.max_new, args.edits, temperature=0.5, top_p=0.95)
+    seeds = [[seed_for(i, j) for j in range(args.edits)] for i in range(len(tasks))]
+    edits = collect(
+        sample_self_edits(model, tok, tasks, writing, seeds, progress=Meter("self-edits")))
+    print(printable(f"a self-edit of the first passage:\n{edits[0][0].text}\n"))
+
+    questions = args.ask or own_questions(model, tok, texts)
+    asked = [text.as_question(question, texts) for question in questions]
+    (before,) = ask(model, tok, [asked])
+    (in_view,) = ask(model, tok, [in_prompt(asked)])
+
+    # The sentences, the passages, and the pieces of all self-edits: documents of one training.
+    # Sentences too, because what a small model writes of a text may be vague or wrong.
+    documents = []
+    for task, (title, passage), row in zip(tasks, texts, edits):
+        documents += [f"{title}\n{sentence}" for sentence in text.sentences(passage)]
+        documents += task.context
+        for edit in row:
+            documents += edit.documents
+    job = make_job(model, tok, SelfEdit(documents=documents), 0, SMALL)
+    ((_, trained),) = sft(model, [job], Meter(f"steps of training, {len(documents)} documents"))
+    adapter = Adapters.stack(model, SMALL.lora, [trained.weights])
+    (after,) = ask(model, tok, [asked], ANSWERS, adapter)
+
+    print(f"{len(trained.losses)} steps in {trained.seconds:.0f} s, "
+          f"loss {trained.losses[0]:.2f} -> {trained.losses[-1]:.2f}")
+    show_answers(questions, {"before": before, "text in view": in_view, "after": after})
+    if args.save:
+        adapter.save(0, args.save)
+        print(f"saved {args.save}. Ask more:  python -m tools.learn --model {args.model} --adapter "
+              f'{args.save} --ask "..."')
+    else:
+        print("nothing is kept without --save DIR")
+
+
+def own_questions(model, tok, texts) -> list[str]:
+    """Without --ask the model writes questions of its own, about the first passages."""
+    print("no --ask: these questions are the model's own")
+    tasks = [text.as_task(*pair, prompt="self-qa") for pair in texts[:3]]
+    sampling = Sampling(100, temperature=0.3, top_p=0.95)
+    found = []
+    seeds = [[seed_for("questions", i)] for i in range(len(tasks))]
+    for (edit,) in collect(sample_self_edits(model, tok, tasks, sampling, seeds)):
+        found += re.findall(r"^(?:Question \d+:)?\s*(\S[^\n]*\?)", edit.text, re.MULTILINE)[:2]
+    return found or [f"What is {texts[0][0]}?"]
+
+
+def show_answers(questions, rows: dict[str, list]):
+    """Each question, and the answer that each row has to it."""
+    for i, question in enumerate(questions):
+        print(printable(question))
+        for name, answers in rows.items():
+            print(printable(f"  {name:<14}{answers[i].texts[0]}"))
+
+
+def ask_adapter(args, model, tok):
+    """--adapter: questions with it and without it."""
+    adapter = Adapters.load(model, args.adapter)
+    asked = [text.as_question(question, [("", "")]) for question in args.ask]
+    (before,) = ask(model, tok, [asked])
+    (after,) = ask(model, tok, [asked], ANSWERS, adapter)
+    show_answers(args.ask, {"without": before, "with": after})
+
+
+def main():
+    ap = Parser(description="Learn plain texts; ask about them before and after.")
+    ap.add_argument("files", nargs="*", metavar="FILE", help="plain texts, or folders of them")
+    ap.add_argument("--model", required=True,
+                    help="folder or hub id, such as HuggingFaceTB/SmolLM2-135M-Instruct")
+    ap.add_argument("--ask", action="append", default=[], help="a question about them; again: more")
+    ap.add_argument("--edits", type=positive, default=2, help="of each passage (default: 2)")
+    ap.add_argument("--max-new", type=positive, default=200, help="tokens of each (default: 200)")
+    ap.add_argument("--save", metavar="DIR", help="write the adapter in PEFT's layout")
+    ap.add_argument("--adapter", metavar="DIR", help="one that was saved: --ask it")
+    args = ap.parse_args()
+    if bool(args.files) == bool(args.adapter):
+        raise UserError("either FILEs to learn, or --adapter DIR to ask (-h explains)")
+    if args.adapter and not args.ask:
+        raise UserError("--adapter: what is it to be asked? --ask \"...\"")
+    if args.save and (args.adapter or Path(args.save).exists()):
+        raise UserError(f"--save {args.save}: it exists already, or there is nothing new to save; "
+                        "nothing was overwritten")
+    model = load_pretrained(args.model)
+    tok = Tokenizer.from_pretrained(model.folder)
+    (ask_adapter if args.adapter else learn)(args, model, tok)
+
+
+if __name__ == "__main__":
+    cli(main)
