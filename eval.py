@@ -7,8 +7,7 @@
 
 single: the left of the paper's Table 2. cpt: its right. continual: Figure 6. arc: Table 1. They
 take outer_loop.py's flags (--preset tiny is the default) and keep what they did in --run-dir; the
-same command resumes. The table is printed, and written as JSON beside it. On several GPUs: torchrun
---nproc-per-node 8 eval.py single ... (or arc).
+same command resumes. The table is printed, and written as JSON. torchrun shares out single and arc.
 """
 import json
 import random
@@ -68,8 +67,7 @@ class Table:
 
 
 def row_of(name: str, records: list[dict], base: list[list[bool]]) -> dict:
-    """A row of a table, from the rollouts of each task's self-edits; `base` are the verdicts
-    without adaptation."""
+    """A row of a table, from rollouts; `base` are the verdicts without adaptation."""
     # A task's accuracy is the mean over its self-edits, whose reward is the mean over seeds.
     accuracy = []
     for i in range(len(base)):
@@ -93,9 +91,8 @@ def row_of(name: str, records: list[dict], base: list[list[bool]]) -> dict:
 def finish(table: Table, name: str, reference: dict):
     """Print a table, differences from the `reference` row in pairs, and write it as JSON."""
     run = table.run
-    questions = sum(map(len, table.base))
-    run.log(f"\n{len(table.tasks)} tasks, {questions} questions, {run.cfg.seeds} seeds; means over "
-            "tasks, differences in pairs")
+    run.log(f"\n{len(table.tasks)} tasks, {sum(map(len, table.base))} questions, {run.cfg.seeds} "
+            "seeds; means over tasks, differences in pairs")
     run.log(table_lines(table.rows, reference))
     path = run.folder / f"{name}.json"
     if ranks.RANK == 0:

@@ -19,8 +19,7 @@ from engine.device import auto_answering, in_halves
 from engine.train import Trained, batched, sft
 from lora import Adapters, Job, Lora, PROJECTIONS, Recipe, dialogue
 from model import load_pretrained
-from selfedit import DIRECTIVES, EMPTY, SelfEdit, Task
-from selfedit import read_self_edit, sample_self_edits, seed_for
+from selfedit import DIRECTIVES, EMPTY, SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from support.checkpoint import EMBEDDED
 from support.config import Config
 from support.files import Parser, UserError, at_least, cli, printable, read_text
@@ -43,8 +42,8 @@ def inner_recipe(cfg: Config) -> Recipe:
 def make_job(model, tok, edit: SelfEdit, seed: int, recipe: Recipe) -> Job:
     """The SFT job of a self-edit: examples of its documents, a recipe with its directives.
 
-    A text longer than the context window is cut; a (prompt, completion) pair longer than it is left
-    out. ValueError: why nothing can be learned.
+    A text longer than the context window is cut; a longer (prompt, completion) pair is left out.
+    ValueError: why nothing can be learned.
     NOTE(paper): a document ends with one EOS, which is learned. The official code pads every row
     with EOS to 2048 tokens, and about 98 % of its targets are pads: --pad-to 2048."""
     if not edit.documents:

@@ -197,9 +197,8 @@ class Adapters:
 
 
 class Route:
-    """While entered, the base's linear layers add the adapters' terms. It can be entered again.
-
-    So the model is never wrapped or copied: its modules, names and weights stay as they are."""
+    """While entered, the base's linear layers add the adapters' terms. It can be entered again. So
+    the model is never wrapped or copied: its modules, names and weights stay as they are."""
 
     def __init__(self, adapters: Adapters, segments: Segments, flat):
         # `adapters.flat` is float32; the products run in the model's dtype. In bfloat16 this is a

@@ -7,8 +7,7 @@ padded. Matrix products and norms treat each token alone, so they never see wher
 Only attention does: it unrolls the ribbon into a padded view and rolls the result up again.
 
 Modules keep Hugging Face's names, so loading is a `load_state_dict` and what we save opens there.
-Simplified: RoPE 'default' or 'llama3', no sliding window, no biases but Qwen2's, no dropout. A
-checkpoint that needs more is refused.
+Refused: RoPE but 'default' and 'llama3', sliding windows, biases but Qwen2's. There is no dropout.
 
 Shapes: B rows, T tokens, D = dim, V vocabulary, H heads, K key/value heads, E = head_dim.
 """

@@ -18,9 +18,9 @@ from support.files import Parser, UserError, cli
 
 import numpy as np
 
-from data.tasks import DOMAINS, load_data, next_tasks
+from data.tasks import DOMAINS, load_data
 from engine.decode import Sampling
-from engine.device import peak_memory
+from engine.device import peak_memory, try_memory
 from inner_loop import answering, ask, grade_all, in_prompt, inner_recipe, update_and_score
 from lora import Adapters, Job, Lora, Recipe, dialogue, sft_one
 from model import load_pretrained
@@ -48,7 +48,7 @@ def rest_em(run: Run, train: list[Task], held_out: list[Task], learn=None):
 
         # E-step: sample self-edits, and measure the model that each of them makes.
         run.log(f"\nRound {t + 1}: the E-step, on {cfg.tasks} tasks to learn from")
-        tasks = next_tasks(train, t, cfg.tasks)                         # (C, tau) ~ D
+        tasks = [train[(t * cfg.tasks + i) % len(train)] for i in range(cfg.tasks)]     # ~ D
         edits = sample(run, model, tasks, t, "train", cfg.edits)        # SE ~ LM_theta_t(. | C)
         without = unadapted(run, model, tasks)
         # theta'_t <- SFT(theta_t, SE); Ans ~ LM_theta'_t(. | tau); r <- r(Ans, tau)
@@ -248,7 +248,10 @@ def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit, float]
         prompt = run.tok.prompt(task.prompt)
         examples.append(dialogue(prompt, edit.token_ids, weight=weight))
     job = Job(examples, seed_for(cfg.seed, t, "M-step"), recipe)
-    trained = sft_one(model, job, run.meter("steps of the M-step"))
+    ok, trained = try_memory(lambda: sft_one(model, job, run.meter("steps of the M-step")))
+    if not ok:
+        model.recompute = True      # activations are computed again in the backward pass
+        trained = sft_one(model, job, run.meter("steps of the M-step"))
     # W <- W + (alpha / r) B A, once, in float32: the next round begins from these weights.
     Adapters.stack(model, recipe.lora, [trained.weights]).merge(0)
     # To guess at random costs ln V a token. A model that does twice as badly is broken.

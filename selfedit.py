@@ -5,8 +5,7 @@
     python selfedit.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/example_eval.json
 
 Paper, sections 3.1 and 3.2 and appendix B. For a passage a self-edit is text to be trained on; for
-a puzzle it is a JSON object of tools and hyper-parameters. A domain (data/knowledge.py,
-data/arc.py) is a list of `Task`s, and the loops ask nothing else of it.
+a puzzle it is a JSON object of tools and hyper-parameters. A domain is a list of `Task`s.
 """
 import hashlib
 import json

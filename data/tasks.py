@@ -38,11 +38,6 @@ def in_order(train: list[Task], seed: int) -> list[Task]:
     return train
 
 
-def next_tasks(train: list[Task], t: int, n: int) -> list[Task]:
-    """Round t's tasks: the next n, in turn."""
-    return [train[i % len(train)] for i in range(t * n, (t + 1) * n)]
-
-
 def load_passages(run) -> list[Task]:
     """The held-out passages. Puzzles are refused: these experiments cannot use them."""
     tasks = load_tasks(run, run.cfg.eval_data)

@@ -2,7 +2,7 @@
 
     python docs/figures.py [FOLDER]     # rebuilds loops.svg and ribbon.svg (default: in docs)
 
-ribbon.svg is computed: packing.pack lays out a small step, and Ribbon.attend says who sees whom.
+ribbon.svg is computed: ribbon.pack lays out a small step, and Ribbon.attend says who sees whom.
 """
 import sys
 from pathlib import Path
@@ -56,7 +56,7 @@ def loops(axes):
     write(axes, 58, 20.5, "inner_loop.update_and_score", "left", color=GREEN, **CODE)
     # What is done, and the function that does it.
     for x, y, colour, text, function in [
-        (4, 8, GREY, "task: a passage C, questions τ", "outer_loop.next_tasks"),
+        (4, 8, GREY, "task: a passage C, questions τ", "tasks.load_data"),
         (4, 21, BLUE, "policy θₜ reads C and\nwrites K self-edits", "selfedit.sample_self_edits"),
         (4, 36.5, ORANGE, "M-step: SFT on the kept:\nC is read, SE learned", "outer_loop.m_step"),
         (4, 50.8, ORANGE, "keep the best of each task", "outer_loop.select"),

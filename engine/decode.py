@@ -410,10 +410,12 @@ def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
 
     # Steps between two looks at what has ended; tokens read at once.
     n, total = sampler.sampling.n, len(prompts) * sampler.sampling.n
-    steps, most = (16, 16384) if model.device.type == "cuda" else (1, 2048)
+    steps, most = (16, 65536) if model.device.type == "cuda" else (1, 2048)
+    # On CUDA the cache has room for a short answer at once: a larger one means a new graph.
+    ahead = max(steps, min(128, sampler.sampling.max_new)) if steps > 1 else steps
     grid = Grid(queues, n, max_rows)
     longest = max(len(prompts[prompt]) for prompt in pending)
-    rows = Rows(model, grid.per * len(queues), longest + steps, total, sampler)
+    rows = Rows(model, grid.per * len(queues), longest + ahead, total, sampler)
 
     decoding = adapters.route([grid.per] * len(queues)) if adapters else nullcontext()
     while True:

@@ -4,10 +4,10 @@ GPU-only code is a few small functions. The plain version is used everywhere els
 the rest as far as a CPU can; tests/test_gpu.py needs a GPU. What fits is arithmetic.
 """
 import contextlib
+import math
 import os
 import re
 import sys
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -59,32 +59,42 @@ def own_stream():
 class Recorded:
     """A computation that is recorded as a CUDA graph, one for all inputs of the same shapes, and
     then launched whole: a step of thousands of kernels costs the host one call."""
-    PLAIN = 2       # so often it just runs, as few replays would not pay for recording
 
     def __init__(self):
-        self.seen = Counter()
-        self.graphs = {}    # shapes -> (graph, its input, its output)
-        self.pool = None    # memory that all graphs share, as they run one after the other
+        self.loaded = set()     # shapes that have run once: then every kernel is loaded
+        self.graphs = {}        # shapes -> (graph, its input, its output)
+        self.pool = ()          # memory that all graphs share, as they run one after the other
 
     def __call__(self, compute, x):
-        """compute(x), a tensor. compute reads the tensors of x.tensors() and what never changes its
-        address, and may write to the latter."""
+        """compute(x), a tensor. compute may read x.tensors() and what never changes its address
+        (weights, optimizer state), and may write to the latter."""
         shapes = tuple(tensor.shape for tensor in x.tensors())
-        # A graph can only be recorded when every kernel was loaded.
-        self.seen[shapes] += 1
-        if self.seen[shapes] <= self.PLAIN:
+        if shapes not in self.loaded:
+            self.loaded.add(shapes)
             return compute(x)
         if shapes not in self.graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool, own_stream()):  # records, and runs nothing
-                result = compute(x)
-            self.pool = graph.pool()
-            self.graphs[shapes] = graph, x, result
+            self.graphs[shapes] = graph, x, self.record(graph, compute, x)
         graph, own, result = self.graphs[shapes]
         for old, new in zip(own.tensors(), x.tensors()):
             old.copy_(new)
         graph.replay()
         return result.clone()
+
+    def record(self, graph, compute, x):
+        """The output of a graph of compute(x). Nothing runs yet."""
+        # torch.cuda.graph would give all idle memory back each time, for the next steps to fetch.
+        if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved() / 4:
+            torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(own_stream()):
+            graph.capture_begin(*self.pool)
+            try:
+                result = compute(x)
+            finally:
+                graph.capture_end()
+        self.pool = (graph.pool(),)
+        return result
 
 
 # ------------------------------------------------------------------------------- fused kernels
@@ -219,7 +229,10 @@ def auto_slots(model, jobs, free=None) -> int:
     lora = jobs[0].recipe.lora
     need = step_memory(model, lora, 1, 0) + activation_memory(model, lora, 2 * tokens)
     fit = int((free or free_memory(model.device)) / 1.4 / need)
-    return min(len(jobs), max(1, round(full / tokens)), fit)
+    # The longest job's steps come one after the other: more slots than these save no step.
+    steps = [job.steps for job in jobs]
+    useful = math.ceil(1.05 * sum(steps) / max(steps))
+    return min(len(jobs), max(1, round(full / tokens)), useful, fit)
 
 
 def row_memory(model, length):
@@ -232,7 +245,8 @@ def auto_rows(model, length, free=None):
     """How many rows of `length` tokens to decode side by side: 1/1.5 of what is free, as a cache
     that grows has one layer twice."""
     free = free or free_memory(model.device)
-    return max(1, min(256, int(free / 1.5) // row_memory(model, length)))
+    most = 256 if model.device.type == "cpu" else 1280
+    return max(1, min(most, int(free / 1.5) // row_memory(model, length)))
 
 
 def auto_answering(model, lora, free=None):
@@ -240,7 +254,7 @@ def auto_answering(model, lora, free=None):
     # Bytes per parameter: as trained, side by side, and two copies in bfloat16 while the rows that
     # are left are folded.
     fit = (free or free_memory(model.device)) / 3 / (12 * lora.parameters(model))
-    return max(1, min(16 if model.device.type == "cpu" else 64, int(fit)))
+    return max(1, min(16 if model.device.type == "cpu" else 256, int(fit)))
 
 
 # ---------------------------------------------------------------------------- when memory runs out

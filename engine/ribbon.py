@@ -157,6 +157,7 @@ class Example:
     labels: torch.Tensor    # (N,)
     weight: torch.Tensor    # (N,) of each label: 1, or as given; more for a pad of many
     position: torch.Tensor  # (L,)
+    total: float            # of the weights' sizes
     pads: int = 0           # how many of the last ids are pads (see with_pads)
 
     @classmethod
@@ -167,7 +168,9 @@ class Example:
             ids, learn = ids[:pad_to], learn[:pad_to]
         ids, learn = torch.tensor(ids), torch.tensor(learn, dtype=torch.double)
         source = learn[1:].nonzero()[:, 0]
-        example = cls(ids, source, ids[source + 1], learn[source + 1], torch.arange(len(ids)))
+        weight = learn[source + 1]
+        example = cls(ids, source, ids[source + 1], weight, torch.arange(len(ids)),
+                      float(weight.abs().sum()))
         return with_pads(example, pad_to) if len(ids) < pad_to else example
 
 
@@ -178,14 +181,15 @@ class Room:
     """
     texts: int              # no step has more
     longest: int            # tokens; no text has more
+    most: int               # tokens; a step of more keeps a GPU busy, and is not filled up
 
     @classmethod
-    def of(cls, jobs, slots):
+    def of(cls, jobs, slots, most):
         texts, longest = 0, 16
         for job in jobs:
             texts = max(texts, min(job.recipe.batch, len(job.examples)))
             longest = max(longest, *[len(ids) for ids, _ in job.examples])
-        return cls(slots * texts, longest)
+        return cls(slots * texts, longest, most)
 
     def fill(self, lengths) -> list[int]:
         """The lengths of the texts to add."""
@@ -199,9 +203,10 @@ class Room:
 
 
 def next_size(n):
-    """The next of 256, 288, 320, .. 512, 576, ..: eighths of a power of two, and at least 16."""
-    eighth = max(16, 2 ** ((n - 1).bit_length() - 4))
-    return -(-n // eighth) * eighth
+    """The next of 256, 512, .. 4096, 4608, ..: an eighth more at most, but at least 256, because a
+    step of fewer tokens takes as long."""
+    block = max(256, 2 ** ((n - 1).bit_length() - 4))
+    return -(-n // block) * block
 
 
 @dataclass
@@ -214,6 +219,7 @@ class Packed:
     labels: torch.Tensor    # (N,)
     weight: torch.Tensor    # (N,) of each label's loss: for each slot their sizes add up to 1
     slot: torch.Tensor      # (N,) whose label it is
+    fixed: bool             # filled up to one of a few shapes
     # Of each slot, (n, 1): train.py sets them.
     lr: torch.Tensor | None = None
     t: torch.Tensor | None = None
@@ -226,32 +232,38 @@ class Packed:
 
 def pack(running, device, dtype, room: Room | None = None) -> Packed:
     """Lay out a step: `running` holds each slot's train.Running, or None. dtype: of the weights."""
-    texts, counts, source, weight, slots = [], [], [], [], []
-    begin = 0       # of the text on the ribbon
+    texts, owner, totals = [], [], []       # of each text: its slot, and the weight of all there
     for slot, active in enumerate(running):
         batch = []
         if active:
             batch = [active.examples[number] for number in next(active.batches)]
-        # The loss is a mean over the slot's own labels, so each weighs one over their number.
-        total = sum(float(x.weight.abs().sum()) for x in batch)
-        for x in batch:
-            source.append(begin + x.source)
-            weight.append(x.weight.to(dtype) / (total or 1))
-            slots.append(torch.full((len(x.source),), slot))
-            begin += len(x.ids)
         texts += batch
-        counts.append(sum(len(x.ids) for x in batch))
+        owner += [slot] * len(batch)
+        # The loss is a mean over the slot's own labels, so each weighs one over their number.
+        totals += [sum(x.total for x in batch) or 1.0] * len(batch)
 
     lengths = [len(x.ids) for x in texts]
+    counts = [0] * len(running)
+    for slot, length in zip(owner, lengths):
+        counts[slot] += length
+    # What belongs to labels is worked out for all texts at once.
+    n_labels = torch.tensor([len(x.source) for x in texts])
+    begin = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)     # of each text on the ribbon
+    source = [torch.cat([x.source for x in texts]) + begin.repeat_interleave(n_labels)]
+    slots = [torch.tensor(owner).repeat_interleave(n_labels)]
+    weight = torch.cat([x.weight for x in texts]).to(dtype)
+    weight = [weight / torch.tensor(totals, dtype=dtype).repeat_interleave(n_labels)]
     ids = [x.ids for x in texts]
     labels = [x.labels for x in texts]
+    if room and sum(lengths) > room.most:
+        room = None
     if room:
         # Further texts, which belong to the last slot, and further labels that weigh nothing.
         added = room.fill(lengths)
         lengths += added
         counts[-1] += sum(added)
         ids.append(torch.zeros(sum(added), dtype=torch.long))
-        n_labels = sum(map(len, source))
+        n_labels = len(source[0])
         # Where most tokens have a label, as many as there are tokens: fewer shapes.
         size = sum(lengths)
         lacking = (size if 2 * n_labels > size else next_size(n_labels)) - n_labels
@@ -272,7 +284,8 @@ def pack(running, device, dtype, room: Room | None = None) -> Packed:
         source=to_device(torch.cat(source), device),
         labels=to_device(torch.cat(labels), device),
         weight=to_device(torch.cat(weight), device),
-        slot=to_device(torch.cat(slots), device))
+        slot=to_device(torch.cat(slots), device),
+        fixed=room is not None)
 
 
 # -------------------------------------------------- the official code's padded rows: --pad-to 2048
@@ -292,12 +305,14 @@ def with_pads(example, pad_to, n_pads=8):
     n_pads = min(n_pads, n)
     spread = ((torch.arange(n_pads) + 0.5) * n / n_pads).long()
     eos = example.ids[-1:].expand(n_pads)
+    weight = torch.cat([example.weight, torch.full((n_pads,), n / n_pads)])
     return replace(
         example,
         ids=torch.cat([example.ids[:content], eos]),
         source=torch.cat([example.source, torch.arange(content, content + n_pads)]),
         labels=torch.cat([example.labels, eos]),
-        weight=torch.cat([example.weight, torch.full((n_pads,), n / n_pads)]),
+        weight=weight,
+        total=float(weight.abs().sum()),
         position=torch.cat([example.position[:content], content + spread]),
         pads=n_pads)
 

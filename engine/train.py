@@ -1,13 +1,12 @@
-"""Supervised fine-tuning of many adapters at once: the one trainer of both loops.
+"""Supervised fine-tuning of many adapters at once: the trainer of the inner loop.
 
     theta' <- SFT(theta, SE)
 
-The inner loop gives `sft` hundreds of small jobs, the M-step of the outer loop a single larger one.
 lora.sft_one is the textbook, one adapter trained by torch's own AdamW. `sft` gives the same for
-many: at every step the next micro-batches of n jobs lie in one ribbon, and when a job ends its slot
-takes the next one (continuous batching, for training). An adapter's parameters touch its own tokens
-only, so each adapter gets exactly the gradient, clipping and update that it would get alone, with
-its own learning rate, number of steps and loss mask.
+hundreds of small jobs. At every step the next micro-batches of n jobs lie in one ribbon, and when a
+job ends its slot takes the next one (continuous batching, for training). An adapter's parameters
+touch its own tokens only, so each adapter gets exactly the gradient, clipping and update that it
+would get alone, with its own learning rate, number of steps and loss mask.
 
 Shapes: n slots, T tokens of a step, N of them with a label, D = dim, V vocabulary, P parameters of
 an adapter.
@@ -20,8 +19,8 @@ from typing import Iterable, Iterator
 import torch
 
 from engine.decode import quiet
-from engine.device import (Recorded, activation_memory, auto_slots, free_memory, fused, has_flash,
-                           has_graphs, less_memory, to_device, try_memory)
+from engine.device import (Recorded, auto_slots, fused, has_flash, has_graphs, less_memory,
+                           to_device, try_memory)
 from engine.ribbon import Example, Packed, Room, pack
 
 
@@ -100,8 +99,10 @@ def fill_slots(model, jobs, waiting, n, progress):
 
     `progress` hears how many optimiser steps are left."""
     engine = Engine(model, jobs[0].recipe, n)
-    if has_graphs(model.device) and can_record(engine.adapters, jobs, n):
-        engine.room, engine.recorded = Room.of(jobs, n), Recorded()
+    if has_graphs(model.device) and can_record(engine.adapters, jobs):
+        # Of larger steps the host's part is small beside the GPU's.
+        most = int(4e12 / sum(p.numel() for p in model.parameters()))
+        engine.room, engine.recorded = Room.of(jobs, n, most), Recorded()
     left = sum(jobs[i].steps for i in waiting)
     ended = []
     while True:
@@ -130,18 +131,13 @@ def fill_slots(model, jobs, waiting, n, progress):
             return
 
 
-def can_record(adapters, jobs, slots: int) -> bool:
+def can_record(adapters, jobs) -> bool:
     """Whether the jobs' steps can be CUDA graphs: if no shape depends on how long a single text is,
-    nothing that a step does depends on who is in which slot, and there is room for it."""
+    and nothing that a step does depends on who is in which slot."""
     model = adapters.model
     heads = torch.empty(0, 1, model.config.head_dim, device=model.device, dtype=model.dtype)
     plain = all(job.free is None and not job.recipe.pad_to for job in jobs)
-    if not (adapters.grouped and has_flash(heads) and plain):
-        return False
-    # Graphs keep memory of their own, beside what the steps take that just run: both hold what the
-    # backward pass needs. Twice the mean, as some steps are longer.
-    tokens = 2 * slots * sum(job.tokens for job in jobs) / sum(job.steps for job in jobs)
-    return 2 * activation_memory(model, adapters.lora, tokens) < free_memory(model.device)
+    return adapters.grouped and has_flash(heads) and plain
 
 
 class Engine:
@@ -188,14 +184,13 @@ class Engine:
         """A step of AdamW for every running job, on its next micro-batch."""
         step = pack(self.running, self.model.device, self.flat.dtype, self.room)
         # An empty slot holds zeros and has no gradient: its step changes nothing.
-        lr = torch.zeros(self.n, 1, dtype=self.flat.dtype)
-        t = torch.ones(self.n, 1, dtype=self.flat.dtype)
+        lr, t = [0.0] * self.n, [1.0] * self.n
         for slot, active in enumerate(self.running):
             if active:
-                lr[slot] = active.job.lr_at(active.step)
-                t[slot] = active.step + 1
-        step.lr, step.t = to_device(lr, self.model.device), to_device(t, self.model.device)
-        compute = partial(self.recorded, self.compute) if self.room else self.compute
+                lr[slot], t[slot] = active.job.lr_at(active.step), active.step + 1
+        step.lr, step.t = (to_device(torch.tensor(values, dtype=self.flat.dtype)[:, None],
+                                     self.model.device) for values in (lr, t))
+        compute = partial(self.recorded, self.compute) if step.fixed else self.compute
         self.losses.append(compute(step))
 
     def compute(self, step: Packed):

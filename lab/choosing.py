@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from data.tasks import in_order, load_tasks, next_tasks
+from data.tasks import in_order, load_tasks
 from inner_loop import inner_recipe, make_job
 from lab.credit import truth
 from lab.experiment import (Question, complete, new_figure, over_passages, print_table, save,
                             where)
 from lab.race import LAST, PRODUCT, RULES, USUAL, Rung, gold, loss, products, race, trainer
 from lab.reliability import accuracy_of, read_groups
-from lab.tiny import RECIPE, SETTINGS, run_of, start
+from lab.tiny import RECIPE, SETTINGS, next_tasks, run_of, start
 from lora import Adapters, sft_one
 from outer_loop import sample
 from selfedit import read_self_edit, seed_for

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data import tinyworld as world
-from data.tasks import in_order, load_tasks, next_tasks
+from data.tasks import in_order, load_tasks
 from engine.decode import Sampling, collect
 from inner_loop import ask, grade_all, update_and_score
 from inner_loop import inner_recipe
@@ -87,6 +87,11 @@ def run_of(folder, **own) -> Run:
     settings = read_json(path)
     known = {f.name: settings[f.name] for f in fields(Config) if f.name in settings}
     return Run(Config(**known | {"run_dir": str(folder)} | own), load_pretrained)
+
+
+def next_tasks(train: list[Task], t: int, n: int) -> list[Task]:
+    """Round t's tasks: the next n, in turn."""
+    return [train[i % len(train)] for i in range(t * n, (t + 1) * n)]
 
 
 def one_round(run: Run, model, train: list[Task], t: int, reward):

@@ -119,7 +119,7 @@ class Config:
                         raise UserError(f"{flag(f.name)} {one!r}: choose among "
                                         f"{', '.join(filter(None, f.metadata['choices']))}")
             elif f.type in (int, float) and not is_within(value, **f.metadata):
-                raise UserError(f"{flag(f.name)} {value}: must be {range_of(**f.metadata)}")
+                raise UserError(f"{flag(f.name)} {value}: must be {range_of(f.metadata)}")
         if self.device not in ("", "cpu") and not (
                 re.fullmatch(r"cuda(:\d)?", self.device) and torch.cuda.is_available()):
             raise UserError(f"--device {self.device}: there is no such device here (cpu, or cuda "
@@ -131,16 +131,13 @@ def is_within(value, low=-math.inf, above=-math.inf, high=math.inf, **_) -> bool
     return above < value <= high and low <= value and abs(value) < math.inf
 
 
-def range_of(low=None, above=None, high=None, **_) -> str:
-    """The range in words, or nothing."""
-    words = []
-    if low is not None:
-        words.append(f"{low:g} or more")
-    if above is not None:
-        words.append(f"more than {above:g}")
-    if high is not None:
-        words.append(f"at most {high:g}")
-    return ", ".join(words)
+RANGES = {"low": "{:g} or more", "above": "more than {:g}", "high": "at most {:g}"}
+
+
+def range_of(metadata) -> str:
+    """The range of a setting in words, or nothing."""
+    return ", ".join(words.format(metadata[end]) for end, words in RANGES.items()
+                     if end in metadata)
 
 
 # A setting of one domain: elsewhere it would do nothing, and is refused.
@@ -210,7 +207,7 @@ def add_flags(parser):
             kind, default = dict(action=argparse.BooleanOptionalAction), ""
         if f.type is list:
             kind, default = dict(nargs="+", metavar="NAME"), " ".join(f.default_factory())
-        notes = [range_of(**f.metadata)]
+        notes = [range_of(f.metadata)]
         if default != "":
             notes.append(f"default: {default}")
         shown = f.metadata["help"]

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -80,9 +80,7 @@ def gather(x) -> list:
     return everyone
 
 
-def wait():
-    """Until all ranks are here."""
-    gather(None)
+wait = partial(gather, None)    # until all ranks are here
 
 
 # ------------------------------------------------------------------------------- progress

@@ -23,10 +23,8 @@ def mean_ci(rows):
     """(mean, half of the 95 % interval) over runs, by Student's t. rows (runs, columns)."""
     rows = np.asarray(rows, float)
     n = len(rows)
-    if n == 1:
-        return rows.mean(0), np.full(rows.shape[1], np.nan)
-    half = T_95.get(n, 2.26) * rows.std(0, ddof=1) / n ** 0.5
-    return rows.mean(0), half
+    spread = rows.std(0, ddof=1) if n > 1 else np.full(rows.shape[1], np.nan)
+    return rows.mean(0), T_95.get(n, 2.26) * spread / n ** 0.5
 
 
 def share_changed(pairs, known):
@@ -52,9 +50,8 @@ def over_streams(values):
     """(mean, standard error) over the first axis, as lists."""
     values = np.asarray(values, float)
     n = len(values)
-    if n == 1:
-        return values[0].tolist(), np.full_like(values[0], np.nan).tolist()
-    return values.mean(0).tolist(), (values.std(0, ddof=1) / n ** 0.5).tolist()
+    spread = values.std(0, ddof=1) if n > 1 else np.full_like(values[0], np.nan)
+    return values.mean(0).tolist(), (spread / n ** 0.5).tolist()
 
 
 def forgetting(accuracy):

@@ -1,7 +1,5 @@
 """A Hugging Face vocabulary as a tiktoken encoding, and the chat templates of Llama-3 and ChatML.
 
-    python -m support.tokenizer --model HuggingFaceTB/SmolLM2-135M-Instruct --text "Hello, world"
-
 tiktoken merges the pair whose union has the lowest rank, and in these vocabularies a token's id
 *is* its rank: so the vocabulary {bytes: id} and the pre-tokenizer's regular expression are all we
 need; the list of merges is not. Text is always encoded as plain text: a special token's name
@@ -15,8 +13,8 @@ import unicodedata
 import tiktoken
 import torch
 
-from support.checkpoint import EMBEDDED, fetch, number, read_object
-from support.files import Parser, UserError, cli
+from support.checkpoint import fetch, number, read_object
+from support.files import UserError
 
 GPT2 = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
         r"|\s+(?!\S)|\s+")
@@ -240,19 +238,3 @@ class Tokenizer:
         mask = torch.ones(model.config.vocab_size, dtype=torch.bool)
         mask[[i for i in (*self.bytes, *self.special.values()) if i < len(mask)]] = False
         return mask.to(model.device)
-
-
-def main():
-    ap = Parser(description="Show how a text is cut into tokens.")
-    ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
-    ap.add_argument("--text", default="Hello, world")
-    args = ap.parse_args()
-    tok = Tokenizer.from_pretrained(args.model)
-    ids = tok.encode(args.text)
-    print(" ".join(f"{i}:{tok.decode([i])!r}" for i in ids))
-    print(f"{len(ids)} tokens; vocabulary {tok.size}, template {tok.template}, bos {tok.bos}, "
-          f"stop {sorted(tok.stop)}")
-
-
-if __name__ == "__main__":
-    cli(main)

@@ -52,7 +52,7 @@ def test_programs_print_no_traceback():
     assert run.stderr == "error: /nowhere: no such folder (a hub id looks like owner/name)\n"
 
 
-@pytest.mark.parametrize("name", ["model", "lora", "selfedit", "support.tokenizer"])
+@pytest.mark.parametrize("name", ["model", "lora", "selfedit", "inner_loop"])
 def test_every_small_program_refuses_a_folder_that_is_not_there(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--model", "/nowhere"])
     with pytest.raises(SystemExit) as stopped:

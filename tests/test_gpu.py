@@ -279,6 +279,21 @@ def test_graphs_train_the_same(model, monkeypatch):
         assert moved < 0.1 * without[i].weights.norm()
 
 
+def test_answers_between_the_yields_of_a_training_change_nothing(model):
+    """Decoding records and drops graphs while those of training wait (pytorch#193402)."""
+    jobs = [Job([([5 + i + k] * 30, [True] * 30) for k in range(4)], i, RECIPE) for i in range(12)]
+    alone = train(model, jobs, slots=3)
+
+    beside = {}
+    for i, trained in sft(model, [replace(job, recipe=replace(RECIPE, slots=3)) for job in jobs]):
+        beside[i] = trained
+        adapters = random_adapters(model, 2)
+        list(decode.generate(model, [[[1, 2]], [[3]]], Sampling(40), adapters=adapters))
+
+    for i in alone:
+        assert torch.equal(beside[i].weights, alone[i].weights)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("n, P", [(3, 5000), (64, 4096), (1, 70000), (7, 4096)])
 def test_the_compiled_update_is_the_plain_one(n, P):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import inner_loop
 import outer_loop
 from data import knowledge
-from data.tasks import load_tasks, next_tasks
+from data.tasks import in_order, load_tasks
 from engine.decode import Sampling, collect
 from engine.train import sft
 from inner_loop import ANSWERS, answering, ask, grade_all, make_job
@@ -206,9 +206,11 @@ def test_an_m_step_that_diverges_is_an_error_and_saves_nothing(words, argv, tmp_
     assert not list((tmp_path / "run").glob("iter_*"))
 
 
-def test_rounds_take_passages_in_turn():
-    rounds = [next_tasks(["a", "b", "c", "d", "e"], t, 2) for t in range(3)]
-    assert rounds == [["a", "b"], ["c", "d"], ["e", "a"]]
+def test_rounds_take_passages_in_turn(whole):
+    train = in_order(load_tasks(whole, whole.cfg.train_data), whole.cfg.seed)
+    for t in range(2):
+        titles = [r["title"] for r in whole.rollouts.of(t, "train")]
+        assert titles[::3] == [task.name for task in train[2 * t:2 * t + 2]]
 
 
 # ------------------------------------------------------------------------------- bad self-edits
@@ -474,7 +476,6 @@ def test_the_program_prints_a_summary_and_with_verbose_its_settings(words, setti
 
 @pytest.mark.parametrize("command", [
     "model.py --model MODEL --max-new 3",
-    "-m support.tokenizer --model MODEL",
     "lora.py --model MODEL --steps 2",
     "selfedit.py --model MODEL --data data/example_eval.json --edits 1",
     "inner_loop.py --model MODEL --data data/example_eval.json"])

@@ -807,7 +807,7 @@ KINDS = {"cuda": torch.OutOfMemoryError("CUDA out of memory"), "python": MemoryE
                              "memory: you tried to allocate 99 bytes")}
 # Where memory may run out, and whether the run goes on by itself then.
 PLACES = {
-    "training": (train, "pack", True), "an adapter's update": (train, "adamw_all", True),
+    "training": (train, "pack", True), "an adapter's update": (train, "adamw_", True),
     "stacking adapters": (Adapters, "stack", True), "routes": (Adapters, "route", True),
     "rows": (decode, "Rows", True), "a step of decoding": (decode.Rows, "step", True),
     "prefill": (decode.Rows, "prefill", True),

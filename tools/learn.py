@@ -76,7 +76,6 @@ def own_questions(model, tok, texts) -> list[str]:
 
 
 def show_answers(questions, rows: dict[str, list]):
-    """Each question, and the answer that each row has to it."""
     for i, question in enumerate(questions):
         print(printable(question))
         for name, answers in rows.items():
