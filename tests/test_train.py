@@ -363,8 +363,8 @@ def test_steps_that_are_filled_up_for_graphs_train_the_same(model64, monkeypatch
         assert bounds[0] >= slots * 3 + 1       # batches of three texts, and what is added
 
 
-@pytest.mark.parametrize("n, rounded", [(1, 256), (256, 256), (257, 512), (4096, 4096), (4097, 4608),
-                                        (8000, 8192)])
+@pytest.mark.parametrize("n, rounded", [(1, 256), (256, 256), (257, 512), (4096, 4096),
+                                        (4097, 4608), (8000, 8192)])
 def test_sizes_are_rounded_up_by_an_eighth_or_to_256(n, rounded):
     assert next_size(n) == rounded
 
