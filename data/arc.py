@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from data.judges import each
-from selfedit import PUZZLE_PROMPT, STRATEGIES, TOOLS, SelfEdit, Task, seed_for
-from selfedit import read_json_edit, read_self_edit
+from selfedit import (PUZZLE_PROMPT, STRATEGIES, TOOLS, SelfEdit, Task, read_json_edit,
+                      read_self_edit, seed_for)
 from support.files import Parser, UserError, cli, printable, read_json, replace_file
 
 PAPER = {

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lab.experiment import error_bars, new_figure, of_seeds, over_seeds, parser, save
-from support.files import Lines
-from support.files import UserError, cli, printable, read_json
+from support.files import Lines, UserError, cli, printable, read_json
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 # What settings mean, in a figure's legend.

@@ -13,8 +13,7 @@ from typing import Callable, Collection, Sequence
 import numpy as np
 
 from support.config import flag
-from support.files import Lines
-from support.files import Parser, UserError, read_json, replace_file
+from support.files import Lines, Parser, UserError, read_json, replace_file
 from support.stats import bootstrap_ci, mean_ci, with_interval
 
 # ------------------------------------------------------------------------------- questions

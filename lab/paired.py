@@ -26,8 +26,7 @@ from data.judges import RULES, normalise
 from data.text import sentences
 from lab.experiment import over_passages, parser, print_table
 from selfedit import Task, read_self_edit
-from support.files import Lines
-from support.files import UserError, cli, read_json, replace_file
+from support.files import Lines, UserError, cli, read_json, replace_file
 
 
 def by_passage(passages: dict[int, list[dict]]) -> dict[str, list[float]]:

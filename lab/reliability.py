@@ -17,8 +17,7 @@ import numpy as np
 from data.judges import RULES, model_judge
 from lab.experiment import over_passages, parser, print_table
 from model import load_pretrained
-from support.files import Lines
-from support.files import UserError, cli, positive, printable, read_json
+from support.files import Lines, UserError, cli, positive, printable, read_json
 from support.stats import share_changed
 from support.tokenizer import Tokenizer
 

@@ -19,8 +19,7 @@ import torch
 
 from lab.experiment import parser, print_table
 from support.config import add_flags
-from support.files import Lines
-from support.files import UserError, cli
+from support.files import Lines, UserError, cli
 
 ROOT = Path(__file__).parent.parent
 GOAL, SEEDS = 0.75, range(5)

@@ -9,8 +9,7 @@ import numpy as np
 from data import tinyworld as world
 from data.tasks import in_order, load_tasks
 from engine.decode import Sampling, collect
-from inner_loop import ask, grade_all, update_and_score
-from inner_loop import inner_recipe
+from inner_loop import ask, grade_all, inner_recipe, update_and_score
 from lora import Adapters
 from model import Transformer, load_pretrained
 from outer_loop import m_step, sample, select

@@ -23,8 +23,7 @@ from lab.experiment import (arrows, complete, differences, gain, last_reward, ne
 from lab.tiny import SETTINGS
 from lora import Adapters, Job, dialogue
 from model import load_pretrained
-from outer_loop import m_step, rest_em
-from outer_loop import outer_recipe
+from outer_loop import m_step, outer_recipe, rest_em
 from selfedit import seed_for
 from support.config import Config
 from support.files import UserError, cli

@@ -32,8 +32,7 @@ from lab.race import Rung
 from lab.tiny import RECIPE, SETTINGS
 from lora import Adapters, Job, dialogue, sft_one
 from model import load_pretrained
-from outer_loop import m_step
-from outer_loop import outer_recipe
+from outer_loop import m_step, outer_recipe
 from selfedit import SelfEdit, read_self_edit
 from support.checkpoint import EMBEDDED
 from support.config import PRESETS, Config

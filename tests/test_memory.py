@@ -11,8 +11,8 @@ import torch
 from engine import device
 from engine import train as engine
 from engine.decode import Cache
-from engine.device import activation_memory, in_halves, step_memory, try_memory
-from engine.device import auto_answering, auto_rows, auto_slots, free_memory
+from engine.device import (activation_memory, auto_answering, auto_rows, auto_slots, free_memory,
+                           in_halves, step_memory, try_memory)
 from engine.ribbon import Ribbon
 from engine.train import Engine, sft
 from lora import Adapters, Job, Lora

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from support import ranks
 from support.files import Lines
-from support.ranks import share_of
-from support.ranks import SharedLines
+from support.ranks import SharedLines, share_of
 from tests.conftest import ROOT
 from tests.helpers import read_lines
 

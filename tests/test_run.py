@@ -33,10 +33,8 @@ from lora import Adapters, Lora, PROJECTIONS, Recipe
 from model import Transformer, load_pretrained
 from outer_loop import score, unadapted
 from support.config import PRESETS, Config, flag
-from support.files import UserError, cli
-from support.files import Lines
-from support.ranks import Meter
-from support.ranks import Records
+from support.files import Lines, UserError, cli
+from support.ranks import Meter, Records
 from support.run import Run
 from tests.conftest import ROOT
 from tests.helpers import SMALL, even_length, open_run, parse, read_lines, run_it
