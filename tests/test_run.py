@@ -782,7 +782,7 @@ def hurt(kind, argv):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, least", [("operations", 25), ("moments", 16)])
+@pytest.mark.parametrize("kind, least", [("operations", 25), ("moments", 8)])
 def test_a_kill_before_any_file_operation_or_at_any_moment_loses_nothing(kind, least, argv):
     ended, _ = hurt(kind, argv)
     assert ended.count(-signal.SIGKILL) >= least
