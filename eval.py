@@ -289,8 +289,9 @@ def cpt(args, run: Run):
 
     table = Table(run, tasks)
     done = Lines(run.folder / "cpt.jsonl")
+    finished = {r["row"] for r in done.records}
     for name, texts in corpora.items():
-        if name not in [r["row"] for r in done.records]:
+        if name not in finished:
             done.add(learn_all(run, model, tasks, name, texts))
     for r in done.records:
         table.rows.append(cpt_row(r, table.base, cfg.seeds))

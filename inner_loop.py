@@ -244,7 +244,7 @@ TINY = Recipe(Lora(rank=8, alpha=8, targets=PROJECTIONS), lr=2e-2, epochs=10, ba
 def main():
     ap = Parser(description="Learn one passage; ask about it before and after.")
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
-    ap.add_argument("--data", default="eval", help="a file, or tiny towns (default: eval)")
+    ap.add_argument("--data", default="eval", help="a file of passages, or towns: tune, eval")
     ap.add_argument("--index", type=at_least(0), default=0, help="which passage (default: 0)")
     ap.add_argument("--self-edit", metavar="FILE", help="one that you wrote, a note on each line")
     args = ap.parse_args()

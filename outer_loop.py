@@ -12,6 +12,7 @@ run's folder (support/run.py), and the same command resumes it. On several GPUs:
 import math
 import random
 import time
+from functools import partial
 
 # Imported first: from here on Ctrl-C prints one line, also while the slow imports run.
 from support.files import Parser, UserError, cli
@@ -20,7 +21,7 @@ import numpy as np
 
 from data.tasks import DOMAINS, load_data
 from engine.decode import Sampling
-from engine.device import peak_memory, try_memory
+from engine.device import less_memory, peak_memory, try_memory
 from inner_loop import answering, ask, grade_all, in_prompt, inner_recipe, update_and_score
 from lora import Adapters, Job, Lora, Recipe, dialogue, sft_one
 from model import load_pretrained
@@ -245,13 +246,14 @@ def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit, float]
     recipe = outer_recipe(cfg)
     examples = []
     for task, edit, weight in kept:
-        prompt = run.tok.prompt(task.prompt)
-        examples.append(dialogue(prompt, edit.token_ids, weight=weight))
+        examples.append(dialogue(run.tok.prompt(task.prompt), edit.token_ids, weight=weight))
     job = Job(examples, seed_for(cfg.seed, t, "M-step"), recipe)
-    ok, trained = try_memory(lambda: sft_one(model, job, run.meter("steps of the M-step")))
+    train = partial(sft_one, model, job, run.meter("steps of the M-step"))
+    ok, trained = try_memory(train)
     if not ok:
-        model.recompute = True      # activations are computed again in the backward pass
-        trained = sft_one(model, job, run.meter("steps of the M-step"))
+        less_memory(model, slots=1)     # recomputes activations, and says so
+        trained = train()
+        model.recompute = cfg.recompute
     # W <- W + (alpha / r) B A, once, in float32: the next round begins from these weights.
     Adapters.stack(model, recipe.lora, [trained.weights]).merge(0)
     # To guess at random costs ln V a token. A model that does twice as badly is broken.
@@ -280,7 +282,7 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
     # self-edits of one task say nothing about other tasks.
     per_task = np.mean(rewards, axis=1)
     last_round = [r["reward"] for r in run.rollouts.of(t - 1, "train")]
-    metrics = {
+    run.record({
         "iteration": t,
         "eval_reward": float(np.mean(per_task)),
         "eval_ci": bootstrap_ci(per_task),
@@ -290,8 +292,7 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
         "baselines": arms,
         "train_reward": float(np.mean(last_round)) if last_round else None,
         "made_of": DOMAINS[cfg.domain].describe(tasks, edits),
-        "seconds": round(time.time() - run.begin, 1)}
-    run.record(metrics)
+        "seconds": round(time.time() - run.begin, 1)})
 
 
 def baselines(run: Run, model, tasks: list[Task], without: list[float]) -> list[dict]:

@@ -5,7 +5,7 @@ from functools import cache
 
 from data import arc, judges, knowledge, tinyarc, tinyworld
 from engine.device import try_memory
-from model import ModelConfig, load_pretrained
+from model import ModelConfig
 from selfedit import Task, seed_for
 from support.checkpoint import fetch
 from support.files import UserError
@@ -97,5 +97,5 @@ def judge_model(run):
     ok, model = try_memory(lambda: run.read_model(run.cfg.model))
     if not ok:
         run.log("out of memory: the judge works on the host, slowly (--judge rule is faster)")
-        model = load_pretrained(run.cfg.model, "cpu")
+        model = run.load_pretrained(run.cfg.model, "cpu")
     return model

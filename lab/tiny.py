@@ -9,7 +9,7 @@ import numpy as np
 from data import tinyworld as world
 from data.tasks import in_order, load_tasks
 from engine.decode import Sampling, collect
-from inner_loop import ask, grade_all, inner_recipe, update_and_score
+from inner_loop import answering, ask, grade_all, inner_recipe, update_and_score
 from lora import Adapters
 from model import Transformer, load_pretrained
 from outer_loop import m_step, sample, select
@@ -26,7 +26,7 @@ SETTINGS = PRESETS["tiny"] | {"iterations": 3, "outer_lr": 2e-3}
 TINY = Config(**SETTINGS)
 RECIPE = inner_recipe(TINY)
 WRITING = Sampling(TINY.max_edit_tokens, 1, TINY.temperature, TINY.top_p)
-ANSWERING = Sampling(TINY.max_answer_tokens, newline_stops=True)
+ANSWERING = answering(TINY)
 
 
 def add_split(ap, name="--towns"):

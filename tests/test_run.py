@@ -764,7 +764,10 @@ def hurt_runs(kind, *argv):
     ended = []
     for attempt in attempts[kind]:
         shutil.rmtree(hurt, ignore_errors=True)
+        begin = time.time()
         ended.append(run_in_child(argv, hurt, attempt))
+        if ended[-1] == 0:
+            took = time.time() - begin      # the machine is less busy now
         if ended[-1] == 0 and kind == "operations":
             break               # there were fewer operations
         assert run_in_child(argv, hurt, int) == 0
@@ -782,7 +785,7 @@ def hurt(kind, argv):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, least", [("operations", 25), ("moments", 8)])
+@pytest.mark.parametrize("kind, least", [("operations", 25), ("moments", 16)])
 def test_a_kill_before_any_file_operation_or_at_any_moment_loses_nothing(kind, least, argv):
     ended, _ = hurt(kind, argv)
     assert ended.count(-signal.SIGKILL) >= least
@@ -809,6 +812,7 @@ PLACES = {
     "stacking adapters": (Adapters, "stack", True), "routes": (Adapters, "route", True),
     "rows": (decode, "Rows", True), "a step of decoding": (decode.Rows, "step", True),
     "prefill": (decode.Rows, "prefill", True),
+    "the M-step": (torch.nn.functional, "cross_entropy", True),
     "growing the cache": (decode.Cache, "keep", True),
     "drawing tokens": (decode, "sample", True), "merging": (Adapters, "merge", False),
     "loading": (Run, "read_model", False), "saving": (Transformer, "save_pretrained", False)}
