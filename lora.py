@@ -296,6 +296,7 @@ def sft_one(model, job: Job, progress=quiet) -> Trained:
     The textbook, and the M-step. engine.train.sft does the same for the hundreds of jobs of the
     inner loop, and the tests hold it against this. Not here: start, free and pad_to."""
     recipe, begin = job.recipe, time.time()
+    assert job.start is None and job.free is None and not recipe.pad_to
     adapter = Adapters(model, recipe.lora, n=1)
     adapter.init(0, job.seed)
     weights = adapter.flat.requires_grad_()                         # (1, P)

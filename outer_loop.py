@@ -49,7 +49,7 @@ def rest_em(run: Run, train: list[Task], held_out: list[Task], learn=None):
 
         # E-step: sample self-edits, and measure the model that each of them makes.
         run.log(f"\nRound {t + 1}: the E-step, on {cfg.tasks} tasks to learn from")
-        tasks = [train[(t * cfg.tasks + i) % len(train)] for i in range(cfg.tasks)]     # ~ D
+        tasks = next_tasks(cfg, train, t)                               # (C, tau) ~ D
         edits = sample(run, model, tasks, t, "train", cfg.edits)        # SE ~ LM_theta_t(. | C)
         without = unadapted(run, model, tasks)
         # theta'_t <- SFT(theta_t, SE); Ans ~ LM_theta'_t(. | tau); r <- r(Ans, tau)
@@ -70,6 +70,11 @@ def rest_em(run: Run, train: list[Task], held_out: list[Task], learn=None):
 
 
 # ------------------------------------------------------------------------------- the E-step
+
+def next_tasks(cfg: Config, train: list[Task], t: int) -> list[Task]:
+    """Round t's tasks: the next ones in turn, from the beginning again after the last one."""
+    return [train[(t * cfg.tasks + i) % len(train)] for i in range(cfg.tasks)]
+
 
 def sample(run: Run, model, tasks: list[Task], t: int, split: str, k: int) -> list[list[SelfEdit]]:
     """SE ~ LM_theta_t(. | C): k self-edits of each task."""
@@ -126,7 +131,15 @@ def score(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: in
             inner_recipe(cfg), answering(cfg), run.meter("optimiser steps"))
         for n, outcome in outcomes:
             i, j = own[n]
-            record = {"unadapted": without[i]} | rollout(tasks[i], edits[i][j], outcome)
+            task, edit = tasks[i], edits[i][j]
+            record = {
+                "unadapted": without[i], "title": task.name, "reward": outcome.reward,
+                "text": edit.text, "token_ids": edit.token_ids, "directives": edit.directives,
+                "tools": edit.tools, "documents": len(edit.documents),
+                "questions": task.questions, "gold": task.answers, "answers": outcome.answers,
+                "right": outcome.right, "losses": outcome.losses, "cut": outcome.cut,
+                "replies": len(outcome.right) * len(task.queries),
+                "seconds": round(outcome.seconds, 2), "note": outcome.note}
             if cfg.verbose:
                 run.log(self_edit_line(i, j, record))
             yield todo[n], [record]
@@ -154,16 +167,6 @@ def verdicts(run: Run, model, tasks: list[Task], adapter=None) -> list[list[bool
 def unadapted(run: Run, model, tasks: list[Task]) -> list[float]:
     """Accuracy of the model as it is, on each task."""
     return [float(np.mean(right)) for right in verdicts(run, model, tasks)]
-
-
-def rollout(task, edit, outcome):
-    """A record of rollouts.jsonl; run.remember adds its round, task, self-edit and arm."""
-    return {"title": task.name, "reward": outcome.reward, "text": edit.text,
-            "token_ids": edit.token_ids, "directives": edit.directives, "tools": edit.tools,
-            "documents": len(edit.documents), "questions": task.questions, "gold": task.answers,
-            "answers": outcome.answers, "right": outcome.right, "losses": outcome.losses,
-            "cut": outcome.cut, "replies": len(outcome.right) * len(task.queries),
-            "seconds": round(outcome.seconds, 2), "note": outcome.note}
 
 
 # ------------------------------------------------------------------------------- the M-step

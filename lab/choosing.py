@@ -26,9 +26,9 @@ from lab.experiment import (Question, complete, new_figure, over_passages, print
                             where)
 from lab.race import LAST, PRODUCT, RULES, USUAL, Rung, gold, loss, products, race, trainer
 from lab.reliability import accuracy_of, read_groups
-from lab.tiny import RECIPE, SETTINGS, next_tasks, run_of, start
+from lab.tiny import RECIPE, SETTINGS, run_of, start
 from lora import Adapters, sft_one
-from outer_loop import sample
+from outer_loop import next_tasks, sample
 from selfedit import read_self_edit, seed_for
 from support.files import cli, read_json
 from support.run import Run
@@ -43,7 +43,7 @@ def written(seed: int) -> tuple:
     # Of the run's folder nothing is kept.
     with tempfile.TemporaryDirectory() as folder:
         run, train = start(folder, seed, edits=2 * SETTINGS["edits"])
-        tasks, model = next_tasks(train, 0, run.cfg.tasks), run.load(0)
+        tasks, model = next_tasks(run.cfg, train, 0), run.load(0)
         return run, model, tasks, sample(run, model, tasks, 0, "train", run.cfg.edits)
 
 
@@ -315,7 +315,7 @@ def of_run(ap, args):
         run = run_of(args.run, run_dir=folder,
                      **{name: value for name, value in moved.items() if value})
         train = in_order(load_tasks(run, run.cfg.train_data), run.cfg.seed)
-        tasks, model = next_tasks(train, 0, run.cfg.tasks), run.load(0)
+        tasks, model = next_tasks(run.cfg, train, 0), run.load(0)
 
         def measure(line):
             i = line["task"]

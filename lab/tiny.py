@@ -12,7 +12,7 @@ from engine.decode import Sampling, collect
 from inner_loop import answering, ask, grade_all, inner_recipe, update_and_score
 from lora import Adapters
 from model import Transformer, load_pretrained
-from outer_loop import m_step, sample, select
+from outer_loop import m_step, next_tasks, sample, select
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from support.config import PRESETS, Config
 from support.files import UserError, read_json
@@ -88,17 +88,12 @@ def run_of(folder, **own) -> Run:
     return Run(Config(**known | {"run_dir": str(folder)} | own), load_pretrained)
 
 
-def next_tasks(train: list[Task], t: int, n: int) -> list[Task]:
-    """Round t's tasks: the next n, in turn."""
-    return [train[i % len(train)] for i in range(t * n, (t + 1) * n)]
-
-
 def one_round(run: Run, model, train: list[Task], t: int, reward):
     """theta_t becomes theta_t+1, as in outer_loop.rest_em, but for the rewards.
 
     reward(tasks, edits) -> (tasks, K). The best are kept, though they help nothing."""
     cfg = run.cfg
-    tasks = next_tasks(train, t, cfg.tasks)
+    tasks = next_tasks(cfg, train, t)
     edits = sample(run, model, tasks, t, "train", cfg.edits)
     rewards = np.asarray(reward(tasks, edits)).tolist()
     chosen = select(cfg, rewards, edits, [0.0] * cfg.tasks, t)

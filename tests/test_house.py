@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from data.judges import RULES
+from data.tasks import DOMAINS
+from support import config
+
 ROOT = Path(__file__).resolve().parent.parent
 SIX = {"model", "selfedit", "lora", "inner_loop", "outer_loop", "eval"}
 # From the ground up. A file imports from its own floor and from those below.
@@ -50,3 +54,8 @@ def test_lines_are_short():
             if len(line) > 100:
                 long.append(f"{path}:{number}")
     assert long == []
+
+
+def test_the_settings_name_every_domain_and_judge():
+    assert config.DOMAINS == tuple(DOMAINS)
+    assert config.JUDGES == (*RULES, "model", "openai")
