@@ -12,6 +12,7 @@ run's folder (support/run.py), and the same command resumes it. On several GPUs:
 import math
 import random
 import time
+from dataclasses import replace
 from functools import partial
 
 # Imported first: from here on Ctrl-C prints one line, also while the slow imports run.
@@ -22,14 +23,15 @@ import numpy as np
 from data.tasks import DOMAINS, load_data
 from engine.decode import Sampling
 from engine.device import less_memory, peak_memory, try_memory
-from inner_loop import answering, ask, grade_all, in_prompt, inner_recipe, update_and_score
+from inner_loop import (answering, ask, grade_all, in_prompt, inner_recipe, reward,
+                        update_and_score)
 from lora import Adapters, Job, Lora, Recipe, dialogue, sft_one
 from model import load_pretrained
 from selfedit import (SelfEdit, Task, read_self_edit, room_for_self_edit, sample_self_edits,
                       seed_for)
 from support import ranks
 from support.config import Config, add_flags, read_flags
-from support.report import opening, self_edit_line, summary
+from support.report import opening, self_edit_line, summary, when
 from support.run import Run
 from support.stats import bootstrap_ci, by_kind
 
@@ -127,7 +129,8 @@ def score(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: in
             seeds.append([seed_for(cfg.seed, t, split, i, j, s, "adapter") for s in range(n_seeds)])
         # theta' <- SFT(theta_t, SE);  Ans ~ LM_theta'(. | tau);  r <- r(Ans, tau)
         outcomes = update_and_score(
-            model, run.tok, [tasks[i] for i, _ in own], [edits[i][j] for i, j in own], seeds,
+            model, run.tok, [replace(tasks[i], unadapted=without[i]) for i, _ in own],
+            [edits[i][j] for i, j in own], seeds,
             inner_recipe(cfg), answering(cfg), run.meter("optimiser steps"))
         for n, outcome in outcomes:
             i, j = own[n]
@@ -139,6 +142,8 @@ def score(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: in
                 "questions": task.questions, "gold": task.answers, "answers": outcome.answers,
                 "right": outcome.right, "losses": outcome.losses, "cut": outcome.cut,
                 "replies": len(outcome.right) * len(task.queries),
+                "context": "\n\n".join(task.context), "kinds": task.kinds,
+                "forms": [task.form(line) for line in edit.text.splitlines() if task.form],
                 "seconds": round(outcome.seconds, 2), "note": outcome.note}
             if cfg.verbose:
                 run.log(self_edit_line(i, j, record))
@@ -275,7 +280,7 @@ def evaluate(cfg: Config, run: Run, model, tasks: list[Task], t: int):
     # A resumed run has it already.
     if any(m["iteration"] == t for m in run.metrics.records):
         return
-    run.log(f"\nHeld-out tasks after round {t}: {len(tasks)}")
+    run.log(f"\n{len(tasks)} held-out tasks, {when(t)}")
     edits = sample(run, model, tasks, t, "eval", cfg.eval_edits)
     without = unadapted(run, model, tasks)
     arms = baselines(run, model, tasks, without) if cfg.baselines and t == 0 else []
@@ -331,12 +336,16 @@ def main():
     cfg = read_flags(args, needed=("model", "train_data", "eval_data"))
     run = Run(cfg, load_pretrained)
     train, held_out = load_data(run)
-    run.log(opening(cfg))
+    if len(run.metrics.records) > cfg.iterations:
+        run.log(f"{run.folder} is complete: it is shown again, and nothing is computed. To run "
+                "anew, name another --run-dir, or delete this folder.")
+    else:
+        run.log(opening(cfg, reward.__doc__))
     run.load(run.last_checkpoint())     # a model that can't be read is told before any work
     rest_em(run, train, held_out)
     run.log("\n" + summary(run, held_out))
     run.log(f"\n{time.time() - run.begin:.0f} s, peak memory {peak_memory() / 2 ** 30:.1f} GiB; "
-            f"look at {run.folder}/report.html; then try --seed 1, or another --preset")
+            f"look at {run.folder}/report.html; then try --seed 1, or --preset tiny-arc")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,10 @@ class Task:
     context: list[str] = field(default_factory=list)
     # Self-edits that no model wrote, by name, to compare with: "passage only", "oracle".
     references: dict[str, SelfEdit] = field(default_factory=dict)
-    # What kind of question each is: for the statistics alone.
+    # What kind of question each is, and what a line of a self-edit is: for the statistics alone.
     kinds: list[str] = field(default_factory=list)
+    form: Callable[[str], str] | None = None
+    unadapted: float = 0.0      # accuracy without any self-edit, which a reward may look at
 
 
 # ------------------------------------------------------------------------------- prompts

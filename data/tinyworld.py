@@ -16,6 +16,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 from data.judges import each
 from selfedit import EMPTY, NOTES, NOTES_DIRECTED, SelfEdit, Task, split_documents
@@ -261,7 +262,8 @@ def town_task(town, directives=False):
         judge=exact_judge,
         read=read,
         references={"passage only": SelfEdit(documents=[town.passage])},
-        kinds=["reversed" if back else "forward" for back in backwards])
+        kinds=["reversed" if back else "forward" for back in backwards],
+        form=partial(classify, passage=town.passage))
 
 
 def read_directive(line):

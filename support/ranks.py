@@ -89,8 +89,10 @@ class Meter:
     """meter(done, total) shows how far a phase is. Of several ranks the first one speaks, of its
     own share."""
 
-    def __init__(self, what):
+    def __init__(self, what, start=0):
+        """start: how much an earlier process has done, which says nothing of this one's speed."""
         self.what = what
+        self.start = start
         self.begin = self.said = time.time()
         self.shown = RANK == 0
         self.bar = tqdm(desc=what, disable=None if self.shown else True, leave=False,
@@ -98,10 +100,12 @@ class Meter:
 
     def __call__(self, done, total):
         now = time.time()
-        eta = (now - self.begin) / done * (total - done)
+        eta = (now - self.begin) / max(1, done - self.start) * (total - done)
         self.bar.total = total
         self.bar.update(done - self.bar.n)
-        if self.bar.disable and self.shown and now - self.said > 10 and done < total:
+        # The first few say little about how long the rest will take.
+        begun = done - self.start > total / 50
+        if self.bar.disable and self.shown and begun and now - self.said > 10 and done < total:
             print(f"    {done}/{total} {self.what}, eta {eta:.0f}s", flush=True)
             self.said = now
         if done == total:

@@ -19,7 +19,7 @@ from support.config import FREE, Config
 from support.files import (UserError, as_lines, fingerprint, lock, printable, read_json,
                            replace_file)
 from support.ranks import Meter, Metrics, Records
-from support.report import curve, iteration_line
+from support.report import curve, iteration_line, when
 from support.tokenizer import Tokenizer
 
 
@@ -43,6 +43,7 @@ class Run:
         self.shared = [self.edits, self.rollouts]   # lines that ranks exchange after a phase
         self.tok = Tokenizer.from_pretrained(cfg.model)
         self.judge = None       # of the answers: data/tasks.py sets it
+        self.whole = None       # a Meter of the whole run, with its number of inner loops
         self.loaded = None      # (source, model) of the one model that is held
 
     def log(self, line):
@@ -56,7 +57,7 @@ class Run:
         cfg = self.cfg
         mine = dataclasses.asdict(cfg) | {"program": program, "own": own, "content": {
             "model": print_of_model(cfg.model), "train_data": print_of_data(cfg.train_data),
-            "eval_data": print_of_data(cfg.eval_data)}}
+            "eval_data": print_of_data(cfg.eval_data)}, "code": print_of_code()}
         path = self.folder / "config.json"
         theirs = read_json(path) if path.exists() else mine
         if not isinstance(theirs, dict):
@@ -68,6 +69,13 @@ class Run:
             if differ:
                 raise UserError(f"{self.folder} holds a run with other settings "
                                 f"({', '.join(differ)}); use the same, or another --run-dir")
+            # What this run began with is kept, as it made what is read back.
+            began = theirs.get("code", mine["code"])
+            for name, own in mine["code"].items():
+                if began.get(name) != own:
+                    self.log(f"note: {name} has changed since this run began; what it has computed "
+                             "is kept. To compute it anew, name another --run-dir.")
+            mine["code"] = began
         ranks.wait()     # until all have compared
         if ranks.RANK == 0:
             replace_file(path, json.dumps(mine, indent=2))
@@ -100,12 +108,31 @@ class Run:
                     new.append({"iteration": t, "split": split, "arm": arm, "task": task,
                                 "edit": edit} | record)
             lines.add(*new)
+            if self.whole and lines is self.rollouts:
+                meter, total = self.whole
+                meter(self.inner_loops(), total)
         # The phase has ended: what the other ranks have finished.
         for shared in self.shared:
             shared.exchange()
-        self.log(f"iteration {t}, {arm or split}: {lines.path.stem} of {len(missing)} "
-                 f"in {time.time() - begin:.0f} s")
+        done = "{} self-edits tried out"
+        if lines is self.edits:
+            done = "self-edits of {} tasks written"
+        self.log(f"    {arm + ': ' if arm else ''}{done.format(len(missing))} in "
+                 f"{time.time() - begin:.0f} s")
         return lines.at(*where)
+
+    def expect(self, held_out: list):
+        """Count the inner loops of the whole run, so that a bar shows what is left of it."""
+        cfg = self.cfg
+        arms = len(held_out[0].references) if cfg.baselines else 0
+        of_a_task = (cfg.iterations + 1) * cfg.eval_edits + arms
+        total = cfg.iterations * cfg.tasks * cfg.edits * cfg.seeds + of_a_task * len(held_out)
+        self.whole = Meter("inner loops of the whole run", self.inner_loops()), total
+
+    def inner_loops(self) -> int:
+        """How many of them are done."""
+        train = sum(r["split"] == "train" for r in self.rollouts.records)
+        return train * self.cfg.seeds + len(self.rollouts.records) - train
 
     def keep_weights(self, t: int, chosen: list[tuple]):
         """Note in round t's rollouts how much the M-step weighs each self-edit; 0: not kept."""
@@ -123,7 +150,7 @@ class Run:
             self.log(f"    {score:.2f}  {printable(text, 100) or '(nothing)'}")
         wanted = [rewards[i][j] for i, j, weight in chosen if weight > 0]
         avoided = len(chosen) - len(wanted)
-        self.log(f"round {t + 1}: mean reward {np.mean(rewards):.3f}, un-adapted "
+        self.log(f"round {t + 1}: mean reward {np.mean(rewards):.3f}, without a self-edit "
                  f"{np.mean(without):.3f}; kept {len(wanted)} self-edits with mean reward "
                  f"{np.mean(wanted or [0]):.3f}" + (f", and {avoided} to avoid" if avoided else ""))
 
@@ -180,7 +207,7 @@ def differences(mine: dict, theirs: dict) -> list[str]:
     """What another run has otherwise. A setting that it lacks, as it is older, has its default."""
     defaults = dataclasses.asdict(Config())
     differ = []
-    for name in mine.keys() - FREE - {"own", "content"}:
+    for name in mine.keys() - FREE - {"own", "content", "code"}:
         other = theirs.get(name, defaults.get(name, mine[name]))
         if other != mine[name]:
             differ.append(f"{name}: {other!r}")
@@ -193,6 +220,15 @@ def differences(mine: dict, theirs: dict) -> list[str]:
             if (other or None) != (value or None):
                 differ.append(f"{name}: {other if isinstance(other, int) else 'another'}")
     return sorted(differ)
+
+
+def print_of_code() -> dict[str, str]:
+    """A fingerprint of each file that makes a run what it is."""
+    root = Path(__file__).resolve().parent.parent
+    files = sorted(root.glob("*.py"))
+    for room in ("engine", "support", "data"):
+        files += sorted((root / room).glob("*.py"))
+    return {str(path.relative_to(root)): fingerprint(path) for path in files}
 
 
 def print_of_model(name) -> str:

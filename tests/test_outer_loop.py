@@ -21,7 +21,7 @@ from inner_loop import ANSWERS, answering, ask, grade_all, make_job
 from lora import Adapters, Lora, PROJECTIONS, Recipe
 from model import load_pretrained
 from outer_loop import by_kind, m_step, select, weigh
-from selfedit import SelfEdit, read_self_edit, sample_self_edits
+from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits
 from support.config import PRESETS, Config
 from support.files import UserError
 from support.ranks import Records
@@ -133,8 +133,8 @@ def test_the_m_step_is_given_the_best_self_edit_of_each_passage(argv, varied_rew
     out = capsys.readouterr().out
     first, last = run.metrics.records
     for said in ("note: 1 rounds of 7 tasks, but there are 6: some will be seen again",
-                 f"iteration 0: held-out reward {first['eval_reward']:.3f} [",
-                 f"round 1: mean reward {last['train_reward']:.3f}, un-adapted ",
+                 f"before training: held-out reward {first['eval_reward']:.3f} [",
+                 f"round 1: mean reward {last['train_reward']:.3f}, without a self-edit ",
                  "kept 7 self-edits with mean reward ", "M-step: 7 self-edits, 2 steps, "):
         assert said in out
     # Without the flag there are no baselines.
@@ -312,7 +312,7 @@ def test_a_run_by_advantage_goes_to_its_end(argv, varied_rewards, capsys):
     run = run_it([*argv, "--update", "grpo", "--outer-epochs", "1"])
     assert len(run.metrics.records) == 3
     assert " to avoid" in capsys.readouterr().out
-    assert "all of them, by advantage" in opening(run.cfg)
+    assert "all of them, each weighed by its advantage" in opening(run.cfg, "A reward.")
 
 
 def test_the_reward_is_one_function_and_is_logged_as_it_was_used(argv, varied_rewards, monkeypatch):
@@ -384,13 +384,14 @@ def test_accuracy_by_kind_of_question_by_hand():
 # ------------------------------------------------------------------------------- what it says
 
 def test_it_says_what_is_about_to_happen():
-    said = " ".join(opening(Config(**PRESETS["tiny"] | {"run_dir": "here"})).split())
+    said = opening(Config(**PRESETS["tiny"] | {"run_dir": "here"}), "Twice\nthe truth. More.")
     for words in ("2 rounds the model reads 20 passages and writes 8 self-edits",
-                  "the 2 best of 8 are learned", "here/report.html"):
+                  "The reward of a self-edit: twice the truth.",
+                  "The model then learns the 2 best of every 8.", "here/report.html"):
         assert words in said
-    puzzles = opening(Config(**PRESETS["tiny-arc"]))
+    puzzles = opening(Config(**PRESETS["tiny-arc"]), "")
     assert "10 puzzles" in puzzles
-    assert "those with reward 1" in puzzles
+    assert "those with a reward of 1 or more" in puzzles
 
 
 def test_the_curve_is_as_long_as_the_reward():
@@ -399,63 +400,76 @@ def test_the_curve_is_as_long_as_the_reward():
     assert lines == ["     0 |####    | 0.500", "     1 |########| 1.000"]
 
 
-def small_run(folder, gains):
+def small_run(folder, gains, domain="tinyworld"):
     """A run that ended after one round, in which task i's first self-edit gained gains[i]."""
     rollouts = Records(folder / "rollouts.jsonl")
     for i, gain in enumerate(gains):
         for t, reward in ((0, 0.25), (1, 0.25 + gain)):
-            place = {"iteration": t, "split": "eval", "task": i}
-            rollouts.add(place | {"edit": 0, "reward": reward, "unadapted": 0.0,
-                                  "text": f"Iteration {t}, \x1b[31mred\x07.\nSecond line."})
-            rollouts.add(place | {"edit": 1, "reward": 0.25, "unadapted": 0.0, "text": "Another."})
+            place = {"iteration": t, "split": "eval", "task": i, "reward": reward,
+                     "kinds": ["forward", "reversed"], "forms": ["plain", "vague"],
+                     "answers": [["Ann", f"Rome {t}"]], "right": [[True, t == 1]]}
+            rollouts.add(place | {"edit": 0, "text": "An \x1b[31mred\x07.\nSecond line."})
+            rollouts.add(place | {"edit": 1, "text": "Another."})
     first = {"iteration": 0, "eval_reward": 0.25, "eval_by_kind": {"forward": 0.5, "reversed": 0.0},
              "baselines": [{"name": "un-adapted", "reward": 0.0, "by_kind": {}},
                            {"name": "oracle", "reward": 0.75, "by_kind": {"forward": 1.0}}],
              "made_of": {"copy": 0.75, "plain": 0.25}}
-    last = {"iteration": 1, "eval_reward": 0.5, "eval_by_kind": {"forward": 0.75, "reversed": 0.25},
+    last = {"iteration": 1, "eval_reward": 0.5, "eval_by_kind": {"forward": 0.75, "reversed": 0.5},
             "baselines": [], "made_of": {"plain": 0.5, "reversed": 0.5}}
-    return SimpleNamespace(rollouts=rollouts, metrics=SimpleNamespace(records=[first, last]))
+    return SimpleNamespace(rollouts=rollouts, cfg=Config(domain=domain),
+                           metrics=SimpleNamespace(records=[first, last]))
+
+
+def a_task(name, **others):
+    return Task(name, "", ["Who?", "Where?"], [], ["Ann", "Rome 1"], None, None,
+                context=[f"About {name}."], kinds=["forward", "reversed"], **others)
 
 
 def test_the_summary_by_hand(tmp_path):
     run = small_run(tmp_path, gains=[0.75, 0.0, 0.2])
-    tasks = [SimpleNamespace(context=[f"About {name}."], queries=["?"]) for name in "abc"]
 
-    lines = summary(run, tasks).splitlines()
+    lines = summary(run, [a_task(name) for name in "abc"]).splitlines()
 
     assert lines == [
         "un-adapted 0.000, oracle 0.750 (forward 1.000)",
-        "with a self-edit 0.250 -> 0.500 (forward 0.500 -> 0.750, reversed 0.000 -> 0.250)",
+        "with a self-edit 0.250 -> 0.500 (forward 0.500 -> 0.750, reversed 0.000 -> 0.500)",
         "self-edits: copy 75% -> 0%, plain 25% -> 50%, reversed 0% -> 50%",
         "",
-        "The first task that it was not trained on:",
-        "About a.",
-        "",
-        "its self-edit at iteration 0, reward 0.25 (un-adapted 0.00):",
-        "Iteration 0, ?[31mred?.",      # nothing that a terminal would obey
-        "Second line.",
-        "",
-        "its self-edit at iteration 1, reward 1.00 (un-adapted 0.00):",
-        "Iteration 1, ?[31mred?.",
-        "Second line.",
-        "",
-        "The one whose gain is nearest to the mean gain:",
+        "A held-out passage, c (its gain is close to the mean gain, and most of it is in reversed "
+        "questions):",
         "About c.",
         "",
-        "its self-edit at iteration 0, reward 0.25 (un-adapted 0.00):",
-        "Iteration 0, ?[31mred?.",
-        "Second line.",
+        "before training it writes, with reward 0.25:",
+        "    plain             An ?[31mred?.",      # nothing that a terminal would obey
+        "    vague             Second line.",
         "",
-        "its self-edit at iteration 1, reward 0.45 (un-adapted 0.00):",
-        "Iteration 1, ?[31mred?.",
-        "Second line."]
+        "after round 1 it writes, with reward 0.45:",
+        "    plain             An ?[31mred?.",
+        "    vague             Second line.",
+        "",
+        "It answers, before training -> after round 1:",
+        "    Where?  wrong 'Rome 0' -> right 'Rome 1'",
+        "    Who?  right 'Ann' -> right 'Ann'"]
 
 
-def test_a_puzzle_without_a_context_is_shown_as_its_first_query(tmp_path):
-    task = SimpleNamespace(context=[], queries=["Input:\n12", "Input:\n34"])
-    text = summary(small_run(tmp_path, gains=[0.25]), [task])
-    assert "trained on:\nInput:\n12\n\nits self-edit" in text
-    assert "34" not in text
+def test_a_puzzle_that_was_solved_is_shown_as_grids(tmp_path):
+    run = small_run(tmp_path, gains=[0.25, 0.75], domain="tinyarc")
+    for r in run.rollouts.records:
+        r["answers"] = [["33\n33\n\n12\n30"]]
+    task = Task("p", "", ["12\n3"], [], ["4"], None, None)
+
+    lines = summary(run, [None, task]).splitlines()
+
+    assert "A held-out puzzle, p (not solved before training, and solved after it):" in lines
+    assert lines[-9:] == ["    input   solution",
+                          "    1 2     4",
+                          "    3",
+                          "    before training   or",
+                          "    3 3               1 2",
+                          "    3 3               3 0",
+                          "    after round 1   or",
+                          "    3 3             1 2",
+                          "    3 3             3 0"]
 
 
 @pytest.mark.parametrize("words, settings", [(["--verbose"], True), ([], False)])
