@@ -97,12 +97,12 @@ def test_every_file_function_and_link_exists(document):
 
 
 @pytest.mark.parametrize("document, lines, words", [
-    ("README.md", 120, 1200), ("docs/EXTENDING.md", 230, float("inf"))])
+    ("README.md", 130, 1200), ("docs/EXTENDING.md", 230, float("inf"))])
 def test_what_should_be_short_is(document, lines, words):
     text = (ROOT / document).read_text()
     assert len(text.splitlines()) <= lines
     assert len(text.split()) <= words
-    assert max(len(line) for line in text.splitlines()) <= 110
+    assert max(len(line) for line in text.splitlines()) <= 120
 
 
 # ------------------------------------------------------------------------------- EXTENDING.md
