@@ -1,20 +1,19 @@
 """A reward for less: what are the self-edits worth that cheaper rewards choose?
 
-    python -m lab.choosing --out FILE.jsonl [--released PASSAGES.json]
+    python -m lab.choosing --out FILE.jsonl
     python -m lab.choosing --scores --out FILE.jsonl [--svg FILE]
-    python -m lab.choosing --run RUN_DIR --out FILE.jsonl [--model DIR] [--data FILE]
+    python -m lab.choosing --run RUN_DIR --out FILE.jsonl
 
 The untrained model's self-edits, 16 of a town, are tried with six seeds each, and with half of the
 steps: 5 minutes per seed of the world, on one thread. What are the best worth, by seeds that did
-not choose them, if fewer inner loops choose (lab/race.py)? --released: of the authors' as well:
-passages with "released_edits", each with "adapter_mean" and "adapter_std" of three seeds.
+not choose them, if fewer inner loops choose (lab/race.py)?
 --scores: if no inner loop chooses, but one backward pass or less? 2 minutes more.
 --run: does the product of gradients rank the self-edits of a real model's first round, too? Of a
 run about passages, with --seeds 2 or more. 4 s a self-edit for 135 M parameters, on one thread.
 """
 import itertools
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,19 +21,19 @@ import torch
 from data.tasks import in_order, load_tasks
 from inner_loop import inner_recipe, make_job
 from lab.credit import truth
-from lab.experiment import (Question, complete, new_figure, over_passages, print_table, save,
-                            where)
-from lab.race import LAST, PRODUCT, RULES, USUAL, Rung, gold, loss, products, race, trainer
+from lab.experiment import Question, complete, draw_rows, over_passages, print_table, where
+from lab.race import LAST, PRODUCT, RULES, USUAL, Rung, loss, products, race, trainer
 from lab.reliability import accuracy_of, read_groups
-from lab.tiny import RECIPE, SETTINGS, run_of, start
+from lab.tiny import RECIPE, SETTINGS, gold, run_of, start
 from lora import Adapters, sft_one
 from outer_loop import next_tasks, sample
 from selfedit import read_self_edit, seed_for
-from support.files import cli, read_json
+from support.files import cli
 from support.run import Run
 from support.stats import bootstrap_ci
 
-SEEDS = 6       # three to choose by, three to judge by
+SEEDS, JUDGES = 6, 3    # inner loops of a self-edit; of these some judge the choice of others
+KEEP = 2                # self-edits of a town that are learned in the preset
 
 
 def written(seed: int) -> tuple:
@@ -61,77 +60,39 @@ def try_often(seed: int) -> dict:
 
 # ------------------------------------------------------------------------- fewer inner loops
 
-def released(file) -> np.ndarray:
-    """(passages, K, 3): the accuracies of the authors' three seeds, from mean and deviation."""
-    found = []
-    for record in read_json(file):
-        # All accuracies that three seeds can have on n questions.
-        n = len(record["questions"])
-        possible = np.array(list(itertools.combinations_with_replacement(range(n + 1), 3))) / n
-        means, deviations = possible.mean(axis=1), possible.std(axis=1, ddof=1)
-        rows = []
-        for edit in record["released_edits"]:
-            miss = abs(means - edit["adapter_mean"]) + abs(deviations - edit["adapter_std"])
-            rows.append(possible[miss.argmin()])
-        found.append(rows)
-    return np.array(found)
-
-
-@dataclass
-class Tried:
-    """Self-edits that were tried with many seeds, and how a choice among them is judged."""
-    whole: np.ndarray   # (tasks, K, seeds): accuracies
-    half: np.ndarray    # (tasks, K, seeds): the same after half of the training steps
-    keep: int           # self-edits of a task that are chosen
-    judges: int         # seeds that judge the choice, and do not choose
-
-
-def worth_by_race(rungs: list[Rung], tried: Tried, k: int, draws=100) -> tuple[np.ndarray, float]:
+def worth_by_race(rungs: list[Rung], whole, half, k: int, draws=100) -> tuple[np.ndarray, float]:
     """(what the chosen of the first k are worth (tasks,), by seeds that did not choose; inner loops
-    per task)."""
-    n, _, seeds = tried.whole.shape
+    per task). whole (tasks, K, seeds): accuracies; half: after half of the training steps."""
+    n, _, seeds = whole.shape
     rng, values = np.random.default_rng(seed_for("race") % 2 ** 32), np.zeros(n)
     for _ in range(draws):
         # Which seed comes first is by chance, for each self-edit anew. The last ones judge.
-        mixed = rng.permuted(tried.whole[:, :k], axis=2)
+        mixed = rng.permuted(whole[:, :k], axis=2)
 
         def run_rung(pairs, rung, first):
-            known = mixed if rung.steps == 1 else tried.half
+            known = mixed if rung.steps == 1 else half
             return [known[i, j, first:first + rung.seeds].tolist() for i, j in pairs]
 
         scores, loops = race(rungs, n, k, run_rung)
-        judged = mixed[:, :, seeds - tried.judges:]
-        values += worth(scores[:, :, None], judged, k, tried.keep)
+        values += worth(scores[:, :, None], mixed[:, :, seeds - JUDGES:], k)
     return values / draws, loops / n
 
 
-def show_rules(title: str, tried: Tried, k: int, names, against: str):
-    """What the choice of each rule is worth, with intervals over tasks. k: the usual K."""
-    values, loops = {}, {}
-    for name in names:
-        times, rungs = RULES[name]
-        values[name], loops[name] = worth_by_race(rungs, tried, times * k)
-    rows = [["any", 0, f"{tried.whole.mean():.3f}", ""]]
-    for name, value in values.items():
-        # Task by task.
-        more = over_passages(value - values[against], "+.3f")
-        rows.append([name, f"{loops[name]:.1f}", f"{value.mean():.3f}", more])
-    print_table(["rule", "inner loops per task", "worth of the chosen", f"against {against}"],
-                rows, title)
-
-
-def show_choices(parts: dict[str, list[dict]], authors=None):
-    """authors: a file of their released verdicts."""
-    if authors:
-        whole = released(authors)
-        # Half of the steps were never tried.
-        tried = Tried(whole, half=whole[:, :, :0], keep=1, judges=1)
-        show_rules(f"the authors' {len(whole)} passages, the best self-edit", tried, whole.shape[1],
-                   ("one seed", "two seeds", "one, one more for 1/2"), against="two seeds")
+def show_choices(parts: dict[str, list[dict]]):
+    """What the choice of each rule is worth, with intervals over towns."""
     whole, half = joined(parts["choosing"], "whole"), joined(parts["choosing"], "half")
-    # There are twice the usual K self-edits.
-    show_rules(f"{len(whole)} towns, the two best self-edits", Tried(whole, half, keep=2, judges=3),
-               whole.shape[1] // 2, RULES, against=USUAL)
+    values, loops = {}, {}
+    for name, (times, rungs) in RULES.items():
+        # There are twice the usual K self-edits.
+        k = times * (whole.shape[1] // 2)
+        values[name], loops[name] = worth_by_race(rungs, whole, half, k)
+    rows = [["any", 0, f"{whole.mean():.3f}", ""]]
+    for name, value in values.items():
+        # Town by town.
+        more = over_passages(value - values[USUAL], "+.3f")
+        rows.append([name, f"{loops[name]:.1f}", f"{value.mean():.3f}", more])
+    print_table(["rule", "inner loops per task", "worth of the chosen", f"against {USUAL}"], rows,
+                f"{len(whole)} towns, the two best self-edits")
 
 
 # --------------------------------------------------------------------- scores without an inner loop
@@ -147,7 +108,6 @@ LOOP = "an inner loop (SEAL)"
 COSTS = SCORES | {"half of the steps": "5 backward, answers",
                   LOOP: "10 backward, answers",
                   "the five other inner loops": "50 backward, answers"}
-KEEP = 2        # self-edits of a town that are learned in the preset
 
 
 def score(model, tok, task, edits, seeds) -> list[dict[str, float]]:
@@ -262,16 +222,10 @@ def show_scores(parts):
 def draw_scores(parts, file):
     """What a choice among the usual K is worth."""
     found, judges = choosers(parts)
-    figure, axes = new_figure("reward of the chosen (95 % interval over towns)", "", (7, 3.5))
     k = judges.shape[1] // 2
-    for y, scores in enumerate(found.values()):
-        values = worth(scores, judges, k)
-        axes.plot(bootstrap_ci(values), [y, y], color="#1f77b4")
-        axes.plot(values.mean(), y, "o", color="#1f77b4")
-    axes.axvline(judges.mean(), color="#777", linestyle="--", label="any")
-    axes.set_yticks(range(len(found)), list(found))
-    axes.invert_yaxis()
-    save(figure, file)
+    draw_rows(file, "reward of the chosen (95 % interval over towns; dashed: any)",
+              {name: worth(scores, judges, k) for name, scores in found.items()}, bootstrap_ci,
+              judges.mean())
 
 
 # ------------------------------------------------------------------------------- of a real model
@@ -305,15 +259,13 @@ def show_run(lines):
 
 
 def of_run(ap, args):
-    moved = {"model": args.model, "train_data": args.data, "device": "cpu"}
     by_task = {}
     for group in read_groups(args.run):
         if group[0]["iteration"] == 0:
             by_task[group[0]["task"]] = group
     # The run itself is only read.
     with tempfile.TemporaryDirectory() as folder:
-        run = run_of(args.run, run_dir=folder,
-                     **{name: value for name, value in moved.items() if value})
+        run = run_of(args.run, run_dir=folder, device="cpu")
         train = in_order(load_tasks(run, run.cfg.train_data), run.cfg.seed)
         tasks, model = next_tasks(run.cfg, train, 0), run.load(0)
 
@@ -329,10 +281,7 @@ def main():
     question = Question(parts, lambda part, seed: parts[part](seed), None, draw_scores, kind="part")
     ap = question.flags(__doc__)
     ap.add_argument("--scores", action="store_true", help="choose without an inner loop")
-    ap.add_argument("--released", metavar="FILE", help="passages with the authors' verdicts")
     ap.add_argument("--run", metavar="RUN_DIR", help="of a real model")
-    ap.add_argument("--model", help="the run's model (default: where it was)")
-    ap.add_argument("--data", help="the passages that it learned from (default: where they were)")
     args = ap.parse_args()
     if args.run:
         return of_run(ap, args)
@@ -340,7 +289,7 @@ def main():
         question.show = show_scores
     else:
         args.parts, args.svg = ["choosing"], None
-        question.show = lambda parts: show_choices(parts, args.released)
+        question.show = show_choices
     question.answer(ap, args)
 
 

@@ -16,13 +16,12 @@ import numpy as np
 from data import tinyworld
 from engine.train import sft
 from inner_loop import answer_each, grade_all
-from lab.experiment import (Question, arrows, error_bars, mean_of, new_figure, over_seeds,
-                            print_table, save)
+from lab.experiment import Question, arrows, draw_lines, mean_of, over_seeds, print_table
 from lab.tiny import (ANSWERING, RECIPE, best_notes, by_direction, load, one_form, rephrased,
                       write)
 from lora import Job
 from selfedit import SelfEdit, Task, seed_for
-from support.files import cli, positive
+from support.files import cli
 from support.ranks import Meter
 from support.stats import mean_ci, with_interval
 
@@ -154,24 +153,16 @@ def show(arms: dict[str, list[dict]]):
 
 
 def draw(arms: dict[str, list[dict]], file):
-    # The rounds of SEAL are grey to black.
-    greys = {"SEAL, round 1": "#bbb", "SEAL, round 2": "#777", SEAL: "#000"}
-    figure, axes = new_figure("self-edits of a town, learned together",
-                              "held-out accuracy (95 % interval over seeds)", size=(7, 5.5))
-    for i, (arm, lines) in enumerate(arms.items()):
-        # Beside each other, not on top.
-        x = np.array(KS) * 1.01 ** i
-        error_bars(axes, x, [line["accuracy"] for line in lines], label=arm, color=greys.get(arm))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(KS, map(str, KS))
-    axes.set_ylim(0.4, 1.02)
-    save(figure, file)
+    # As words, the k are one beside the other.
+    ks = list(map(str, KS))
+    drawn = {arm: (ks, [line["accuracy"] for line in lines]) for arm, lines in arms.items()}
+    draw_lines(file, ("self-edits of a town, learned together",
+                      "held-out accuracy (95 % interval over seeds)"), drawn, ylim=(0.4, 1.02))
 
 
 def main():
-    question = Question(ARMS, measure, show, draw, settings=["towns"], of_runs=True)
+    question = Question(ARMS, measure, show, draw, {"towns": 12}, of_runs=True)
     ap = question.flags(__doc__)
-    ap.add_argument("--towns", type=positive, default=12, help="held-out ones (default: 12)")
     question.answer(ap, ap.parse_args())
 
 

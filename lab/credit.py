@@ -1,7 +1,7 @@
 """Which line of a self-edit taught which answer?
 
-    python -m lab.credit RUN_DIR [--iteration 3 --task 5]       # of any run about passages
-    python -m lab.credit RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE --town 5]
+    python -m lab.credit RUN_DIR [--task 5]         # of any run about passages
+    python -m lab.credit RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE]
 
 A self-edit is learned again from random halves of its documents, all side by side, and how likely
 the gold answers become is regressed on which documents were there: a table of report.html. With
@@ -19,20 +19,20 @@ import torch
 
 from data import tinyworld as world
 from data.tasks import load_tasks
-from engine.ribbon import Ribbon
 from engine.train import sft
 from inner_loop import ask, grade_all, inner_recipe, make_job
 from lab.experiment import Question, mean_of, of_seeds, print_table, pyplot, save
-from lab.tiny import ANSWERING, RECIPE, load, run_of, write
+from lab.tiny import ANSWERING, RECIPE, gold, load, log_probs, run_of, write
 from lora import Adapters, Recipe
 from selfedit import SelfEdit, Task, read_self_edit, seed_for
 from support import page
-from support.files import UserError, at_least, cli, positive, replace_file
+from support.files import UserError, at_least, cli, replace_file
 from support.ranks import Meter
 
 WRITERS = {"untrained": 0, "round 3": 3}    # t of the theta_t that writes; theta_0 learns
 SCORES = ("probability", "verdict")         # of the gold answer; of the model's own
 DESIGNS = ("leave one out", "only one", "random halves")
+DRAWN = 5       # the held-out town of the figure
 PAIRS = 20      # of random halves: on 8 towns of the tiny world 10 of them order lines as well
 
 
@@ -65,26 +65,12 @@ def learn(model, tok, edit: SelfEdit, design, recipe: Recipe, seed: int) -> Adap
 @torch.no_grad()
 def gold_probability(model, tok, task: Task, adapters: Adapters):
     """(adapters, questions): the probability of each gold answer, given its question."""
-    texts, starts = [], []
-    for query, answer in zip(task.queries, task.answers):
-        prompt = tok.prompt(query)
-        texts.append(prompt + tok.encode(" " + answer))
-        starts.append(len(prompt))
-    # The same texts for every adapter, end to end on one ribbon.
-    lengths = [len(ids) for ids in texts]
-    ribbon = Ribbon(lengths * adapters.n, model.device)
-    ids = torch.tensor(sum(texts, []) * adapters.n, device=model.device)
-    with adapters.route([sum(lengths)] * adapters.n):
-        h = model.hidden(ids, ribbon.position, ribbon.attend)
-    # What a token predicts is the next one. The answers' tokens alone go through the output layer.
-    answers, end = [], 0
-    for start, length in zip(starts * adapters.n, lengths * adapters.n):
-        answers.append(torch.arange(end + start, end + length, device=model.device))
-        end += length
-    places = torch.cat(answers)
-    log_p = model.lm_head(h[places - 1]).float().log_softmax(-1).gather(1, ids[places, None])[:, 0]
-    found = [own.sum().exp().item() for own in log_p.split([len(own) for own in answers])]
-    return np.reshape(found, (adapters.n, len(texts)))
+    found = []
+    for weights in adapters.flat:
+        one = Adapters.stack(model, adapters.lora, [weights])
+        found.append([log_probs(model, one, example).sum().exp().item()
+                      for example in gold(tok, task)])
+    return np.array(found)
 
 
 def regress(design, scores):
@@ -95,11 +81,10 @@ def regress(design, scores):
     return np.linalg.lstsq(x, scores, rcond=None)[0][1:]
 
 
-def credit(model, tok, task: Task, edit: SelfEdit, recipe: Recipe, seed=0,
-           by="random halves"):
+def credit(model, tok, task: Task, edit: SelfEdit, recipe: Recipe, seed=0):
     """(documents, questions): by how much a document of a self-edit raises the probability of a
-    gold answer. by: one of DESIGNS. "only one" is the fastest, but shows no harm."""
-    design = subsets(by, len(edit.documents), seed)
+    gold answer."""
+    design = subsets("random halves", len(edit.documents), seed)
     adapters = learn(model, tok, edit, design, recipe, seed)
     return regress(design, gold_probability(model, tok, task, adapters))
 
@@ -169,10 +154,10 @@ def show(writers: dict[str, list[dict]]):
     print_table(["subsets of documents, score", *writers], rows)
 
 
-def draw(folder, town: int, file):
+def draw(folder, file):
     """A self-edit by the writer after round 3: its documents by the questions. A frame: a line
     that states the answer."""
-    task = world.load("eval")[town]
+    task = world.load("eval")[DRAWN]
     ((edit,),) = write(WRITERS["round 3"], folder, [task], 0, 1)
     matrix = credit(*load(0), task, edit, RECIPE)
     plt = pyplot()
@@ -188,20 +173,18 @@ def draw(folder, town: int, file):
     save(figure, file)
 
 
-def write_page(folder: Path, t: int | None, i: int):
-    """Put the credit in a run's first held-out self-edit of task i by theta_t, which learns it
-    again, into its report.html."""
+def write_page(folder: Path, i: int):
+    """Put the credit in the first held-out self-edit of task i by a run's last model, which learns
+    it again, into the run's report.html."""
     run = run_of(folder)
-    records = [r for r in run.edits.records if r["split"] == "eval" and r["edit"] == 0]
-    if t is None:
-        t = max((r["iteration"] for r in records), default=0)
-    texts = {r["task"]: r for r in records if r["iteration"] == t}
-    if i not in texts:
+    t = max((r["iteration"] for r in run.edits.records), default=0)
+    found = run.edits.at(t, "eval").get((i, 0))
+    if not found:
         raise UserError(f"{folder}: no held-out self-edit of task {i} in iteration {t}")
     task = load_tasks(run, run.cfg.eval_data)[i]
     if not task.context:
         raise UserError(f"{folder} is a run about puzzles; credit is for passages")
-    edit = read_self_edit(task, texts[i]["text"], texts[i]["token_ids"])
+    edit = read_self_edit(task, found["text"], found["token_ids"])
     if not edit.documents:
         raise UserError(f"{folder}: nothing could be read in this self-edit: {edit.note}")
     matrix = credit(run.load(t), run.tok, task, edit, inner_recipe(run.cfg),
@@ -216,19 +199,15 @@ def write_page(folder: Path, t: int | None, i: int):
 
 
 def main():
-    question = Question(WRITERS, measure, show, None, ["towns"], kind="writer", of_runs=True)
+    question = Question(WRITERS, measure, show, None, {"towns": 12}, kind="writer", of_runs=True)
     ap = question.flags(__doc__, needs_out=False)
-    ap.add_argument("--iteration", type=at_least(0), help="the self-edits after so many rounds "
-                    "(default: the last)")
     ap.add_argument("--task", type=at_least(0), default=0, help="which held-out one (default: 0)")
-    ap.add_argument("--towns", type=positive, default=12, help="held-out ones (default: 12)")
-    ap.add_argument("--town", type=at_least(0), default=0, help="which is drawn (default: 0)")
     args = ap.parse_args()
     if args.out:
-        question.draw = lambda writers, file: draw(args.runs[0], args.town, file)
+        question.draw = lambda writers, file: draw(args.runs[0], file)
         return question.answer(ap, args)
     for folder in args.runs:
-        write_page(folder, args.iteration, args.task)
+        write_page(folder, args.task)
 
 
 if __name__ == "__main__":

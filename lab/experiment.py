@@ -8,12 +8,12 @@ import io
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Collection, Sequence
+from typing import Callable, Collection
 
 import numpy as np
 
 from support.config import flag
-from support.files import Lines, Parser, UserError, read_json, replace_file
+from support.files import Lines, Parser, UserError, positive, read_json, replace_file
 from support.stats import bootstrap_ci, mean_ci, with_interval
 
 # ------------------------------------------------------------------------------- questions
@@ -34,10 +34,10 @@ class Question:
     measure: Callable
     show: Callable
     draw: Callable
-    settings: Sequence[str] = ()    # names of flags that all lines of a file must share
+    # Flags that all lines of a file must share, and their defaults: how many towns, or whose.
+    settings: dict = field(default_factory=dict)
     kind: str = "arm"               # what a line calls its arm; "arms" is the flag for them
     of_runs: bool = False
-    part: dict = field(default_factory=dict)    # what tells its lines from others in the same file
 
     def flags(self, doc: str, needs_out=True, **arms) -> Parser:
         """What every question is asked with. arms: more about the flag for them."""
@@ -48,6 +48,11 @@ class Question:
         name = self.kind + "s"
         ap.add_argument(f"--{name}", nargs="+", metavar=name.upper(), **{
             "choices": self.arms, "default": list(self.arms)} | arms)
+        for setting, default in self.settings.items():
+            # Settings are chosen by the towns of "tune", and reported on those of "eval".
+            values = {"type": positive} if type(default) is int else {"choices": ("eval", "tune")}
+            ap.add_argument(flag(setting), default=default, help=f"of towns (default: {default})",
+                            **values)
         if self.of_runs:
             ap.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="finished runs "
                             "of `python outer_loop.py --iterations 3 --outer-lr 2e-3 --seed S`, "
@@ -66,17 +71,13 @@ class Question:
         given += [getattr(args, name) for name in self.settings]
 
         def measure(line):
-            arm, seed = line[self.kind], line["seed"]
-            print(f"\n=== {arm}, seed {seed}", flush=True)
-            return self.measure(arm, seed, *given)
+            return self.measure(line[self.kind], line["seed"], *given)
 
         # All arms with the first seed, then with the next.
         wanted = []
         for seed in seeds:
-            wanted += [self.part | {self.kind: arm, "seed": seed}
-                       for arm in getattr(args, self.kind + "s")]
-        records = where(complete(ap, args, wanted, measure, self.settings), **self.part)
-        found = groups(records, self.kind, self.arms)
+            wanted += [{self.kind: arm, "seed": seed} for arm in getattr(args, self.kind + "s")]
+        found = groups(complete(ap, args, wanted, measure, self.settings), self.kind, self.arms)
         self.show(found)
         if args.svg:
             self.draw(found, args.svg)
@@ -97,12 +98,14 @@ def complete(ap, args, wanted: list[dict], measure, settings=()) -> list[dict]:
     for this in wanted:
         if where(done.records, **this):
             continue
+        words = ", ".join(map(str, this.values()))
+        print(f"\n=== {words}", flush=True)
         begin = time.time()
         found = measure(this)
         # Some count their seconds in a way of their own.
         found.setdefault("seconds", round(time.time() - begin))
         done.add(this | shared | found)
-        print(f"{', '.join(map(str, this.values()))}: {found['seconds']} s", flush=True)
+        print(f"{words}: {found['seconds']} s", flush=True)
     return done.records
 
 
@@ -163,6 +166,12 @@ def of_seeds(values, form=".3f") -> str:
     return over_seeds([[value] for value in values], form)[0] if len(values) else ""
 
 
+def interval_over_seeds(values) -> list[float]:
+    """The ends of the 95 % interval of the mean."""
+    (mean,), (half,) = mean_ci([[value] for value in values])
+    return [mean - half, mean + half]
+
+
 def over_passages(values, form=".3f") -> str:
     """'0.639 [0.601, 0.677]': a mean over passages, with its interval by bootstrap."""
     return with_interval(np.mean(values), bootstrap_ci(values), form)
@@ -220,6 +229,21 @@ def draw_lines(file, labels: tuple[str, str], lines: dict, ylim=None):
         error_bars(axes, x, values, label=name)
     if ylim:
         axes.set_ylim(*ylim)
+    save(figure, file)
+
+
+def draw_rows(file, label: str, rows: dict, interval, line=0.0):
+    """A figure with a row for each of {name: values}: these, their mean, and its interval.
+
+    interval(values) -> its ends. line: a value that all are compared with."""
+    figure, axes = new_figure(label, "", size=(7, 5))
+    for y, values in enumerate(rows.values()):
+        axes.plot(values, [y] * len(values), ".", color="#bbb")
+        axes.plot(interval(values), [y, y], "|-", color="#1f77b4")
+        axes.plot(np.mean(values), y, "o", color="#1f77b4")
+    axes.axvline(line, color="#777", linestyle="--")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
     save(figure, file)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from data import tinyworld
 from lab.experiment import Question, draw_lines, over_seeds, print_table
 from lab.keeping import GENTLE, Arm, Stream, learn_town
-from lab.tiny import add_split, load, score, verdicts, write_all
+from lab.tiny import load, score, verdicts, write_all
 from selfedit import SelfEdit, seed_for
 from support.files import cli
 from support.ranks import Meter
@@ -170,12 +170,11 @@ def draw_skill(arms: dict[str, list[dict]], file):
 
 
 def main():
-    question = Question(ARMS, learn_stream, show, draw, ["towns"], of_runs=True)
+    question = Question(ARMS, learn_stream, show, draw, {"towns": "eval"}, of_runs=True)
     if "--skill" in sys.argv:
-        question = Question(STUDIES, probe, show_skill, draw_skill, ["towns"], of_runs=True)
+        question = Question(STUDIES, probe, show_skill, draw_skill, {"towns": "eval"}, of_runs=True)
     ap = question.flags(__doc__)
     ap.add_argument("--skill", action="store_true", help="does it forget how to study?")
-    add_split(ap)
     question.answer(ap, ap.parse_args())
 
 

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from data import tinyworld
 from engine.ribbon import Ribbon
 from lab.experiment import Question, draw_lines, mean_of, over_seeds, print_table
-from lab.tiny import RECIPE, add_split, by_direction, load, or_passage, verdicts, write
-from lora import Adapters, Job, dialogue
+from lab.tiny import RECIPE, by_direction, load, or_passage, train, verdicts, write
+from lora import Job, dialogue
 from selfedit import seed_for
-from support.files import cli, positive
+from support.files import cli
 
 # text -> t of the theta_t whose self-edit stands beside the passage
 TEXTS = {"the passage": None, "and untrained notes": 0, "and notes of round 3": 3}
@@ -83,34 +83,27 @@ def in_view(model, tok, task, document, rng):
 MAKE = {"plain": plain, "masked": masked, "in view": in_view}
 
 
-def train(model, job: Job) -> torch.Tensor:
-    """The adapter (P,) of a town, as lora.sft_one trains one, with cross-entropy to the targets."""
+def learn(model, job: Job) -> torch.Tensor:
+    """The adapter (P,) of a town, trained with cross-entropy to the targets."""
     # All texts lie on one ribbon, and are all in every step.
     ribbon = Ribbon([len(ids) for ids, _ in job.examples], model.device)
     ids = torch.tensor([token for ids, _ in job.examples for token in ids])
     targets = torch.cat([targets for _, targets in job.examples])
-    adapter = Adapters(model, job.recipe.lora, n=1)
-    adapter.init(0, job.seed)
-    weights = adapter.flat.requires_grad_()
-    optimizer = torch.optim.AdamW([weights], weight_decay=0)
-    for step in range(job.steps):
+
+    def loss(adapter, batch):
         with adapter.route([len(ids)]):
             logits = model.lm_head(model.hidden(ids, ribbon.position, ribbon.attend))
-        loss = -(targets * logits.log_softmax(-1)).sum() / targets.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([weights], job.recipe.clip)
-        optimizer.param_groups[0]["lr"] = job.lr_at(step)
-        optimizer.step()
-    return weights.detach()[0]
+        return -(targets * logits.log_softmax(-1)).sum() / targets.sum()
+
+    return train(model, job, loss).flat[0]
 
 
-def measure(arm: str, seed: int, folders: dict, split: str, n: int, lr: float | None) -> dict:
-    """A line: what a split's first n towns are answered, once they are learned in this way."""
+def measure(arm: str, seed: int, folders: dict, n: int) -> dict:
+    """A line: what the first n held-out towns are answered, once they are learned in this way."""
     writer, ways = ARMS[arm]
-    recipe = replace(RECIPE, lr=lr or RATES[ways], batch=10 ** 6)
+    recipe = replace(RECIPE, lr=RATES[ways], batch=10 ** 6)
     model, tok = load(0)
-    towns = tinyworld.load(split)[:n]
+    towns = tinyworld.load("eval")[:n]
     documents = [town.context for town in towns]
     if writer is not None:
         edits = write(writer, folders[seed], towns, seed, 1)
@@ -125,7 +118,7 @@ def measure(arm: str, seed: int, folders: dict, split: str, n: int, lr: float | 
             examples += MAKE[way](model, tok, town, document, rng)
         job = Job(examples, seed_for(seed, "adapter", i), recipe)
         tokens += job.tokens / n
-        rows.append(train(model, job))
+        rows.append(learn(model, job))
 
     found = map(by_direction, towns, verdicts(model, tok, towns, rows))
     return mean_of(list(found)) | {"tokens": round(tokens)}
@@ -153,11 +146,8 @@ def draw(arms: dict[str, list[dict]], file):
 
 
 def main():
-    question = Question(ARMS, measure, show, draw, ["split", "towns", "lr"], of_runs=True)
+    question = Question(ARMS, measure, show, draw, {"towns": 12}, of_runs=True)
     ap = question.flags(__doc__)
-    add_split(ap, "--split")
-    ap.add_argument("--towns", type=positive, default=24, help="of the split (default: 24)")
-    ap.add_argument("--lr", type=float, help="for all objectives (default: each has its own)")
     question.answer(ap, ap.parse_args())
 
 

@@ -16,11 +16,10 @@ import torch
 
 from data.tasks import load_tasks
 from inner_loop import answering, inner_recipe, make_job, update_and_score
-from lab.experiment import (Question, arrows, differences, error_bars, gain, last_reward,
-                            new_figure, of_seeds, print_table, save)
-from lab.tiny import RECIPE, SETTINGS, one_round, start
-from lab.update_rule import log_probs
-from lora import Adapters, dialogue
+from lab.experiment import (Question, arrows, differences, draw_rows, gain, interval_over_seeds,
+                            last_reward, of_seeds, print_table)
+from lab.tiny import RECIPE, SETTINGS, gold, log_probs, one_round, start
+from lora import Adapters
 from outer_loop import evaluate
 from selfedit import seed_for
 from support.files import cli
@@ -119,14 +118,6 @@ def trainer(run: Run, model, tasks, edits, t: int):
 LAST = -1e6     # of a self-edit from which nothing can be learned
 
 
-def gold(tok, task, before="") -> list:
-    """Examples (ids, learn) in which the gold answers alone are learned. before: read first."""
-    examples = []
-    for query, answer in zip(task.queries, task.answers):
-        examples.append(dialogue(tok.prompt(before + query), tok.encode(" " + answer)))
-    return examples
-
-
 def loss(model, adapter, examples) -> torch.Tensor:
     """The mean over all tokens that are learned, as in lora.sft_one: a scalar."""
     return -torch.cat([log_probs(model, adapter, example) for example in examples]).mean()
@@ -207,21 +198,17 @@ def show(rules: dict[str, list[dict]]):
 
 
 def draw(rules: dict[str, list[dict]], file):
-    """The gain of each rule over its cost: a point per seed, the mean and its interval."""
-    figure, axes = new_figure("inner loops of a run",
-                              "gain of held-out reward (95 % interval over seeds)")
+    """The gain of each rule, and what it costs."""
+    rows = {}
     for rule, lines in rules.items():
-        loops = [line["inner loops"] for line in lines]
-        gains = [[gain(line)] for line in lines]
-        axes.plot(loops, gains, ".", color="#bbb")
-        error_bars(axes, [np.mean(loops)], gains, label=rule)
-    axes.set_xlim(left=0)
-    save(figure, file)
+        loops = np.mean([line["inner loops"] for line in lines])
+        # A name over two lines leaves room for the figure.
+        rows[f"{rule}:\n{loops:.0f} inner loops"] = [gain(line) for line in lines]
+    draw_rows(file, "gain of held-out reward, 95 % intervals", rows, interval_over_seeds)
 
 
 def main():
-    question = Question([*RULES, PRODUCT], learn, show, draw, kind="rule",
-                        part={"part": "learning"})
+    question = Question([*RULES, PRODUCT], learn, show, draw, kind="rule")
     ap = question.flags(__doc__, default=[USUAL, "one seed"])
     question.answer(ap, ap.parse_args())
 

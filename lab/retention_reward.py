@@ -26,7 +26,7 @@ from lab.tiny import ANSWERING, RECIPE, one_round, start, verdicts
 from lora import Adapters
 from outer_loop import sample
 from selfedit import SelfEdit, Task, seed_for
-from support.files import cli, positive
+from support.files import cli
 from support.ranks import Meter
 from support.stats import mean_ci
 
@@ -149,11 +149,9 @@ def draw(arms: dict[float, list[dict]], file):
 
 
 def main():
-    question = Question((0.0, .5, 1.0, 2.0), measure, show, draw, ["tasks", "eval_tasks"],
+    question = Question((0.0, .5, 1.0, 2.0), measure, show, draw, {"tasks": 12, "eval_tasks": 24},
                         kind="lambda")
     ap = question.flags(__doc__, type=float)
-    ap.add_argument("--tasks", type=positive, default=12, help="towns a round (default: 12)")
-    ap.add_argument("--eval-tasks", type=positive, default=24, help="held-out ones (default: 24)")
     question.answer(ap, ap.parse_args())
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from data.tasks import load_tasks
 from lab.experiment import Question, differences, draw_lines, of_seeds, over_seeds, print_table
-from lab.tiny import add_split, one_round, start
+from lab.tiny import one_round, start
 from outer_loop import sample, score
 from support.config import PRESETS
 from support.files import cli
@@ -89,10 +89,9 @@ def draw(arms: dict[str, list[dict]], file):
 
 
 def main():
-    question = Question(ARMS, learn, show, draw, ["towns"])
+    question = Question(ARMS, learn, show, draw, {"towns": "eval"})
     ap = question.flags(__doc__)
     ap.add_argument("--small", required=True, help="folder of the small model")
-    add_split(ap)
     args = ap.parse_args()
     question.answer(ap, args, args.small)
 

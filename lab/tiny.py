@@ -1,16 +1,18 @@
-"""The tiny world as the questions of the lab use it: settings, models of finished runs, a round of
-ReST-EM with other rewards, and who writes self-edits."""
+"""The tiny world as the questions of the lab use it: settings, models of finished runs, training
+with other losses, a round of ReST-EM with other rewards, and who writes self-edits."""
 import random
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from data import tinyworld as world
 from data.tasks import in_order, load_tasks
 from engine.decode import Sampling, collect
 from inner_loop import answering, ask, grade_all, inner_recipe, update_and_score
-from lora import Adapters
+from lora import Adapters, Job, dialogue
 from model import Transformer, load_pretrained
 from outer_loop import m_step, next_tasks, sample, select
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
@@ -27,11 +29,6 @@ TINY = Config(**SETTINGS)
 RECIPE = inner_recipe(TINY)
 WRITING = Sampling(TINY.max_edit_tokens, 1, TINY.temperature, TINY.top_p)
 ANSWERING = answering(TINY)
-
-
-def add_split(ap, name="--towns"):
-    ap.add_argument(name, choices=("eval", "tune"), default="eval",
-                    help="of towns; tune: to choose settings by (default: eval)")
 
 
 # ------------------------------------------------------------------------------- models
@@ -67,6 +64,44 @@ def by_direction(town: Task, right) -> dict[str, float]:
     right, back = np.array(right), np.array(town.kinds) == "reversed"
     return {"accuracy": right.mean(), "forward": right[~back].mean(),
             "reversed": right[back].mean()}
+
+
+# ------------------------------------------------------------------------------- losses
+
+def gold(tok, task: Task, before="") -> list:
+    """Examples (ids, learn) in which the gold answers alone are learned. before: read first."""
+    examples = []
+    for query, answer in zip(task.queries, task.answers):
+        examples.append(dialogue(tok.prompt(before + query), tok.encode(" " + answer)))
+    return examples
+
+
+def log_probs(model, adapter: Adapters, example) -> torch.Tensor:
+    """(N,) of the tokens of an example that are learned, given those before them."""
+    ids, learn = example
+    ids = torch.tensor(ids, device=model.device)
+    learned = torch.tensor(learn, device=model.device)[1:].bool()
+    with adapter.route([len(ids)]):
+        logits = model(ids[None])[0, :-1]
+    return -F.cross_entropy(logits[learned].float(), ids[1:][learned], reduction="none")
+
+
+def train(model, job: Job, loss) -> Adapters:
+    """An adapter, trained as lora.sft_one trains one, but for the loss.
+
+    loss(adapter, numbers of a step's examples) -> a scalar."""
+    adapter = Adapters(model, job.recipe.lora, n=1)
+    adapter.init(0, job.seed)
+    weights = adapter.flat.requires_grad_()
+    optimizer = torch.optim.AdamW([weights], weight_decay=job.recipe.weight_decay)
+    for step, batch in enumerate(job.micro_batches()):
+        optimizer.zero_grad()
+        loss(adapter, batch).backward()
+        torch.nn.utils.clip_grad_norm_([weights], job.recipe.clip)
+        optimizer.param_groups[0]["lr"] = job.lr_at(step)
+        optimizer.step()
+    weights.requires_grad_(False)
+    return adapter
 
 
 # ------------------------------------------------------------------------------- runs

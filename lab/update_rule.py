@@ -1,34 +1,31 @@
 """ReST-EM against its neighbours: which update rule learns to write better self-edits?
 
-    python -m lab.update_rule --out FILE.jsonl --runs FOLDER [--svg FILE]
-    python -m lab.update_rule --tune --out FILE.jsonl --runs FOLDER
+    python -m lab.update_rule --out FILE.jsonl [--svg FILE]
+    python -m lab.update_rule --tune 2e-3 4e-3 8e-3 --seeds 10 11 --out FILE.jsonl
 
-Each rule runs in the tiny world, at the learning rate that did best on other towns (--tune). A run
-of a rule with a seed is an ordinary run of outer_loop.py, in a folder below --runs. 1 to 3 minutes
-each, on one thread.
+Each rule runs in the tiny world, at the learning rate that did best on other towns (--tune). A line
+is an ordinary run of outer_loop.py, of which nothing else is kept. 1 to 3 minutes each, on one
+thread.
 """
 import math
 import re
+import tempfile
 from collections import Counter
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data.tasks import load_data
-from lab.experiment import (arrows, complete, differences, gain, last_reward, new_figure, of_seeds,
-                            parser, print_table, save, where)
-from lab.tiny import SETTINGS
+from lab.experiment import (Question, arrows, complete, differences, draw_rows, gain,
+                            interval_over_seeds, last_reward, of_seeds, print_table, where)
+from lab.tiny import log_probs, start, train
 from lora import Adapters, Job, dialogue
-from model import load_pretrained
 from outer_loop import m_step, outer_recipe, rest_em
 from selfedit import seed_for
 from support.config import Config
 from support.files import UserError, cli
 from support.run import Run
-from support.stats import mean_ci
 
 # In the tiny world every self-edit beats the un-adapted model, which knows nothing. So Eq. 2 to the
 # letter keeps all of them, and `--keep 2 --strict` is the same as `--keep 2`.
@@ -55,28 +52,26 @@ RULES = {
 }
 
 
-def measure(runs: Path, line: dict, **settings) -> dict:
-    """The rest of a line: a run of a rule at an outer learning rate, with a seed, asked about the
-    held-out towns of a split. It is in a folder below runs, and goes on there after a kill.
+# Choosing a rate is shorter: fewer passages and rounds, and one self-edit of each held-out one.
+SHORT = {"tasks": 15, "eval_edits": 1, "eval_tasks": 24, "iterations": 2}
 
-    settings: how it differs from the rule's other runs."""
-    split, arm, lr, seed = line["split"], line["arm"], line["lr"], line["seed"]
-    own, _ = RULES[arm]
-    folder = runs / re.sub(r"[^\w.]+", "-", f"{split} {arm} {lr} {seed}")
-    cfg = Config(**SETTINGS | own | settings | {
-        "outer_lr": lr, "seed": seed, "eval_data": split, "baselines": False,
-        "run_dir": str(folder)})
-    run = Run(cfg, load_pretrained)
-    print(f"\n=== {split}: {arm}, outer learning rate {lr:g}, seed {seed}", flush=True)
-    try:
-        rest_em(run, *load_data(run), clipped_m_step if arm == CLIPPED else m_step)
-    except UserError as e:
-        if "diverged" not in str(e):
-            raise
-    # A model that diverged writes nothing: its rewards are 0.
-    rewards = [m["eval_reward"] for m in run.metrics.records]
-    rewards += [0.0] * (cfg.iterations + 1 - len(rewards))
-    return {"reward": rewards, "distinct": distinct(run)} | cost(cfg, run)
+
+def measure(line: dict) -> dict:
+    """The rest of a line: a run of a rule at an outer learning rate, with a seed, asked about the
+    held-out towns of a split."""
+    arm, split = line["arm"], line["split"]
+    own = RULES[arm][0] | (SHORT if split == "tune" else {})
+    with tempfile.TemporaryDirectory() as folder:       # of which only the line is kept
+        run, _ = start(folder, line["seed"], **own, outer_lr=line["lr"], eval_data=split)
+        try:
+            rest_em(run, *load_data(run), clipped_m_step if arm == CLIPPED else m_step)
+        except UserError as e:
+            if "diverged" not in str(e):
+                raise
+        # A model that diverged writes nothing: its rewards are 0.
+        rewards = [m["eval_reward"] for m in run.metrics.records]
+        rewards += [0.0] * (run.cfg.iterations + 1 - len(rewards))
+        return {"reward": rewards, "distinct": distinct(run)} | cost(run.cfg, run)
 
 
 def cost(cfg: Config, run: Run) -> dict:
@@ -113,16 +108,6 @@ def distinct(run) -> list[int]:
 # so that a token's probability is pushed no further than eps from where it was. theta_t, which
 # wrote the self-edits, is the reference as well, as in the iterative form of GRPO (Algorithm 1).
 
-def log_probs(model, adapter, example) -> torch.Tensor:
-    """(N,) of a self-edit's tokens, given those before them."""
-    ids, learn = example
-    ids = torch.tensor(ids, device=model.device)
-    written = torch.tensor(learn, device=model.device)[1:].bool()
-    with adapter.route([len(ids)]):
-        logits = model(ids[None])[0, :-1]
-    return -F.cross_entropy(logits[written].float(), ids[1:][written], reduction="none")
-
-
 def objective(new, old, advantage, eps, beta) -> torch.Tensor:
     """Of one self-edit, the mean over its tokens; new and old (N,) are log-probabilities."""
     ratio = (new - old).exp()
@@ -142,37 +127,22 @@ def clipped_m_step(cfg, run, model, learned, t, eps=0.2, beta=0.04):
         examples.append(dialogue(run.tok.prompt(task.prompt), edit.token_ids))
         advantages.append(advantage)
     recipe = outer_recipe(cfg)
-    job = Job(examples, seed_for(cfg.seed, t, "M-step"), recipe)
-    adapter = Adapters(model, recipe.lora, n=1)
-    adapter.init(0, job.seed)
-    # A new adapter changes nothing, so these are theta_t's.
+    # An adapter of zeros changes nothing, so these are theta_t's.
+    nothing = Adapters(model, recipe.lora, n=1)
     with torch.no_grad():
-        old = [log_probs(model, adapter, example) for example in examples]
+        old = [log_probs(model, nothing, example) for example in examples]
 
-    weights = adapter.flat.requires_grad_()
-    optimizer = torch.optim.AdamW([weights], lr=recipe.lr, weight_decay=recipe.weight_decay)
-    for step, batch in enumerate(job.micro_batches()):
-        optimizer.zero_grad()
+    def loss(adapter, batch):
+        values = []
         for i in batch:
             new = log_probs(model, adapter, examples[i])
-            value = objective(new, old[i], advantages[i], eps, beta)
-            (-value / len(batch)).backward()
-        torch.nn.utils.clip_grad_norm_([weights], recipe.clip)
-        optimizer.param_groups[0]["lr"] = job.lr_at(step)
-        optimizer.step()
-    weights.requires_grad_(False)
-    if not weights.isfinite().all():
+            values.append(objective(new, old[i], advantages[i], eps, beta))
+        return -torch.stack(values).mean()
+
+    adapter = train(model, Job(examples, seed_for(cfg.seed, t, "M-step"), recipe), loss)
+    if not adapter.flat.isfinite().all():
         raise UserError(f"the M-step of round {t + 1} diverged; try a lower learning rate")
     adapter.merge(0)
-
-
-GRID = (2e-3, 4e-3, 8e-3)
-# rule -> a factor: lower rates for two rules that take four times as many steps unclipped.
-FACTORS = {USUAL: 1, "all that help (Eq. 2)": 1 / 2, "all of reward .7 and above": 1,
-           "best 2 of 8, from the base": 1, "reinforce, K = 8": 1, "grpo, K = 8": 1,
-           "grpo, K = 8, 4 epochs": 1 / 4, CLIPPED: 1}
-# Choosing is shorter: fewer passages, and one self-edit of each held-out one.
-SHORT = {"tasks": 15, "eval_edits": 1, "eval_tasks": 24, "iterations": 2}
 
 
 def show_rates(records: list[dict]):
@@ -218,39 +188,22 @@ def show(rules: dict):
 
 def draw(rules: dict, file):
     """Gains: a point per seed, the mean and its interval."""
-    figure, axes = new_figure("gain of held-out reward after 3 rounds, 95 % intervals", "", (7, 5))
-    for y, lines in enumerate(rules.values()):
-        gains = [[gain(line)] for line in lines]
-        mean, half = mean_ci(gains)
-        axes.plot(gains, [y] * len(lines), ".", color="#bbb")
-        axes.errorbar(mean, [y], xerr=np.nan_to_num(half), color="#1f77b4", marker="o", capsize=3)
-    # No gain.
-    axes.axvline(0, color="#777", linestyle="--")
-    axes.set_yticks(range(len(rules)), [f"{arm}, {lr:g}" for arm, lr in rules])
-    axes.invert_yaxis()
-    save(figure, file)
+    gains = {f"{arm}, {lr:g}": [gain(line) for line in lines] for (arm, lr), lines in rules.items()}
+    draw_rows(file, "gain of held-out reward after 3 rounds, 95 % intervals", gains,
+              interval_over_seeds)
 
 
 def main():
-    ap = parser(__doc__)
-    ap.add_argument("--out", required=True, type=Path, help="JSON lines, as they are known")
-    ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
-    ap.add_argument("--runs", required=True, type=Path, help="where the runs' folders go")
-    ap.add_argument("--arms", nargs="+", choices=RULES, metavar="RULE", help="default: all")
-    ap.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4, with --tune 10 and 11")
-    ap.add_argument("--tune", action="store_true", help="choose the outer learning rates")
+    ap = Question(RULES, None, show, draw).flags(__doc__)
+    ap.add_argument("--tune", type=float, nargs="+", metavar="LR",
+                    help="choose outer learning rates: try these, on other towns")
     args = ap.parse_args()
-    if args.tune:
-        split, own, seeds = "tune", SHORT, args.seeds or [10, 11]
-        rates = {arm: [lr * factor for lr in GRID] for arm, factor in FACTORS.items()}
-    else:
-        split, own, seeds = "eval", {}, args.seeds or range(5)
-        rates = {arm: [lr] for arm, (_, lr) in RULES.items()}
     # The split and the rate are part of what is wanted, as a file has lines of several.
-    wanted = []
-    for seed, arm in product(seeds, args.arms or rates):
-        wanted += [{"split": split, "arm": arm, "lr": lr, "seed": seed} for lr in rates[arm]]
-    records = complete(ap, args, wanted, lambda line: measure(args.runs, line, **own))
+    split, wanted = "tune" if args.tune else "eval", []
+    for seed, arm in product(args.seeds, args.arms):
+        for lr in args.tune or [RULES[arm][1]]:
+            wanted.append({"split": split, "arm": arm, "lr": lr, "seed": seed})
+    records = complete(ap, args, wanted, measure)
     if args.tune:
         return show_rates(records)
     rules = measured_rules(records)
