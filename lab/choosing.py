@@ -1,15 +1,13 @@
 """A reward for less: what are the self-edits worth that cheaper rewards choose?
 
     python -m lab.choosing --out FILE.jsonl
-    python -m lab.choosing --scores --out FILE.jsonl [--svg FILE]
+    python -m lab.choosing --scores --out FILE.jsonl
     python -m lab.choosing --run RUN_DIR --out FILE.jsonl
 
-The untrained model's self-edits, 16 of a town, are tried with six seeds each, and with half of the
-steps: 5 minutes per seed of the world, on one thread. What are the best worth, by seeds that did
-not choose them, if fewer inner loops choose (lab/race.py)?
---scores: if no inner loop chooses, but one backward pass or less? 2 minutes more.
---run: does the product of gradients rank the self-edits of a real model's first round, too? Of a
-run about passages, with --seeds 2 or more. 4 s a self-edit for 135 M parameters, on one thread.
+The untrained model's self-edits, 16 of a town, are tried with six seeds each: 5 minutes per seed of
+the world. What are the best worth, by seeds that did not choose them, if fewer inner loops choose?
+--scores: if no inner loop chooses, but one backward pass or less?
+--run: of a real model's first round, about passages and with --seeds 2 or more. 4 s a self-edit.
 """
 import itertools
 import tempfile
@@ -21,7 +19,7 @@ import torch
 from data.tasks import in_order, load_tasks
 from inner_loop import inner_recipe, make_job
 from lab.credit import truth
-from lab.experiment import Question, complete, draw_rows, over_passages, print_table, where
+from lab.experiment import Question, complete, over_passages, print_table, where
 from lab.race import LAST, PRODUCT, RULES, USUAL, Rung, loss, products, race, trainer
 from lab.reliability import accuracy_of, read_groups
 from lab.tiny import RECIPE, SETTINGS, gold, run_of, start
@@ -30,7 +28,6 @@ from outer_loop import next_tasks, sample
 from selfedit import read_self_edit, seed_for
 from support.files import cli
 from support.run import Run
-from support.stats import bootstrap_ci
 
 SEEDS, JUDGES = 6, 3    # inner loops of a self-edit; of these some judge the choice of others
 KEEP = 2                # self-edits of a town that are learned in the preset
@@ -219,17 +216,6 @@ def show_scores(parts):
     print_table(head, rows, f"{towns} towns, {twice} self-edits each")
 
 
-def draw_scores(parts, file):
-    """What a choice among the usual K is worth."""
-    found, judges = choosers(parts)
-    k = judges.shape[1] // 2
-    draw_rows(file, "reward of the chosen (95 % interval over towns; dashed: any)",
-              {name: worth(scores, judges, k) for name, scores in found.items()}, bootstrap_ci,
-              judges.mean())
-
-
-# ------------------------------------------------------------------------------- of a real model
-
 def measure_run(run: Run, model, task, rollouts: list[dict]) -> dict:
     """A line: scores of the self-edits of a passage, and their accuracy with each seed."""
     edits = [read_self_edit(task, r["text"], r["token_ids"]) for r in rollouts]
@@ -278,7 +264,8 @@ def of_run(ap, args):
 
 def main():
     parts = {"choosing": try_often, "scores": measure_scores}
-    question = Question(parts, lambda part, seed: parts[part](seed), None, draw_scores, kind="part")
+    question = Question(parts, lambda part, seed: parts[part](seed), show_choices, draw=None,
+                        kind="part")
     ap = question.flags(__doc__)
     ap.add_argument("--scores", action="store_true", help="choose without an inner loop")
     ap.add_argument("--run", metavar="RUN_DIR", help="of a real model")
@@ -288,8 +275,7 @@ def main():
     if args.scores:
         question.show = show_scores
     else:
-        args.parts, args.svg = ["choosing"], None
-        question.show = show_choices
+        args.parts = ["choosing"]
     question.answer(ap, args)
 
 

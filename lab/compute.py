@@ -2,10 +2,9 @@
 
     python -m lab.compute RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE]
 
-The writers of finished runs are compared with writers that no reinforcement trained, as these may
-catch up (SPA, arXiv 2603.22213). k self-edits of a held-out town, the passage with each, are
-learned by ONE adapter in the preset's 10 steps, with all documents in each: only the tokens of a
-step grow with k. 1.5 minutes for an arm and a seed on one thread.
+Writers that no reinforcement trained may catch up (SPA, arXiv 2603.22213). k self-edits of a
+held-out town, the passage with each, are learned by ONE adapter in the preset's 10 steps, with all
+documents in each: only the tokens of a step grow with k. 1.5 minutes for an arm and a seed.
 """
 import zlib
 from collections import Counter
@@ -15,9 +14,8 @@ import numpy as np
 
 from data import tinyworld
 from engine.train import sft
-from inner_loop import answer_each, grade_all
 from lab.experiment import Question, arrows, draw_lines, mean_of, over_seeds, print_table
-from lab.tiny import (ANSWERING, RECIPE, best_notes, by_direction, load, one_form, rephrased,
+from lab.tiny import (RECIPE, best_notes, by_direction, load, one_form, rephrased, verdicts,
                       write)
 from lora import Job
 from selfedit import SelfEdit, Task, seed_for
@@ -95,10 +93,8 @@ def learn(model, tok, tasks: list[Task], edits: list[list[SelfEdit]], seed: int)
         found.append(of_town(row, task.context[0]))
 
     trained = dict(sft(model, jobs, Meter("steps")))
-    pairs = [(task, trained[i]) for i, task in enumerate(tasks)]
-    answers = answer_each(model, tok, pairs, RECIPE.lora, ANSWERING)
-    verdicts = grade_all(tasks, [answer.texts for answer in answers])
-    for task, right, row in zip(tasks, verdicts, found):
+    adapters = [trained[i].weights for i in range(len(jobs))]
+    for task, right, row in zip(tasks, verdicts(model, tok, tasks, adapters), found):
         row |= by_direction(task, right)
     return mean_of(found)
 
@@ -161,9 +157,7 @@ def draw(arms: dict[str, list[dict]], file):
 
 
 def main():
-    question = Question(ARMS, measure, show, draw, {"towns": 12}, of_runs=True)
-    ap = question.flags(__doc__)
-    question.answer(ap, ap.parse_args())
+    Question(ARMS, measure, show, draw, {"towns": 12}, of_runs=True).ask(__doc__)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,26 @@
 """Which line of a self-edit taught which answer?
 
-    python -m lab.credit RUN_DIR [--task 5]         # of any run about passages
     python -m lab.credit RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE]
 
 A self-edit is learned again from random halves of its documents, all side by side, and how likely
-the gold answers become is regressed on which documents were there: a table of report.html. With
---out this is held against the truth, as the tiny world knows which fact a line states. AUC: how
-often a line that states an answer has more credit for it than another. 1.5 minutes for a writer and
-a seed.
+the gold answers become is regressed on which documents were there. This is held against the truth,
+as the tiny world knows which fact a line states. AUC: how often a line that states an answer has
+more credit for it than another. 1.5 minutes for a writer and a seed.
 """
-import json
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import tinyworld as world
-from data.tasks import load_tasks
 from engine.train import sft
-from inner_loop import ask, grade_all, inner_recipe, make_job
+from inner_loop import make_job
 from lab.experiment import Question, mean_of, of_seeds, print_table, pyplot, save
-from lab.tiny import ANSWERING, RECIPE, gold, load, log_probs, run_of, write
-from lora import Adapters, Recipe
-from selfedit import SelfEdit, Task, read_self_edit, seed_for
-from support import page
-from support.files import UserError, at_least, cli, replace_file
+from lab.tiny import RECIPE, gold, load, log_probs, verdicts, write
+from lora import Adapters
+from selfedit import SelfEdit, Task, seed_for
+from support.files import cli
 from support.ranks import Meter
 
 WRITERS = {"untrained": 0, "round 3": 3}    # t of the theta_t that writes; theta_0 learns
@@ -47,16 +41,16 @@ def subsets(design: str, n: int, seed: int):
     return np.vstack([halves, 1 - halves])
 
 
-def learn(model, tok, edit: SelfEdit, design, recipe: Recipe, seed: int) -> Adapters:
+def learn(model, tok, edit: SelfEdit, design, seed: int) -> Adapters:
     """An adapter for each subset of a self-edit's documents. All begin from the same values."""
     jobs, places = [], []
     for i, row in enumerate(design):
         documents = [document for document, there in zip(edit.documents, row) if there]
         if documents:
-            jobs.append(make_job(model, tok, replace(edit, documents=documents), seed, recipe))
+            jobs.append(make_job(model, tok, replace(edit, documents=documents), seed, RECIPE))
             places.append(i)
     # Without a document nothing is learned: an adapter of zeros changes nothing.
-    adapters = Adapters(model, recipe.lora, len(design))
+    adapters = Adapters(model, RECIPE.lora, len(design))
     for number, trained in sft(model, jobs, Meter("steps")):
         adapters.flat[places[number]] = trained.weights
     return adapters
@@ -81,11 +75,11 @@ def regress(design, scores):
     return np.linalg.lstsq(x, scores, rcond=None)[0][1:]
 
 
-def credit(model, tok, task: Task, edit: SelfEdit, recipe: Recipe, seed=0):
+def credit(model, tok, task: Task, edit: SelfEdit, seed=0):
     """(documents, questions): by how much a document of a self-edit raises the probability of a
     gold answer."""
     design = subsets("random halves", len(edit.documents), seed)
-    adapters = learn(model, tok, edit, design, recipe, seed)
+    adapters = learn(model, tok, edit, design, seed)
     return regress(design, gold_probability(model, tok, task, adapters))
 
 
@@ -112,11 +106,10 @@ def judge_credit(model, tok, task: Task, edit: SelfEdit, seed: int) -> dict[str,
     stated = truth(task, edit)
     # The subsets of all designs are trained and asked together, which is faster.
     designs = [subsets(name, len(edit.documents), seed) for name in DESIGNS]
-    adapters = learn(model, tok, edit, np.vstack(designs), RECIPE, seed)
+    adapters = learn(model, tok, edit, np.vstack(designs), seed)
     likely = gold_probability(model, tok, task, adapters)
-    answers = ask(model, tok, [[task]] * adapters.n, ANSWERING, adapters)
-    right = grade_all([task] * adapters.n, [answer.texts for (answer,) in answers])
-    scores = {"probability": likely, "verdict": np.array(right, float)}
+    right = verdicts(model, tok, [task] * adapters.n, list(adapters.flat))
+    scores = {"probability": likely, "verdict": right.astype(float)}
     found, begin = {}, 0
     for name, design in zip(DESIGNS, designs):
         # Each design has the scores of its own subsets.
@@ -159,7 +152,7 @@ def draw(folder, file):
     that states the answer."""
     task = world.load("eval")[DRAWN]
     ((edit,),) = write(WRITERS["round 3"], folder, [task], 0, 1)
-    matrix = credit(*load(0), task, edit, RECIPE)
+    matrix = credit(*load(0), task, edit)
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 3 + 0.3 * len(matrix)), layout="constrained")
     image = axes.imshow(matrix, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
@@ -173,41 +166,13 @@ def draw(folder, file):
     save(figure, file)
 
 
-def write_page(folder: Path, i: int):
-    """Put the credit in the first held-out self-edit of task i by a run's last model, which learns
-    it again, into the run's report.html."""
-    run = run_of(folder)
-    t = max((r["iteration"] for r in run.edits.records), default=0)
-    found = run.edits.at(t, "eval").get((i, 0))
-    if not found:
-        raise UserError(f"{folder}: no held-out self-edit of task {i} in iteration {t}")
-    task = load_tasks(run, run.cfg.eval_data)[i]
-    if not task.context:
-        raise UserError(f"{folder} is a run about puzzles; credit is for passages")
-    edit = read_self_edit(task, found["text"], found["token_ids"])
-    if not edit.documents:
-        raise UserError(f"{folder}: nothing could be read in this self-edit: {edit.note}")
-    matrix = credit(run.load(t), run.tok, task, edit, inner_recipe(run.cfg),
-                    seed_for(run.cfg.seed, t, i, "credit"))
-    for document, row in zip(edit.documents, matrix):
-        most = int(np.argmax(row))
-        print(f"{row[most]:+.2f}  {document[:60]!r}: most for {task.questions[most]!r}")
-    found = {"iteration": t, "task": i, "title": task.name, "documents": edit.documents,
-             "questions": task.questions, "gold": task.answers, "credit": matrix.round(3).tolist()}
-    replace_file(folder / "credit.json", json.dumps(found))
-    print(page.write(folder))
-
-
 def main():
-    question = Question(WRITERS, measure, show, None, {"towns": 12}, kind="writer", of_runs=True)
-    ap = question.flags(__doc__, needs_out=False)
-    ap.add_argument("--task", type=at_least(0), default=0, help="which held-out one (default: 0)")
+    question = Question(WRITERS, measure, show, draw, {"towns": 12}, kind="writer", of_runs=True)
+    ap = question.flags(__doc__)
     args = ap.parse_args()
-    if args.out:
-        question.draw = lambda writers, file: draw(args.runs[0], file)
-        return question.answer(ap, args)
-    for folder in args.runs:
-        write_page(folder, args.task)
+    # It is drawn from a run, and not from lines.
+    question.draw = lambda writers, file: draw(args.runs[0], file)
+    question.answer(ap, args)
 
 
 if __name__ == "__main__":

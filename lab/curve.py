@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from lab.experiment import error_bars, new_figure, of_seeds, over_seeds, parser, save
-from support.files import Lines, UserError, cli, printable, read_json
+from support.files import UserError, cli, printable, read_json
+from support.ranks import Metrics
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 # What settings mean, in a figure's legend.
@@ -20,19 +21,6 @@ MEANING = {"update best": "the best self-edits are kept",
            "directives": "each chooses its learning rate and epochs"}
 # What does not set runs apart: names and paths, and what Run adds to its settings.
 ALIKE = ("seed", "run_dir", "model", "verbose", "program", "own", "content")
-
-
-class Metrics(Lines):
-    """metrics.jsonl, a line per iteration."""
-
-    def check(self, m):
-        if m["iteration"] != len(self.records):
-            raise ValueError(f"iteration {len(self.records)} belongs here")
-        # ** refuses what is no object.
-        shares = [m["eval_reward"], *{**m["eval_by_kind"]}.values(), *{**m["made_of"]}.values()]
-        shares += [arm["reward"] for arm in m["baselines"] if arm["name"] == "passage only"]
-        if not all(0 <= share <= 1 for share in shares):
-            raise ValueError("a reward or a share that is not from 0 to 1")
 
 
 def read_runs(folders):
@@ -122,8 +110,6 @@ def main():
     ap.add_argument("runs", nargs="+", help="run folders, of several seeds")
     ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
     args = ap.parse_args()
-    if args.svg and (Path(args.svg).is_dir() or not Path(args.svg).parent.is_dir()):
-        raise UserError(f"--svg {args.svg}: name a file, in a folder that is there")
     groups = read_runs(args.runs)
     for name, runs in groups.items():
         print("\n".join(describe(name, runs)))

@@ -29,30 +29,28 @@ class Question:
 
     measure(arm, seed, *what `answer` is given, *values of the settings) -> the rest of a line. If
     the arms are about the writers of finished runs, {seed: the folder of its run} comes after seed.
-    show({arm: its lines}). draw(the same, file)."""
+    show({arm: its lines}). draw(the same, file), or None where a table says it all."""
     arms: Collection
     measure: Callable
     show: Callable
-    draw: Callable
-    # Flags that all lines of a file must share, and their defaults: how many towns, or whose.
+    draw: Callable | None
+    # Flags that all lines of a file must share, numbers of towns, and their defaults.
     settings: dict = field(default_factory=dict)
     kind: str = "arm"               # what a line calls its arm; "arms" is the flag for them
     of_runs: bool = False
 
-    def flags(self, doc: str, needs_out=True, **arms) -> Parser:
+    def flags(self, doc: str, **arms) -> Parser:
         """What every question is asked with. arms: more about the flag for them."""
         ap = parser(doc)
-        ap.add_argument("--out", required=needs_out, type=Path,
-                        help="JSON lines, as they are known")
-        ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
+        ap.add_argument("--out", required=True, type=Path, help="JSON lines, as they are known")
+        if self.draw:
+            ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
         name = self.kind + "s"
         ap.add_argument(f"--{name}", nargs="+", metavar=name.upper(), **{
             "choices": self.arms, "default": list(self.arms)} | arms)
         for setting, default in self.settings.items():
-            # Settings are chosen by the towns of "tune", and reported on those of "eval".
-            values = {"type": positive} if type(default) is int else {"choices": ("eval", "tune")}
-            ap.add_argument(flag(setting), default=default, help=f"of towns (default: {default})",
-                            **values)
+            ap.add_argument(flag(setting), type=positive, default=default,
+                            help=f"how many towns (default: {default})")
         if self.of_runs:
             ap.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="finished runs "
                             "of `python outer_loop.py --iterations 3 --outer-lr 2e-3 --seed S`, "
@@ -60,6 +58,11 @@ class Question:
         else:
             ap.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
         return ap
+
+    def ask(self, doc: str, **arms):
+        """The whole program, if it has no further flags."""
+        ap = self.flags(doc, **arms)
+        self.answer(ap, ap.parse_args())
 
     def answer(self, ap: Parser, args, *given):
         """Measure what the file has not, then show and draw what it has."""
@@ -79,7 +82,7 @@ class Question:
             wanted += [{self.kind: arm, "seed": seed} for arm in getattr(args, self.kind + "s")]
         found = groups(complete(ap, args, wanted, measure, self.settings), self.kind, self.arms)
         self.show(found)
-        if args.svg:
+        if self.draw and args.svg:
             self.draw(found, args.svg)
 
 
@@ -166,12 +169,6 @@ def of_seeds(values, form=".3f") -> str:
     return over_seeds([[value] for value in values], form)[0] if len(values) else ""
 
 
-def interval_over_seeds(values) -> list[float]:
-    """The ends of the 95 % interval of the mean."""
-    (mean,), (half,) = mean_ci([[value] for value in values])
-    return [mean - half, mean + half]
-
-
 def over_passages(values, form=".3f") -> str:
     """'0.639 [0.601, 0.677]': a mean over passages, with its interval by bootstrap."""
     return with_interval(np.mean(values), bootstrap_ci(values), form)
@@ -205,9 +202,9 @@ def pyplot():
     return pyplot
 
 
-def new_figure(xlabel: str, ylabel: str, size=(6, 4.5)):
-    """(figure, axes). size: in inches."""
-    figure, axes = pyplot().subplots(figsize=size, layout="constrained")
+def new_figure(xlabel: str, ylabel: str):
+    """(figure, axes)."""
+    figure, axes = pyplot().subplots(figsize=(6, 4.5), layout="constrained")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.grid(axis="y", color="#ddd")
@@ -229,21 +226,6 @@ def draw_lines(file, labels: tuple[str, str], lines: dict, ylim=None):
         error_bars(axes, x, values, label=name)
     if ylim:
         axes.set_ylim(*ylim)
-    save(figure, file)
-
-
-def draw_rows(file, label: str, rows: dict, interval, line=0.0):
-    """A figure with a row for each of {name: values}: these, their mean, and its interval.
-
-    interval(values) -> its ends. line: a value that all are compared with."""
-    figure, axes = new_figure(label, "", size=(7, 5))
-    for y, values in enumerate(rows.values()):
-        axes.plot(values, [y] * len(values), ".", color="#bbb")
-        axes.plot(interval(values), [y, y], "|-", color="#1f77b4")
-        axes.plot(np.mean(values), y, "o", color="#1f77b4")
-    axes.axvline(line, color="#777", linestyle="--")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.invert_yaxis()
     save(figure, file)
 
 

@@ -4,14 +4,11 @@
 
 TRAIN.json: training passages with "released_edits": [{"text", "adapter_mean"}], as the authors'
 release has them. The M-step itself learns the best of each passage, those after which the larger
-model answered best. FOLDER is a checkpoint for `eval.py single --model FOLDER` and `outer_loop.py
---model FOLDER`. 100 self-edits, twice: 10 to 15 minutes on one core for a model of 135 M.
+model answered best. FOLDER is a checkpoint for `eval.py single` and `outer_loop.py --model FOLDER`.
 """
 import time
 from pathlib import Path
 from types import SimpleNamespace
-
-import torch
 
 from data import knowledge
 from data.judges import RULES
@@ -57,22 +54,16 @@ def main():
     ap.add_argument("--keep", type=positive, default=2, help="best of each passage (default: 2)")
     ap.add_argument("--epochs", type=positive, default=usual.outer_epochs)
     ap.add_argument("--lr", type=float, default=usual.outer_lr)
-    ap.add_argument("--batch", type=positive, default=usual.outer_batch, help="self-edits per step")
     ap.add_argument("--seed", type=int, default=0)
-    ap.add_argument("--device", default="", help="cuda or cpu (default: cuda if there is one)")
-    ap.add_argument("--dtype", default="", help="of the weights (default: by the device)")
     args = ap.parse_args()
     if args.out.exists():
         raise UserError(f"{args.out} exists already; nothing was overwritten")
     # The M-step's settings, of which the defaults are the paper's.
-    cfg = Config(model=args.model, train_data=args.data, seed=args.seed, outer_lr=args.lr,
-                 outer_epochs=args.epochs, outer_batch=args.batch, device=args.device,
-                 dtype=args.dtype)
-    dtype = getattr(torch, cfg.dtype) if cfg.dtype else None
-    model = load_pretrained(cfg.model, cfg.device, dtype)
+    cfg = Config(model=args.model, seed=args.seed, outer_lr=args.lr, outer_epochs=args.epochs)
+    model = load_pretrained(cfg.model)
     tok = Tokenizer.from_pretrained(model.folder)
 
-    pairs = to_imitate(tok, cfg.train_data, args.keep)
+    pairs = to_imitate(tok, args.data, args.keep)
     print(f"{len(pairs)} self-edits of {len({task.prompt for task, _ in pairs})} passages")
     # Of a run the M-step needs no more than this. Every self-edit counts alike.
     begin = time.time()

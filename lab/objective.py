@@ -1,6 +1,6 @@
 """Objective or data? The same texts, learned by other objectives in as many steps.
 
-    python -m lab.objective RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE]
+    python -m lab.objective RUN_DIR [RUN_DIR ...] --out FILE.jsonl
 
 Who learns a passage as plain text can seldom say its facts the other way round. SEAL's answer is
 other text: notes that turn them round. Others change what is learned of a text:
@@ -9,7 +9,7 @@ other text: notes that turn them round. Others change what is learned of a text:
 * in view: the next word is to be as likely as with the passage in the prompt.
 
 theta_0 learns each text in each way, in 10 steps with all of a town in one batch. The notes are by
-theta_0, or by theta_3 of finished runs. 4 minutes a seed for all arms, on one thread.
+theta_0, or by theta_3 of finished runs. 4 minutes a seed for all arms.
 """
 import random
 from dataclasses import replace
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from data import tinyworld
 from engine.ribbon import Ribbon
-from lab.experiment import Question, draw_lines, mean_of, over_seeds, print_table
+from lab.experiment import Question, mean_of, over_seeds, print_table
 from lab.tiny import RECIPE, by_direction, load, or_passage, train, verdicts, write
 from lora import Job, dialogue
 from selfedit import seed_for
@@ -134,21 +134,8 @@ def show(arms: dict[str, list[dict]]):
     print_table(["text", "objective", *COLUMNS, "tokens trained a town"], rows)
 
 
-def draw(arms: dict[str, list[dict]], file):
-    """Accuracy on reversed questions, of each objective over the texts."""
-    drawn = {}
-    for ways in RATES:
-        texts = [text for text in TEXTS if f"{text}: {ways}" in arms]
-        values = [[line["reversed"] for line in arms[f"{text}: {ways}"]] for text in texts]
-        if texts:
-            drawn[ways] = texts, np.transpose(values)
-    draw_lines(file, ("", "reversed questions (95 % interval over seeds)"), drawn, ylim=(0, 1))
-
-
 def main():
-    question = Question(ARMS, measure, show, draw, {"towns": 12}, of_runs=True)
-    ap = question.flags(__doc__)
-    question.answer(ap, ap.parse_args())
+    Question(ARMS, measure, show, None, {"towns": 12}, of_runs=True).ask(__doc__)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Half of the reward's cost: does SEAL learn as much from cheaper rewards?
 
-    python -m lab.race --out FILE.jsonl [--svg FILE]
+    python -m lab.race --out FILE.jsonl [--rules RULE ...]
 
 ReST-EM in the tiny world, with its rewards from a race, or from products of gradients and no inner
-loop. lab/choosing.py asks what a single choice is worth. 2 to 8 minutes for a rule and a seed, on
-one thread.
+loop. lab/choosing.py asks what a single choice is worth. 2 to 8 minutes for a rule and a seed.
 """
 import math
 import tempfile
@@ -16,8 +15,7 @@ import torch
 
 from data.tasks import load_tasks
 from inner_loop import answering, inner_recipe, make_job, update_and_score
-from lab.experiment import (Question, arrows, differences, draw_rows, gain, interval_over_seeds,
-                            last_reward, of_seeds, print_table)
+from lab.experiment import Question, arrows, differences, gain, last_reward, of_seeds, print_table
 from lab.tiny import RECIPE, SETTINGS, gold, log_probs, one_round, start
 from lora import Adapters
 from outer_loop import evaluate
@@ -153,8 +151,6 @@ def products(model, tok, task, edits, recipe=RECIPE) -> list[tuple[float, float]
     return found
 
 
-# ------------------------------------------------------------------------------- the whole loop
-
 def learn(rule: str, seed: int) -> dict:
     """A line: outer_loop.rest_em with other rewards."""
     times, rungs = RULES.get(rule, (1, []))
@@ -197,20 +193,9 @@ def show(rules: dict[str, list[dict]]):
                  f"last round, against {USUAL}"], rows)
 
 
-def draw(rules: dict[str, list[dict]], file):
-    """The gain of each rule, and what it costs."""
-    rows = {}
-    for rule, lines in rules.items():
-        loops = np.mean([line["inner loops"] for line in lines])
-        # A name over two lines leaves room for the figure.
-        rows[f"{rule}:\n{loops:.0f} inner loops"] = [gain(line) for line in lines]
-    draw_rows(file, "gain of held-out reward, 95 % intervals", rows, interval_over_seeds)
-
-
 def main():
-    question = Question([*RULES, PRODUCT], learn, show, draw, kind="rule")
-    ap = question.flags(__doc__, default=[USUAL, "one seed"])
-    question.answer(ap, ap.parse_args())
+    Question([*RULES, PRODUCT], learn, show, draw=None, kind="rule").ask(
+        __doc__, default=[USUAL, "one seed"])
 
 
 if __name__ == "__main__":

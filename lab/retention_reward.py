@@ -5,9 +5,8 @@
 reward = accuracy on its town - lambda * (accuracy on earlier towns, before - after)
 
 The paper suggests it (section 5). Self-edits are tried on a copy of the policy that has first
-learned 8 other towns, from all true notes about them at once. So there is something to lose in
-every round, which M-steps do not touch. Each self-edit is asked about its own town and these eight,
-under the same adapter. lambda 0 is SEAL. 4 minutes for a lambda and a seed on one thread.
+learned 8 other towns, so that there is something to lose in every round. Each self-edit is asked
+about its own town and these eight, under the same adapter. 4 minutes for a lambda and a seed.
 """
 import copy
 import random
@@ -20,14 +19,13 @@ import numpy as np
 from data import tinyworld
 from data.tasks import load_tasks
 from engine.train import sft
-from inner_loop import make_job, update_and_score
+from inner_loop import make_job
 from lab.experiment import Question, new_figure, over_seeds, print_table, save
-from lab.tiny import ANSWERING, RECIPE, one_round, start, verdicts
+from lab.tiny import RECIPE, one_round, start, verdicts
 from lora import Adapters
-from outer_loop import sample
+from outer_loop import sample, score
 from selfedit import SelfEdit, Task, seed_for
 from support.files import cli
-from support.ranks import Meter
 from support.stats import mean_ci
 
 ROUNDS = 3
@@ -54,37 +52,23 @@ def with_earlier(run, policy, earlier: list[Task]):
 
 def with_questions(task: Task, earlier: list[Task]) -> Task:
     """The task, that also asks what the earlier ones ask."""
-    asked = replace(task, kinds=["own"] * len(task.questions))
     for other in earlier:
-        asked = replace(asked, questions=asked.questions + other.questions,
-                        queries=asked.queries + other.queries,
-                        answers=asked.answers + other.answers,
-                        kinds=asked.kinds + ["earlier"] * len(other.questions))
-    return asked
-
-
-def learned_and_lost(right: list[bool], task: Task, before: float) -> tuple[float, float]:
-    """(accuracy on the task's own questions, by how much that on the earlier ones fell)."""
-    right, is_own = np.array(right), np.array(task.kinds) == "own"
-    return float(right[is_own].mean()), before - float(right[~is_own].mean())
+        task = replace(task, questions=task.questions + other.questions,
+                       queries=task.queries + other.queries, answers=task.answers + other.answers)
+    return task
 
 
 def try_edits(run, learner, tasks, edits, t: int, split: str, earlier, known: float):
     """(tasks, K, 2): what the learner learned and lost by each self-edit."""
-    asked, learned, seeds, places = [], [], [], []
-    for i, row in enumerate(edits):
-        for j, edit in enumerate(row):
-            asked.append(with_questions(tasks[i], earlier))
-            learned.append(edit)
-            seeds.append([seed_for(run.cfg.seed, t, split, i, j, 0, "adapter")])
-            places.append((i, j))
-    outcomes = update_and_score(learner, run.tok, asked, learned, seeds, RECIPE, ANSWERING,
-                                Meter(f"steps, {split}, round {t}"))
+    asked = [with_questions(task, earlier) for task in tasks]
+    score(run, learner, asked, edits, t, split, [0.0] * len(tasks), n_seeds=1)
     # What can't be read teaches nothing and destroys nothing.
     found = np.zeros((len(edits), len(edits[0]), 2))
-    for n, outcome in outcomes:
-        if outcome.right:
-            found[places[n]] = learned_and_lost(outcome.right[0], asked[n], known)
+    for (i, j), record in run.rollouts.at(t, split).items():
+        if record["right"]:
+            # Its own questions come first.
+            (right,), own = record["right"], len(tasks[i].questions)
+            found[i, j] = np.mean(right[:own]), known - np.mean(right[own:])
     return found
 
 
@@ -149,10 +133,8 @@ def draw(arms: dict[float, list[dict]], file):
 
 
 def main():
-    question = Question((0.0, .5, 1.0, 2.0), measure, show, draw, {"tasks": 12, "eval_tasks": 24},
-                        kind="lambda")
-    ap = question.flags(__doc__, type=float)
-    question.answer(ap, ap.parse_args())
+    Question((0.0, .5, 1.0, 2.0), measure, show, draw, {"tasks": 12, "eval_tasks": 24},
+             kind="lambda").ask(__doc__, type=float)
 
 
 if __name__ == "__main__":

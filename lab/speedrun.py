@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from lab.experiment import parser, print_table
+from lab.experiment import complete, parser, print_table
 from support.config import add_flags
 from support.files import Lines, UserError, cli
 
@@ -29,28 +29,19 @@ FIXED = ("--preset", "--model", "--domain", "--train-data", "--eval", "--inner",
          "--top-p", "--seed=", "--run-dir", "--baselines")
 
 
-def machine() -> str:
-    """The processor's name, and how many threads a run takes."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = names[0].partition(":")[2].strip() if names else name
-    threads = os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()
-    return f"{name}, {threads} threads"
-
-
-def measure(name: str, flags: list[str], seed: int) -> dict:
-    """A line: the held-out rewards of an ordinary run, and the seconds at which they were known."""
+def measure(flags: list[str], seed: int) -> dict:
+    """The rest of a line: the held-out rewards of an ordinary run, and the seconds at which they
+    were known."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
                             capture_output=True).stdout.strip() or "unknown"
+    threads = os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         command = ["outer_loop.py", *flags, "--no-baselines", "--seed", str(seed)]
         # In a process of its own, as a user's run is.
         subprocess.run([sys.executable, *command, "--run-dir", folder], cwd=ROOT, check=True)
         metrics = Lines(Path(folder) / "metrics.jsonl", repair=False).records
-    return {"name": name, "flags": flags, "seed": seed, "date": str(date.today()),
-            "commit": commit, "machine": machine(),
+    return {"date": str(date.today()), "commit": commit,
+            "machine": f"{platform.processor() or platform.machine()}, {threads} threads",
             "reward": [m["eval_reward"] for m in metrics],
             "seconds": [m["seconds"] for m in metrics]}
 
@@ -67,9 +58,10 @@ def table(records):
     """Every entry, the fastest first, as Markdown."""
     entries = {}
     for r in records:
-        entries.setdefault((r["name"], r["machine"]), []).append(r)
+        # An entry with other flags is another one, even by the same name.
+        entries.setdefault((r["name"], r["machine"], *r["flags"]), []).append(r)
     rows = []
-    for (name, where), runs in entries.items():
+    for (name, where, *_), runs in entries.items():
         times = [time_to_goal(r) for r in runs]
         reached = sum(t < float("inf") for t in times)
         last = statistics.mean(r["reward"][-1] for r in runs)
@@ -92,14 +84,8 @@ def main():
     for word in flags:
         if word.startswith(FIXED) or word == "--seed":
             raise UserError(f"{word}: an entry may not change this")
-    done = Lines(args.out)
-    known = {r["seed"]: r for r in done.records if r["name"] == args.name}
-    if any(r["flags"] != flags for r in known.values()):
-        raise UserError(f"--name {args.name}: {args.out} has it with other flags")
-    for seed in SEEDS:
-        if seed not in known:
-            done.add(measure(args.name, flags, seed))
-    table(done.records)
+    wanted = [{"name": args.name, "flags": flags, "seed": seed} for seed in SEEDS]
+    table(complete(ap, args, wanted, lambda line: measure(flags, line["seed"])))
 
 
 if __name__ == "__main__":

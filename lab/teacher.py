@@ -1,19 +1,18 @@
 """Teacher and student: does a larger writer teach a smaller learner better than it does itself?
 
     python -m data.pretrain_tiny --dim 64 --out SMALL     # 8 minutes
-    python -m lab.teacher --small SMALL --out FILE.jsonl [--svg FILE]
+    python -m lab.teacher --small SMALL --out FILE.jsonl
 
-In SEAL the model that writes a self-edit is the model that learns it. The paper names teacher and
-student as two models, and does not try it. Here ReST-EM trains a teacher on what taught a student
-best, who never changes. Each is the tiny world's model, or one of half its width. What is written
-of held-out towns is learned by both. 1.5 minutes for an arm and a seed, on one thread.
+In SEAL the model that writes a self-edit learns it. Here ReST-EM trains a teacher on what taught a
+student best, who never changes. Each is the tiny world's model, or one of half its width. What is
+written of held-out towns is learned by both. 1.5 minutes for an arm and a seed.
 """
 import tempfile
 
 import numpy as np
 
 from data.tasks import load_tasks
-from lab.experiment import Question, differences, draw_lines, of_seeds, over_seeds, print_table
+from lab.experiment import Question, differences, of_seeds, over_seeds, print_table
 from lab.tiny import one_round, start
 from outer_loop import sample, score
 from support.config import PRESETS
@@ -28,17 +27,16 @@ ARMS = {"small teaches itself (SEAL)": ("small", "itself"),
         "large teaches itself (SEAL)": ("large", "itself")}
 
 
-def learn(arm: str, seed: int, small: str, split: str) -> dict:
+def learn(arm: str, seed: int, small: str) -> dict:
     """A line: {who learns: what the teacher's held-out self-edits are worth to it, by round}.
 
-    small: a checkpoint of the small model. split: of held-out towns."""
+    small: a checkpoint of the small model."""
     writer, learner = ARMS[arm]
     preset = PRESETS["tiny"]
     towns, learners = {}, {}    # who learns -> (a run of the preset by this model, the model)
     with tempfile.TemporaryDirectory() as folder:       # of which only the line is kept
         for size, model in (("small", small), ("large", preset["model"])):
-            own = preset | {"model": model, "eval_data": split}
-            run, towns[size] = start(f"{folder}/{size}", seed, **own)
+            run, towns[size] = start(f"{folder}/{size}", seed, **preset | {"model": model})
             learners[size] = run, run.read_model(model)
 
         def worth(who, tasks, edits, t, part):
@@ -48,7 +46,7 @@ def learn(arm: str, seed: int, small: str, split: str) -> dict:
             return score(run, model, tasks, edits, t, part, without, run.cfg.seeds, arm=who)
 
         run, _ = learners[writer]
-        held_out = load_tasks(run, split)[:run.cfg.eval_tasks]
+        held_out = load_tasks(run, run.cfg.eval_data)[:run.cfg.eval_tasks]
         found = {who: [] for who in dict.fromkeys(("small", "large", learner))}
         for t in range(run.cfg.iterations + 1):
             teacher = run.load(t)
@@ -78,18 +76,8 @@ def show(arms: dict[str, list[dict]]):
     print_table(["who teaches whom", "learned by", *rounds, "last, against SEAL"], rows)
 
 
-def draw(arms: dict[str, list[dict]], file):
-    """What the small student learns, or in SEAL the small teacher."""
-    drawn = {}
-    for arm, lines in arms.items():
-        who = "itself" if ARMS[arm] == ("small", "itself") else "small"
-        rewards = [line["reward"][who] for line in lines]
-        drawn[arm] = [str(t) for t in range(len(rewards[0]))], rewards
-    draw_lines(file, ("round", "learned by the small one (95 % interval over seeds)"), drawn)
-
-
 def main():
-    question = Question(ARMS, learn, show, draw, {"towns": "eval"})
+    question = Question(ARMS, learn, show, None)
     ap = question.flags(__doc__)
     ap.add_argument("--small", required=True, help="folder of the small model")
     args = ap.parse_args()

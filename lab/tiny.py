@@ -17,7 +17,7 @@ from model import Transformer, load_pretrained
 from outer_loop import m_step, next_tasks, sample, select
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from support.config import PRESETS, Config
-from support.files import UserError, read_json
+from support.files import read_json
 from support.ranks import Meter
 from support.run import Run
 from support.tokenizer import Tokenizer
@@ -115,10 +115,7 @@ def start(folder, seed: int, **own) -> tuple[Run, list[Task]]:
 
 def run_of(folder, **own) -> Run:
     """A finished run with its own settings, as its folder tells them. own: how they differ."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder} is no run's folder: it has no config.json")
-    settings = read_json(path)
+    settings = read_json(Path(folder) / "config.json")
     known = {f.name: settings[f.name] for f in fields(Config) if f.name in settings}
     return Run(Config(**known | {"run_dir": str(folder)} | own), load_pretrained)
 

@@ -1,11 +1,10 @@
 """ReST-EM against its neighbours: which update rule learns to write better self-edits?
 
-    python -m lab.update_rule --out FILE.jsonl [--svg FILE]
+    python -m lab.update_rule --out FILE.jsonl
     python -m lab.update_rule --tune 2e-3 4e-3 8e-3 --seeds 10 11 --out FILE.jsonl
 
 Each rule runs in the tiny world, at the learning rate that did best on other towns (--tune). A line
-is an ordinary run of outer_loop.py, of which nothing else is kept. 1 to 3 minutes each, on one
-thread.
+is an ordinary run of outer_loop.py, of which nothing else is kept. 1 to 3 minutes each.
 """
 import math
 import re
@@ -17,8 +16,8 @@ import numpy as np
 import torch
 
 from data.tasks import load_data
-from lab.experiment import (Question, arrows, complete, differences, draw_rows, gain,
-                            interval_over_seeds, last_reward, of_seeds, print_table, where)
+from lab.experiment import (Question, arrows, complete, differences, gain, last_reward, of_seeds,
+                            print_table, where)
 from lab.tiny import log_probs, start, train
 from lora import Adapters, Job, dialogue
 from outer_loop import m_step, outer_recipe, rest_em
@@ -50,8 +49,6 @@ RULES = {
     "grpo, K = 8, 4 epochs": ({"update": "grpo"}, 1e-3),
     CLIPPED: ({"update": "grpo"}, 4e-3),
 }
-
-
 # Choosing a rate is shorter: fewer passages and rounds, and one self-edit of each held-out one.
 SHORT = {"tasks": 15, "eval_edits": 1, "eval_tasks": 24, "iterations": 2}
 
@@ -154,17 +151,12 @@ def show_rates(records: list[dict]):
             print(f"{arm}, outer learning rate {lr:g}: {np.mean(last):.3f} ({len(last)} seeds)")
 
 
-def measured_rules(records: list[dict]) -> dict:
-    """{(rule, outer learning rate): its lines}, in the order of RULES."""
-    found = {}
+def show(records: list[dict]):
+    """A row per rule and learning rate, with intervals over seeds."""
+    rules = {}
     for arm in RULES:
         for line in where(records, split="eval", arm=arm):
-            found.setdefault((arm, line["lr"]), []).append(line)
-    return found
-
-
-def show(rules: dict):
-    """A row per rule and learning rate, with intervals over seeds."""
+            rules.setdefault((arm, line["lr"]), []).append(line)
     usual = rules.get((USUAL, RULES[USUAL][1]), [])
     rows = []
     for (arm, lr), lines in rules.items():
@@ -186,15 +178,8 @@ def show(rules: dict):
     print_table(head, rows)
 
 
-def draw(rules: dict, file):
-    """Gains: a point per seed, the mean and its interval."""
-    gains = {f"{arm}, {lr:g}": [gain(line) for line in lines] for (arm, lr), lines in rules.items()}
-    draw_rows(file, "gain of held-out reward after 3 rounds, 95 % intervals", gains,
-              interval_over_seeds)
-
-
 def main():
-    ap = Question(RULES, None, show, draw).flags(__doc__)
+    ap = Question(RULES, measure, show, draw=None).flags(__doc__)
     ap.add_argument("--tune", type=float, nargs="+", metavar="LR",
                     help="choose outer learning rates: try these, on other towns")
     args = ap.parse_args()
@@ -204,12 +189,7 @@ def main():
         for lr in args.tune or [RULES[arm][1]]:
             wanted.append({"split": split, "arm": arm, "lr": lr, "seed": seed})
     records = complete(ap, args, wanted, measure)
-    if args.tune:
-        return show_rates(records)
-    rules = measured_rules(records)
-    show(rules)
-    if args.svg:
-        draw(rules, args.svg)
+    (show_rates if args.tune else show)(records)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """A skill as a vector: can what RL changed be added to a model that was not there?
 
-    python -m lab.vector RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE]
+    python -m lab.vector RUN_DIR [RUN_DIR ...] --out FILE.jsonl
 
 v = theta_3 - theta_0 of a finished run is what three M-steps merged into the weights. PaST (arXiv
-2601.11258) adds such a difference to models that have learned facts by other means. How long may v
-be? Is the mean of several runs' v as good? Do adapters that theta_0 learned towns by still work on
-theta_0 + v? Does a model write well that merged a stream of towns, once v is added? An arm is a
-model, which writes and learns. 2 minutes a seed for all arms, on one thread.
+2601.11258) adds such a difference to models that have learned facts by other means. An arm is a
+model, which writes and learns. 2 minutes a seed for all arms.
 """
 import itertools
 import random
@@ -18,8 +16,8 @@ import torch
 from data import tinyworld
 from engine.train import sft
 from inner_loop import make_job
-from lab.experiment import Question, draw_lines, of_seeds, over_seeds, print_table
-from lab.keeping import GENTLE, Stream, learn_town
+from lab.experiment import Question, of_seeds, over_seeds, print_table
+from lab.forgetting import GENTLE, Stream, learn_town
 from lab.tiny import RECIPE, load, or_passage, score, verdicts, write_all
 from lora import Adapters
 from selfedit import Task, seed_for
@@ -130,19 +128,8 @@ def show(arms: dict[str, list[dict]]):
     print_table(["between", "cosine"], rows, "Directions in weight space")
 
 
-def draw(arms: dict[str, list[dict]], file):
-    drawn = {}
-    scales = [scale for scale in SCALES if f"{scale:g} v" in arms]
-    for name, label in (("reward", "reward of its self-edits"), ("known", "known of 32 towns")):
-        values = [[line[name] for line in arms[f"{scale:g} v"]] for scale in scales]
-        drawn[label] = scales, np.transpose(values)
-    draw_lines(file, ("scale of v", "(95 % interval over seeds)"), drawn, ylim=(0, 1))
-
-
 def main():
-    question = Question(ARMS, measure, show, draw, of_runs=True)
-    ap = question.flags(__doc__)
-    question.answer(ap, ap.parse_args())
+    Question(ARMS, measure, show, None, of_runs=True).ask(__doc__)
 
 
 if __name__ == "__main__":
