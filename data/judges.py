@@ -1,7 +1,7 @@
 """Judges: whether an answer is right.
 
 The paper asks GPT-4.1 (`--judge openai`). A rule stands in for it by default, and
-`python -m lab.judges FILE` measures how well. A judge sees many (question, gold answer, prediction)
+tests/test_judges.py says how well. A judge sees many (question, gold answer, prediction)
 triples at once (selfedit.Judge); an empty prediction is wrong before any judge sees it.
 """
 import json

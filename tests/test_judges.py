@@ -67,6 +67,27 @@ def test_a_rule_for_one_makes_a_judge_of_many():
     assert verdicts == [True, False, False]
 
 
+@pytest.mark.parametrize("rule, agrees, kappa", [("rule", .887, .73), ("gist", .899, .77),
+                                                 ("substring", .876, .71)])
+def test_how_far_the_rules_agree_with_gpt(rule, agrees, kappa, shared_data):
+    """With its verdicts on the released answers: the numbers of docs/RESULTS.md."""
+    mine, gpt = [], []
+    for record in json.loads((shared_data / "squad_val_60.json").read_text()):
+        for method in record["released"].values():
+            for x in method["answers"]:
+                for arm in ("baseline", "adapter"):
+                    (verdict,) = RULES[rule]([(x["question"], x["gold"], x[arm])])
+                    mine.append(verdict and bool(x[arm].strip()))
+                    gpt.append(x[f"{arm}_ok"])
+
+    observed = sum(a == b for a, b in zip(mine, gpt)) / len(gpt)
+    # Cohen's kappa: how far that is beyond chance.
+    p, q = sum(mine) / len(mine), sum(gpt) / len(gpt)
+    chance = p * q + (1 - p) * (1 - q)
+    assert len(gpt) == 2830 and observed == pytest.approx(agrees, abs=5e-4)
+    assert (observed - chance) / (1 - chance) == pytest.approx(kappa, abs=5e-3)
+
+
 # ------------------------------------------------------------------------------- memory
 
 class Recorder:

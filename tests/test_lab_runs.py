@@ -1,10 +1,8 @@
 """The questions of the lab, on the embedded model and a few towns: lines, tables and what they
 are made of.
 """
-import json
 import math
 import random
-import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -20,19 +18,18 @@ from data import judges as rules
 from data import tinyworld as world
 from data.judges import each
 from data.tasks import load_tasks
-from engine.decode import Sampling
 from engine.train import sft
 from inner_loop import TINY, make_job
-from lab import (choosing, compute, credit, forgetting, keeping, objective, race,
-                 retention_reward, speedrun, teacher, tiny, update_rule, vector)
+from lab import (choosing, compute, credit, forgetting, objective, race, retention_reward, speedrun,
+                 teacher, tiny, update_rule, vector)
 from lab.compute import crossing, crossings
 from lab.credit import regress, subsets
-from lab.keeping import last_layers, recall, scaled, with_old
+from lab.forgetting import Arm, last_layers, recall, scaled, with_old
 from lab.race import Rung
 from lab.tiny import RECIPE, SETTINGS
-from lora import Adapters, Job, dialogue, sft_one
+from lora import Adapters, Job, sft_one
 from model import load_pretrained
-from outer_loop import m_step, outer_recipe
+from outer_loop import m_step
 from selfedit import SelfEdit, read_self_edit
 from support.checkpoint import EMBEDDED
 from support.config import PRESETS, Config
@@ -42,7 +39,6 @@ from tests.test_lab import call, write_lines
 
 # ------------------------------------------------------------------------------- set-ups
 
-WRITING = Sampling(max_new=100, temperature=.8, top_p=.95)
 FEW = dict(tasks=2, edits=4, eval_tasks=2, eval_edits=1, iterations=1, inner_epochs=4,
            outer_epochs=2, max_edit_tokens=48)
 
@@ -89,20 +85,22 @@ def town(task):
 
 @pytest.fixture()
 def ask_twice(tmp_path, monkeypatch, capsys):
-    """Asks a question, and once more with nothing left to measure: its lines, what it shows, and
-    the text of its figure."""
+    """Asks a question, draws if it can, and asks once more with nothing left to measure: its lines
+    and what it shows."""
     def ask(program, measure, *words):
         pytest.importorskip("matplotlib")
         out, svg = tmp_path / "out.jsonl", tmp_path / "figure.svg"
-        call(program, *words, "--out", out, "--svg", svg)
+        figure = ["--svg", svg] if hasattr(program, "draw") else []
+        call(program, *words, "--out", out, *figure)
         first = capsys.readouterr().out
         with monkeypatch.context() as patch:
             patch.setattr(program, measure, None)
             call(program, *words, "--out", out)
         shown = capsys.readouterr().out
         assert shown in first and shown.count("|") > 6
-        assert ElementTree.parse(svg).getroot().tag.endswith("svg")
-        return read_lines(out), shown, svg.read_text()
+        if figure:
+            assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+        return read_lines(out), shown
     return ask
 
 
@@ -154,13 +152,6 @@ def test_writers_that_know_the_world(task, town):
     assert world.read_passage(other) == world.read_passage(passage)
 
 
-def test_diversity_by_hand(task):
-    one = read_self_edit(task, "It is calm.")
-    found = compute.of_town([one] * 4, task.context[0])
-    assert found["distinct lines"] == 1 / 4
-    assert found["compression"] > compute.of_town([one], task.context[0])["compression"]
-
-
 def test_a_given_beginning_is_part_of_the_note(task, finished_run):
     (edits,) = tiny.write("begun", finished_run, [task], 0, 8)
     (first, second), = tiny.write("begun", finished_run, [task], 0, 2)
@@ -175,7 +166,7 @@ def test_a_given_beginning_is_part_of_the_note(task, finished_run):
 @pytest.mark.slow
 def test_the_same_text_teaches_the_same(finished_run, tmp_path, monkeypatch, ask_twice):
     monkeypatch.setattr(compute, "KS", (1, 2))
-    lines, shown, drawing = ask_twice(
+    lines, shown = ask_twice(
         compute, "measure", finished_run, "--towns", 2, "--arms", "untrained writer",
         "SEAL, round 3", "best notes", "rephrased passages")
 
@@ -184,7 +175,6 @@ def test_the_same_text_teaches_the_same(finished_run, tmp_path, monkeypatch, ask
     assert {**base, "arm": "", "seconds": 0} == {**seal, "arm": "", "seconds": 0}
     assert min(best["accuracy"]) > 0.85 and max(same["reversed"]) < 0.3
     assert f"| best notes | {best['accuracy'][0]:.3f} |" in shown
-    assert "untrained writer" in drawing
     with pytest.raises(UserError, match="lines of another --towns"):
         call(compute, finished_run, "--out", tmp_path / "out.jsonl", "--towns", 3)
 
@@ -214,7 +204,7 @@ def test_auc_by_hand():
 def test_subsets_are_learned_in_their_places(model, words, task, town):
     edit = read_self_edit(task, "\n".join(tiny.best_notes(town, random.Random(0))[:2]))
     design = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]])
-    adapters = credit.learn(model, words, edit, design, RECIPE, seed=4)
+    adapters = credit.learn(model, words, edit, design, seed=4)
     assert not adapters.flat[[0, 3]].any()
     for i, documents in ((1, edit.documents[:1]), (2, edit.documents), (4, edit.documents[2:])):
         job = compute.one_job(model, words, documents, seed=4)
@@ -246,65 +236,16 @@ def test_the_probability_of_an_answer_is_that_of_its_tokens(model, words, task):
             assert row[j] == pytest.approx(probability, rel=2e-3, abs=1e-9)
 
 
-def test_credit_finds_the_line_that_states_the_answer(model, words, task, town):
-    lines = tiny.best_notes(town, random.Random(0))
-    remark = world.VAGUE[0].format(t=town.name)
-    edit = read_self_edit(task, "\n".join([*lines, remark]))
-
-    matrix = credit.credit(model, words, task, edit, RECIPE)
-
-    stated = credit.truth(task, edit)
-    # Each line states one answer, the remark none; the last document is the passage.
-    assert stated.sum(axis=1).tolist() == [1] * len(lines) + [0]
-    assert matrix.shape == (len(lines) + 2, len(task.questions))
-    assert credit.auc(matrix[:-1], stated) > 0.9
-    assert matrix[:-1][stated].mean() > 0.3 > abs(matrix[len(lines)]).max() / 2
-
-
 @pytest.mark.slow
 def test_credit_is_judged_and_drawn(finished_run, monkeypatch, ask_twice):
-    monkeypatch.setattr("lab.credit.PAIRS", 8)
-    lines, shown, drawing = ask_twice(credit, "measure", finished_run, "--towns", 1, "--town", 1)
+    monkeypatch.setattr(credit, "PAIRS", 8)
+    lines, shown = ask_twice(credit, "measure", finished_run, "--towns", 1)
     assert [r["writer"] for r in lines] == ["untrained", "round 3"]
     assert lines[0]["auc"] == lines[1]["auc"]       # the same writer, in this run
     shares = lines[0]["auc"]
     assert len(shares) == 6 and all(0 <= share <= 1 for share in shares.values())
     assert shares["random halves, probability"] > 0.8
     assert f"{shares['random halves, probability']:.3f}" in shown
-    assert world.load("eval")[1].name in drawing
-
-
-@pytest.fixture(scope="module")
-def small_run(tmp_path_factory):
-    """What `python outer_loop.py --iterations 0 --eval-tasks 2` leaves behind."""
-    run = tiny_run(tmp_path_factory.mktemp("runs") / "small", iterations=0, eval_tasks=2,
-                   eval_edits=1)
-    run_rest_em(run)
-    return run.folder
-
-
-def test_a_page_shows_the_credit_that_was_asked_for(small_run, monkeypatch, capsys):
-    monkeypatch.setattr("lab.credit.PAIRS", 4)
-    call(credit, small_run, "--task", 1)
-
-    found = json.loads((small_run / "credit.json").read_text())
-    assert found["title"] == world.load("eval")[1].name
-    shape = (len(found["documents"]), len(found["questions"]))
-    assert np.shape(found["credit"]) == shape and np.max(found["credit"]) > 0.1
-    text = (small_run / "report.html").read_text()
-    assert "Which line taught which answer" in text
-    assert f">{found['credit'][0][0]:.3f}<" in text
-    # The last document is the passage, of which a line of output has the beginning.
-    assert found["documents"][-1][:40] in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flags, words", [(["--task", 40], "no held-out self-edit of task 40"),
-                                          (["--iteration", 9], "in iteration 9")])
-def test_credit_that_can_not_be_had(small_run, tmp_path, flags, words):
-    with pytest.raises(UserError, match=words):
-        call(credit, small_run, *flags)
-    with pytest.raises(UserError, match="no run's folder"):
-        call(credit, tmp_path)
 
 
 # ------------------------------------------------------------------------------- keeping
@@ -329,13 +270,6 @@ def test_an_adapter_of_the_last_layer_changes_no_others(model, words, towns):
     assert all(name.startswith("model.layers.3.") for name in changed)
 
 
-def test_all_layers_are_the_last_ones_if_there_are_no_more(model):
-    adapters = Adapters(model, TINY.lora, 2)
-    assert last_layers(adapters, 4).all()
-    # Layers are alike.
-    assert last_layers(adapters, 2).float().mean() == .5
-
-
 def test_half_a_merge_changes_the_weights_by_half(model, words, towns):
     weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
     before = weight.clone()
@@ -351,11 +285,12 @@ def test_half_a_merge_changes_the_weights_by_half(model, words, towns):
     torch.testing.assert_close(changes[1], changes[0] / 2, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_what_is_recalled_was_learned_and_not_looked_up(model, words, towns):
     """Before it is learned the true passage must not come; afterwards it does."""
-    first = recall(model, words, towns, WRITING, [0, 1, 2])
+    first = recall(model, words, towns, [0, 1, 2])
     Adapters.stack(model, TINY.lora, [learn(model, words, towns, epochs=25)]).merge(0)
-    then = recall(model, words, towns, WRITING, [0, 1, 2])
+    then = recall(model, words, towns, [0, 1, 2])
 
     for town, edit in zip(towns, first):
         assert edit.documents[-1].startswith(f"The town of {town.name} ")
@@ -378,7 +313,7 @@ def test_old_examples_count_as_much_as_new_ones_in_as_many_steps():
 
 
 def test_texts_about_other_towns_are_learned_without_their_passages(model, words):
-    examples = keeping.own_texts(model, words, 2, seed=0)
+    examples = forgetting.own_texts(model, words, 2, seed=0)
     train = {task.prompt for task in world.load("train")}
     for ids, learn in examples:
         # The prompt is read and the rest, which the model wrote, is learned.
@@ -404,41 +339,32 @@ def test_a_gate_takes_the_scale_with_the_least_loss(model, words, towns):
             total += F.cross_entropy(logits[:-1], ids[1:]).item()
         return total
 
-    expected = min(keeping.GRID, key=loss_of)
-    assert keeping.best_scale(model, job, trained.weights, other.examples) == expected
-    assert keeping.best_scale(model, job, trained.weights, []) == 1
+    expected = min(forgetting.GRID, key=loss_of)
+    assert forgetting.best_scale(model, job, trained.weights, other.examples) == expected
+    assert forgetting.best_scale(model, job, trained.weights, []) == 1
     assert expected < 1
 
 
 @pytest.mark.slow
-def test_a_stream_is_learned_and_forgotten(finished_run, tmp_path, monkeypatch, capsys):
-    """Three arms, on three towns: the figures of the lines, and the same command again."""
-    monkeypatch.setattr(forgetting, "LENGTH", 3)
+def test_a_stream_is_learned_and_forgotten(finished_run, monkeypatch, ask_twice):
+    """Three arms, on four towns."""
+    monkeypatch.setattr(forgetting, "LENGTH", 4)
     monkeypatch.setattr(forgetting, "ARMS", {
-        "plain merge": keeping.Arm(), "own replay": keeping.Arm(replay=8),
-        "kept replay": keeping.Arm(replay=8, kept=True)})
-    words = [finished_run, "--out", tmp_path / "f.jsonl", "--towns", "tune"]
-    call(forgetting, *words)
-    first = capsys.readouterr().out
-    plain, own, kept = read_lines(tmp_path / "f.jsonl")
+        "plain merge": Arm(), "own replay": Arm(replay=8), "kept replay": Arm(replay=8, kept=True)})
+    (plain, own, kept), shown = ask_twice(forgetting, "learn_stream", finished_run)
 
     assert [line["arm"] for line in (plain, own, kept)] == list(forgetting.ARMS)
-    # Of three towns, none, one and two are rehearsed in ten epochs.
+    # Of four towns none, one, two and three are rehearsed in ten epochs.
     assert own["written"] * 10 == pytest.approx(own["trained"] - plain["trained"])
     for line in (plain, kept):
-        assert len(line["just after"]) == len(line["at the end"]) == 3
+        assert len(line["just after"]) == len(line["at the end"]) == 4
         # Nothing comes after the last town.
         assert line["just after"][-1] == line["at the end"][-1]
         assert line["written"] == 0
     # The first town has nothing to rehearse: all arms are the same until then.
     assert plain["just after"][0] == kept["just after"][0] > .2
     assert kept["trained"] > 1.5 * plain["trained"]
-    assert f"| plain merge | {np.mean(plain['just after']):.3f} |" in first
-    monkeypatch.setattr(forgetting, "learn_stream", None)
-    call(forgetting, *words)
-    assert capsys.readouterr().out == first[first.index("| arm"):]
-    with pytest.raises(UserError, match="lines of another --towns"):
-        call(forgetting, *words[:3])
+    assert f"| plain merge | {np.mean(plain['just after']):.3f} |" in shown
 
 
 def test_a_table_and_a_figure_by_hand(finished_run, tmp_path, capsys):
@@ -462,43 +388,42 @@ def test_a_task_asks_about_earlier_towns_too(towns):
     task, *earlier = towns
     asked = retention_reward.with_questions(task, earlier)
     assert asked.queries[:11] == task.queries and asked.answers[22:] == earlier[1].answers
-    assert asked.kinds == ["own"] * 11 + ["earlier"] * 22
-    right = [True] * 6 + [False] * 5 + [True] * 11 + [False] * 11
-    found = retention_reward.learned_and_lost(right, asked, before=.75)
-    assert found == (pytest.approx(6 / 11), pytest.approx(.25))
+    assert len(asked.queries) == len(asked.questions) == 33
+
+
+def test_what_was_learned_and_what_was_lost(towns, monkeypatch):
+    """Of the first self-edit six own questions of eleven are right, and half of the others; the
+    second can't be read."""
+    right = [True] * 6 + [False] * 5 + [True, False] * 11
+    records = {(0, 0): {"right": [right]}, (0, 1): {"right": []}}
+    run = SimpleNamespace(rollouts=SimpleNamespace(at=lambda t, split: records))
+    monkeypatch.setattr(retention_reward, "score", lambda *args, n_seeds: None)
+    found = retention_reward.try_edits(run, None, towns[:1], [["one", "two"]], 0, "train",
+                                       towns[1:], known=.75)
+    assert found.tolist() == [[[pytest.approx(6 / 11), pytest.approx(.25)], [0, 0]]]
 
 
 @pytest.mark.slow
-def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(tmp_path, monkeypatch):
-    seen = []
-    select, try_edits = tiny.select, retention_reward.try_edits
+def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(
+        few, monkeypatch, tmp_path, ask_twice):
+    chosen = []
+    select, words = tiny.select, ["--seeds", "0", "--lambdas", "2", "--tasks", "1"]
 
     def spy_on_select(cfg, scores, *rest):
-        seen.append(scores)
+        chosen.extend(np.ravel(scores))
         return select(cfg, scores, *rest)
 
-    def spy_on_edits(*args):
-        seen.append(try_edits(*args))
-        return seen[-1]
-
     monkeypatch.setattr(tiny, "select", spy_on_select)
-    monkeypatch.setattr(retention_reward, "try_edits", spy_on_edits)
     monkeypatch.setattr(retention_reward, "ROUNDS", 1)
     monkeypatch.setattr(retention_reward, "EARLIER", 2)
-    words = ["--out", tmp_path / "r.jsonl", "--seeds", "0", "--lambdas", "2", "--tasks", "1"]
-    call(retention_reward, *words, "--eval-tasks", "1")
+    (line,), shown = ask_twice(retention_reward, "measure", *words, "--eval-tasks", "1")
 
-    held_out, found, scores, _ = seen
-    assert found.shape == (1, 8, 2)
-    assert np.array(scores) == pytest.approx(found[..., 0] - 2 * found[..., 1])
-    (record,) = read_lines(tmp_path / "r.jsonl")
-    assert record["learned"][0] == pytest.approx(held_out[..., 0].mean())
-    assert record["lost"][0] == pytest.approx(held_out[..., 1].mean())
-    # The towns were learned before, and an edit destroys some of it.
-    assert record["known"][0] > .7
-    assert len(record["known"]) == 2 and found[..., 1].mean() > .1
+    # The towns were learned before, and a self-edit destroys some of it.
+    assert line["known"][0] > .7 and len(line["known"]) == 2
+    assert len(chosen) == FEW["edits"] and min(chosen) < 0
+    assert f"| 2 | 0 | {line['learned'][0]:.3f} | {line['lost'][0]:.3f} |" in shown
     with pytest.raises(UserError, match="lines of another --eval-tasks"):
-        call(retention_reward, *words)
+        call(retention_reward, *words, "--out", tmp_path / "out.jsonl")
 
 
 def test_the_table_of_lambdas_by_hand(capsys):
@@ -524,7 +449,7 @@ def test_plain_text_is_learned_as_ever(model, words, towns):
     for document in documents:
         examples += objective.plain(model, words, town, document, None)
 
-    found = objective.train(model, Job(examples, 5, recipe))
+    found = objective.learn(model, Job(examples, 5, recipe))
 
     edit = replace(town.references["passage only"], documents=documents)
     job = make_job(model, words, edit, 5, recipe)
@@ -564,32 +489,16 @@ def test_in_view_the_next_token_is_as_likely_as_with_the_passage(model, words, t
     assert (targets[-2] - alone).abs().max() > .1
 
 
-def test_to_learn_what_is_in_view_brings_the_two_together(model, words, towns):
-    town = towns[0]
-    examples = objective.in_view(model, words, town, town.context[0], None)
-    losses = []
-    for epochs in (1, 10):
-        job = Job(examples, 0, replace(RECIPE, epochs=epochs, lr=2e-2))
-        adapter = objective.Adapters.stack(model, RECIPE.lora,
-                                            [objective.train(model, job)])
-        ids, targets = examples[0]
-        with adapter.route([len(ids)]):
-            log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
-        losses.append(-(targets * log_p).sum() / targets.sum())
-    assert losses[1] < losses[0] / 2
-
-
 @pytest.mark.slow
 def test_texts_and_objectives_make_a_table(finished_run, ask_twice):
-    (plain, untrained, trained), shown, drawing = ask_twice(
-        objective, "measure", finished_run, "--towns", 2, "--split", "tune", "--arms",
+    (plain, untrained, trained), shown = ask_twice(
+        objective, "measure", finished_run, "--towns", 2, "--arms",
         "the passage: plain", "and untrained notes: in view", "and notes of round 3: in view")
     # This run's round 3 is the untrained model.
     assert {**untrained, "arm": "", "seconds": 0} == {**trained, "arm": "", "seconds": 0}
     assert plain["forward"] > .5 and plain["reversed"] < .3
     assert plain["tokens"] < untrained["tokens"]
     assert f"| the passage | plain | {plain['accuracy']:.3f} |" in shown
-    assert "in view" in drawing
 
 
 # ------------------------------------------------------------------------------- skill
@@ -605,8 +514,8 @@ def test_the_best_of_two_self_edits_is_learned(monkeypatch, towns):
     monkeypatch.setattr(forgetting, "score", lambda model, tok, asked, edits, seed: [.2, .4])
     stream = SimpleNamespace(model="now", tok=None, towns=towns, edits=["an earlier one"], seed=0)
 
-    once = forgetting.next_edit(forgetting.Study(keeping.Arm()), stream, "writer")
-    best = forgetting.next_edit(forgetting.Study(keeping.Arm(), tries=2), stream, "writer")
+    once = forgetting.next_edit(Arm(), stream, "writer")
+    best = forgetting.next_edit(Arm(tries=2), stream, "writer")
 
     assert once == "edit 1" and best == "edit 3"
     # The next town, by this writer; the first of two is what would have been written alone.
@@ -619,8 +528,7 @@ def test_the_best_of_two_self_edits_is_learned(monkeypatch, towns):
 def test_who_writes_and_who_learns(frozen, writer, monkeypatch):
     loaded = iter([("before", None), ("now", None)])
     monkeypatch.setattr(forgetting, "load", lambda t, folder: next(loaded))
-    study = forgetting.Study(keeping.Arm(), frozen=frozen)
-    monkeypatch.setattr(forgetting, "STUDIES", {"arm": study})
+    monkeypatch.setattr(forgetting, "STUDIES", {"arm": Arm(frozen=frozen)})
     monkeypatch.setattr(forgetting, "LENGTH", 1)
     monkeypatch.setattr(forgetting, "WHEN", (0, 1))
     monkeypatch.setattr(forgetting, "write_all",
@@ -632,7 +540,7 @@ def test_who_writes_and_who_learns(frozen, writer, monkeypatch):
     monkeypatch.setattr(forgetting, "score", lambda model, tok, towns, edits, seed:
                         [worth[model, edit] for edit in edits])
 
-    found = forgetting.probe("arm", 0, {0: "folder"}, "tune")
+    found = forgetting.probe("arm", 0, {0: "folder"})
 
     assert learned == [writer]
     # Who writes, who learns, at both times: here the learner is the model, an edit its writer.
@@ -644,8 +552,8 @@ def test_a_stream_is_studied(finished_run, monkeypatch, ask_twice):
     monkeypatch.setattr(forgetting, "LENGTH", 2)
     monkeypatch.setattr(forgetting, "PROBES", 3)
     monkeypatch.setattr(forgetting, "WHEN", (0, 2))
-    (plain, frozen, gentle), shown, _ = ask_twice(
-        forgetting, "probe", "--skill", finished_run, "--towns", "tune", "--arms", "plain merge",
+    (plain, frozen, gentle), shown = ask_twice(
+        forgetting, "probe", "--skill", finished_run, "--arms", "plain merge",
         "plain merge, frozen writer", "half, layers")
 
     for line in (plain, frozen, gentle):
@@ -688,7 +596,7 @@ def test_a_vector_is_added(finished_run, monkeypatch, ask_twice):
     (finished_run / "changed").rename(finished_run / "iter_3")
     monkeypatch.setattr(vector, "LENGTH", 2)
     monkeypatch.setattr(vector, "N_TOWNS", 3)
-    found, shown, _ = ask_twice(vector, "measure", finished_run)
+    found, shown = ask_twice(vector, "measure", finished_run)
 
     lines = {line["arm"]: line for line in found}
     assert list(lines) == list(vector.ARMS)
@@ -702,25 +610,11 @@ def test_a_vector_is_added(finished_run, monkeypatch, ask_twice):
 
 # ------------------------------------------------------------------------------- scores
 
-def test_gold_answers_alone_are_learned(words, towns):
-    plain, noted = (race.gold(words, towns[0], notes) for notes in ("", "A note.\n\n"))
-
-    assert len(plain) == len(towns[0].queries)
-    for (ids, learn), (long_ids, long_learn), query, answer in zip(
-            plain, noted, towns[0].queries, towns[0].answers):
-        read = len(ids) - sum(learn)
-        assert ids[:read] == words.prompt(query)
-        assert words.decode(ids[read:]) == " " + answer
-        assert long_ids[-sum(learn):] == ids[-sum(learn):]
-        assert words.decode(long_ids).startswith("A note.\n\n" + query)
-        assert sum(long_learn) == sum(learn)
-
-
 def test_the_product_is_the_change_of_loss_after_a_small_step(embedded64, words, towns):
     model, task = embedded64, towns[0]
     untrained = Adapters(model, RECIPE.lora, 1)
     document = words.document(task.context[0])
-    learned, asked = [(document, [True] * len(document))], race.gold(words, task)
+    learned, asked = [(document, [True] * len(document))], tiny.gold(words, task)
     wanted = race.gradient(model, untrained, asked)
     own = race.gradient(model, untrained, learned)
     with torch.no_grad():
@@ -748,9 +642,10 @@ def test_scores_by_hand(embedded64, words, towns):
     task = towns[0]
     edits = [read_self_edit(task, text) for text in ("It is calm.", "It is calm.\nIt is old.")]
 
-    one, two = choosing.score(embedded64, words, task, edits, [3, 4])
+    one, two, empty = choosing.score(embedded64, words, task, [*edits, SelfEdit()], [3, 4, 5])
 
-    assert list(one) == list(two) == list(choosing.SCORES)
+    assert list(one) == list(two) == list(empty) == list(choosing.SCORES)
+    assert all(empty[name] < one[name] for name in choosing.SCORES)
     documents = [words.document(text) for text in edits[1].documents]
     assert len(documents) == 3                  # the passage is one of them
     assert two["number of tokens"] == sum(map(len, documents)) > one["number of tokens"]
@@ -759,21 +654,8 @@ def test_scores_by_hand(embedded64, words, towns):
     (trained,) = [trained for _, trained in sft(embedded64, [job])]
     adapter = Adapters.stack(embedded64, RECIPE.lora, [trained.weights])
     with torch.no_grad():
-        alone = race.loss(embedded64, adapter, race.gold(words, task)).item()
+        alone = race.loss(embedded64, adapter, tiny.gold(words, task)).item()
     assert two["answers after one step"] == pytest.approx(-alone, rel=1e-6)
-
-
-def test_notes_that_state_the_answers_score_higher_and_an_empty_self_edit_is_last(
-        model, words, task):
-    facts = [f"{question} {answer}." for question, answer in zip(task.questions, task.answers)]
-    edits = [SelfEdit(), *(read_self_edit(task, "\n".join(lines))
-                           for lines in (["It is calm."], facts))]
-    empty, idle, useful = choosing.score(model, words, task, edits, [0, 0, 0])
-    for name in (race.PRODUCT, "answers after one step", "answers, notes in the prompt"):
-        assert useful[name] > idle[name], name
-    assert list(empty) == list(choosing.SCORES)
-    assert all(empty[name] < idle[name] for name in choosing.SCORES)
-    json.dumps(empty, allow_nan=False)          # a line can hold it
 
 
 # ------------------------------------------------------------------------------- results
@@ -817,7 +699,6 @@ def test_an_inner_loop_does_not_judge_what_it_chose():
 
 
 def test_lines_that_are_there_are_not_measured_again(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     out, rng = tmp_path / "out.jsonl", np.random.default_rng(0)
     whole = rng.random((3, 4, 6))
     lines = [{"part": "learning", "seed": 1},
@@ -833,34 +714,18 @@ def test_lines_that_are_there_are_not_measured_again(tmp_path, monkeypatch, caps
     monkeypatch.setattr(choosing, "measure_scores", measure)
     monkeypatch.setattr(choosing, "try_often", None)
     # Intervals of 10,000 draws take seconds.
-    for module in ("lab.choosing", "lab.experiment"):
-        monkeypatch.setattr(f"{module}.bootstrap_ci", lambda values: [min(values), max(values)])
+    monkeypatch.setattr("lab.experiment.bootstrap_ci", lambda values: [min(values), max(values)])
     command = [choosing, "--scores", "--out", out, "--seeds", 1]
 
-    call(*command, "--svg", tmp_path / "figure.svg")
+    call(*command)
     first = capsys.readouterr().out
     call(*command)
 
     assert asked == [1] and first.endswith("scores, 1: 0 s\n" + capsys.readouterr().out)
     assert "3 towns, 4 self-edits each" in first and f"| {whole.mean():.3f} |" in first
-    assert "an inner loop (SEAL)" in (tmp_path / "figure.svg").read_text()
 
 
-def test_a_line_has_a_score_for_each_self_edit(words, towns, monkeypatch):
-    model, edits = load_pretrained(EMBEDDED, "cpu"), []
-    for task in towns[:2]:
-        edits.append([read_self_edit(task, text) for text in ("It is calm.", "It is old.", "It.")])
-    run = SimpleNamespace(tok=words)
-    monkeypatch.setattr(choosing, "written", lambda seed: (run, model, towns[:2], edits))
-
-    found = choosing.measure_scores(0)["scores"]
-
-    assert {name: np.shape(rows) for name, rows in found.items()} == dict.fromkeys(
-        choosing.SCORES, (2, 3))
-    # Each has an adapter of its own.
-    assert len(set(found["answers after one step"][0])) == 3
-
-
+@pytest.mark.slow
 def test_the_self_edits_of_a_run_are_scored(tiny_folder, passages, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(rules.RULES, "rule", each(even_length))
     flags = ["--model", tiny_folder, "--train-data", passages, "--eval-data", passages,
@@ -879,7 +744,7 @@ def test_the_self_edits_of_a_run_are_scored(tiny_folder, passages, tmp_path, mon
             assert line["documents"][j] == r["documents"]
             # The sizes of gradients do not count in a cosine, its sign is that of the product.
             assert line["product"][j] * line["cosine"][j] >= 0 and abs(line["cosine"][j]) <= 1
-    assert re.search(r"^\| cosine \| -?[\d.]+ \[", capsys.readouterr().out, re.MULTILINE)
+    assert "\n| cosine | " in capsys.readouterr().out
     # What is known is not measured again.
     monkeypatch.setattr(choosing, "products", None)
     call(*command)
@@ -887,16 +752,9 @@ def test_the_self_edits_of_a_run_are_scored(tiny_folder, passages, tmp_path, mon
 
 # ------------------------------------------------------------------------------- speedrun
 
-def entry(name, seed, reward, seconds, flags=("--iterations", "2")):
-    return {"name": name, "flags": list(flags), "seed": seed, "date": "2026-01-01", "commit": "abc",
-            "machine": "a machine", "reward": reward, "seconds": seconds}
-
-
-def test_the_time_is_that_of_the_first_evaluation_at_the_goal():
-    reached = entry("a", 0, [0.6, 0.7, 0.75, 0.74], [5.0, 20.0, 35.0, 50.0])
-    missed = entry("a", 0, [0.6, 0.7], [5.0, 20.0])
-    assert speedrun.time_to_goal(reached) == 35.0
-    assert speedrun.time_to_goal(missed) == float("inf")
+def entry(name, seed, reward, seconds):
+    return {"name": name, "flags": ["--iterations", "2"], "seed": seed, "date": "2026-01-01",
+            "commit": "abc", "machine": "a machine", "reward": reward, "seconds": seconds}
 
 
 def test_an_entry_is_the_median_of_its_seeds_and_the_fastest_comes_first(capsys):
@@ -916,30 +774,29 @@ def test_an_entry_may_not_change_the_task(word, tmp_path):
         call(speedrun, "--name", "a", "--out", tmp_path / "s.jsonl", word, "1")
 
 
-def test_only_what_is_missing_is_run_and_a_name_has_its_flags(tmp_path, monkeypatch, capsys):
+def test_only_what_is_missing_is_run_and_other_flags_are_another_entry(
+        tmp_path, monkeypatch, capsys):
     out = tmp_path / "s.jsonl"
     write_lines(out, [entry("a", s, [0.8], [9.0]) for s in (0, 1, 3, 4)])
     measured = []
 
-    def measure(name, flags, seed):
-        measured.append((name, flags, seed))
-        return entry(name, seed, [0.8], [9.0], flags)
+    def measure(flags, seed):
+        measured.append((flags, seed))
+        return entry("a", seed, [0.8], [9.0]) | {"flags": flags}
 
     monkeypatch.setattr(speedrun, "measure", measure)
 
     call(speedrun, "--name", "a", "--out", out, "--iterations", "2")
-
-    assert measured == [("a", ["--iterations", "2"], 2)]
-    assert "5 of 5" in capsys.readouterr().out
-    with pytest.raises(UserError, match="with other flags"):
-        call(speedrun, "--name", "a", "--out", out, "--iterations", "3")
+    assert measured == [(["--iterations", "2"], 2)]
+    call(speedrun, "--name", "a", "--out", out, "--iterations", "3")
+    assert measured[1:] == [(["--iterations", "3"], seed) for seed in range(5)]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| 9 | a | --iterations 3 | 5 of 5")
 
 
 @pytest.mark.slow
 def test_a_run_is_an_ordinary_one():
     flags = ["--iterations", "1", "--tasks", "2", "--edits", "2", "--outer-epochs", "1"]
-    record = speedrun.measure("small", flags, 3)
-    assert record["seed"] == 3 and record["flags"] == flags
+    record = speedrun.measure(flags, 3)
     assert len(record["reward"]) == len(record["seconds"]) == 2
     assert 0 < record["seconds"][0] < record["seconds"][1]
     assert record["machine"].endswith("threads")
@@ -947,17 +804,19 @@ def test_a_run_is_an_ordinary_one():
 
 # ------------------------------------------------------------------------------- teacher
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["small teaches itself (SEAL)", "large teaches itself (SEAL)"])
 def test_who_teaches_itself_is_the_outer_loop(few, arm, tmp_path):
     """Here both models are the embedded one."""
-    found = teacher.learn(arm, 3, str(EMBEDDED), "tune")["reward"]
-    run = tiny_run(tmp_path, PRESETS["tiny"], seed=3, eval_data="tune")
+    found = teacher.learn(arm, 3, str(EMBEDDED))["reward"]
+    run = tiny_run(tmp_path, PRESETS["tiny"], seed=3)
     assert found["itself"] == held_out(run)
     # The students do not change, and are the same.
     assert found["small"] == found["large"]
     assert found["small"][0] == found["itself"][0]
 
 
+@pytest.mark.slow
 def test_the_student_is_what_is_rewarded_and_the_teacher_what_is_trained(few, monkeypatch):
     scored, trained = [], []
     score = teacher.score
@@ -969,7 +828,7 @@ def test_the_student_is_what_is_rewarded_and_the_teacher_what_is_trained(few, mo
     monkeypatch.setattr(teacher, "score", spy_on_scores)
     monkeypatch.setattr(tiny, "m_step", lambda cfg, run, model, *rest: trained.append(model))
 
-    teacher.learn("large teaches small", 0, str(EMBEDDED), "tune")
+    teacher.learn("large teaches small", 0, str(EMBEDDED))
 
     for split, arm, folder, _ in scored:
         assert arm == folder        # who learns, and whose tokenizer and recipe
@@ -980,29 +839,22 @@ def test_the_student_is_what_is_rewarded_and_the_teacher_what_is_trained(few, mo
     assert policy is not fixed["small"] and policy is not fixed["large"]
 
 
-@pytest.mark.slow
-def test_teachers_and_students_make_a_table(few, ask_twice):
-    lines, shown, drawing = ask_twice(
-        teacher, "learn", "--small", EMBEDDED, "--towns", "tune", "--seeds", "0", "1", "--arms",
-        "large teaches small", "small teaches itself (SEAL)")
-    assert "| small teaches itself (SEAL) | itself | 0." in shown
-    assert len(lines) == 4
-    assert "large teaches small" in drawing
+def test_a_student_is_held_against_seal_on_a_model_of_its_size(capsys):
+    seal = {"seed": 0, "reward": {"small": [.5, .6], "large": [.6, .7], "itself": [.5, .55]}}
+    taught = {"seed": 0, "reward": {"small": [.5, .75], "large": [.6, .8]}}
+    teacher.show({"small teaches itself (SEAL)": [seal], "large teaches small": [taught]})
+    *_, small, large = capsys.readouterr().out.splitlines()
+    assert small == "| large teaches small | small | 0.500 | 0.750 | +0.200 |"
+    # There is no SEAL of a large model here.
+    assert large == "| large teaches small | large | 0.600 | 0.800 |  |"
 
 
 # ------------------------------------------------------------------------------- update rules
 
 @pytest.mark.slow
-def test_runs_are_measured_once_each(few, tmp_path, capsys):
-    words = ["--out", tmp_path / "out", "--runs", tmp_path / "runs", "--seeds", "0", "1"]
+def test_runs_are_measured_once_each(few, ask_twice):
     arms = ["best 2 of 8", "best 2 of 4", "grpo, K = 8"]
-
-    call(update_rule, *words, "--arms", *arms)
-    first = capsys.readouterr().out
-    call(update_rule, *words, "--arms", *arms)
-
-    assert capsys.readouterr().out.strip() == first[first.index("| rule"):].strip()
-    lines = read_lines(tmp_path / "out")
+    lines, _ = ask_twice(update_rule, "measure", "--seeds", "0", "1", "--arms", *arms)
     found = [(r["arm"], r["seed"]) for r in lines]
     assert found == [(arm, 0) for arm in arms] + [(arm, 1) for arm in arms]
     for r in lines:
@@ -1015,39 +867,31 @@ def test_runs_are_measured_once_each(few, tmp_path, capsys):
     assert lines[0]["reward"][0] == lines[1]["reward"][0] != lines[3]["reward"][0]
 
 
-def measured(runs, lr):
-    """A run of the preset's rule."""
-    line = {"split": "eval", "arm": "best 2 of 8", "lr": lr, "seed": 0}
-    return update_rule.measure(runs, line)
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["eval", "tune"])
+def test_the_default_rule_is_the_default_run(split, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(update_rule, "SHORT", {})
+    line = {"split": split, "arm": "best 2 of 8", "lr": 2e-3, "seed": 0}
+    found = update_rule.measure(line)
+    assert found["reward"] == held_out(tiny_run(tmp_path / "run", eval_data=split))
 
 
-def test_the_default_rule_is_the_default_run(few, tmp_path):
-    found = measured(tmp_path / "runs", 2e-3)
-    assert found["reward"] == held_out(tiny_run(tmp_path / "run"))
-
-
-def test_a_run_that_diverges_has_no_rewards_from_there_on(few, tmp_path):
-    found = measured(tmp_path / "runs", 1e9)
+@pytest.mark.slow
+def test_a_run_that_diverges_has_no_rewards_from_there_on(few):
+    found = update_rule.measure({"split": "eval", "arm": "best 2 of 8", "lr": 1e9, "seed": 0})
     assert found["reward"][1:] == [0.0]
     assert found["reward"][0] > 0
 
 
-def test_rates_are_tried_on_other_towns(few, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(update_rule, "SHORT", {})
-    monkeypatch.setattr(update_rule, "GRID", (1e-3, 2e-3))
-    out, runs = tmp_path / "out", tmp_path / "runs"
-
-    call(update_rule, "--out", out, "--runs", runs, "--tune", "--arms", "best 2 of 8",
+def test_rates_are_tried_on_other_towns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(update_rule, "measure", lambda line: {"reward": [.5, 100 * line["lr"]]})
+    call(update_rule, "--out", tmp_path / "out", "--tune", "1e-3", "2e-3", "--arms", "best 2 of 8",
          "--seeds", "7")
-
-    lines = read_lines(out)
-    assert [(r["split"], r["lr"], r["seed"]) for r in lines] == [("tune", 1e-3, 7),
-                                                                ("tune", 2e-3, 7)]
-    for folder in runs.iterdir():
-        assert json.loads((folder / "config.json").read_text())["eval_data"] == "tune"
-    mean = lines[1]["reward"][-1]
-    assert f"best 2 of 8, outer learning rate 0.002: {mean:.3f} (1 seeds)" in (
-        capsys.readouterr().out)
+    found = [(r["split"], r["lr"], r["seed"]) for r in read_lines(tmp_path / "out")]
+    assert found == [("tune", 1e-3, 7), ("tune", 2e-3, 7)]
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "best 2 of 8, outer learning rate 0.001: 0.100 (1 seeds)",
+        "best 2 of 8, outer learning rate 0.002: 0.200 (1 seeds)"]
 
 
 def rule_line(arm, seed, last, split="eval"):
@@ -1057,14 +901,12 @@ def rule_line(arm, seed, last, split="eval"):
 
 
 def test_the_table_by_hand(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     records = [rule_line("grpo, K = 8", 0, 0.4), rule_line("best 2 of 8", 0, 0.7),
                rule_line("best 2 of 8", 1, 0.9), rule_line("best 2 of 8", 0, 0.1, split="tune")]
     write_lines(tmp_path / "out", records)
 
     # That seed is there already: nothing is left to do.
-    call(update_rule, "--out", tmp_path / "out", "--runs", tmp_path, "--seeds", "0", "--arms",
-         "grpo, K = 8", "--svg", tmp_path / "figure.svg")
+    call(update_rule, "--out", tmp_path / "out", "--seeds", "0", "--arms", "grpo, K = 8")
 
     *_, best, by_advantage = capsys.readouterr().out.strip().splitlines()
     # Gains of .2 and .4: their deviation is .2 / sqrt 2, and Student's t for two values 12.71.
@@ -1075,9 +917,6 @@ def test_the_table_by_hand(tmp_path, capsys):
     # One seed has no interval.
     assert by_advantage.startswith("| grpo, K = 8 | 0.004 | 0.500 -> 0.600 -> 0.400 | -0.100 "
                                   "| -0.300 |")
-    drawing = (tmp_path / "figure.svg").read_text()
-    assert ElementTree.fromstring(drawing).tag.endswith("svg")
-    assert "<!-- best 2 of 8, 0.004 -->" in drawing
 
 
 def test_diversity_of_a_run_by_hand():
@@ -1112,17 +951,6 @@ def test_the_gradient_of_the_clipped_objective_by_hand(new, old, advantage, beta
     assert update_rule.objective(same, same, 0.0, 0.2, 1.0) == 0
 
 
-def test_log_probabilities_are_those_of_the_self_edit(model, words):
-    prompt = words.encode("It has a fox on its flag.\n\nNotes:\n")
-    written = words.encode("The fox.")
-    adapter = Adapters(model, outer_recipe(Config(**SETTINGS)).lora, n=1)
-    with torch.no_grad():
-        found = update_rule.log_probs(model, adapter, dialogue(prompt, written))
-        p = model(torch.tensor([prompt + written]))[0].log_softmax(-1)
-    expected = [p[len(prompt) + j - 1, token].item() for j, token in enumerate(written)]
-    assert found.tolist() == pytest.approx(expected, abs=1e-4)
-
-
 @pytest.mark.parametrize("advantage", [1.0, -0.5])
 def test_a_first_step_is_that_of_the_plain_m_step(advantage, few, tmp_path):
     """Before anything is clipped: one self-edit, one step, no KL term."""
@@ -1138,23 +966,6 @@ def test_a_first_step_is_that_of_the_plain_m_step(advantage, few, tmp_path):
 
     assert weights[0].abs().max() > 1e-5
     assert torch.allclose(*weights, atol=1e-6)
-
-
-def test_the_clip_holds_the_policy_back(few, tmp_path):
-    moved = []
-    for name, eps in (("held", 0.01), ("free", 1e9)):
-        run = tiny_run(tmp_path / name, outer_epochs=20, outer_lr=2e-4)
-        task, model = load_tasks(run, "tune")[0], run.load(0)
-        ids = run.tok.encode("A heron is on its flag.")
-        example = dialogue(run.tok.prompt(task.prompt), ids)
-        adapter = Adapters(model, outer_recipe(run.cfg).lora, n=1)
-        before = update_rule.log_probs(model, adapter, example).mean().item()
-        learned = [(task, SelfEdit(token_ids=ids), 1.0)]
-        update_rule.clipped_m_step(run.cfg, run, model, learned, 0, eps, beta=0.0)
-        moved.append(update_rule.log_probs(model, adapter, example).mean().item() - before)
-    held, free = moved
-
-    assert 0 < held < 0.5 * free, moved
 
 
 # ------------------------------------------------------------------------------- races
@@ -1194,35 +1005,18 @@ def test_the_worth_of_a_choice_is_judged_by_other_seeds():
     whole = np.full((1, 4, 6), 0.5)
     whole[0, 2:] = [1.0, 0, 0, 0, 0, 0]
 
-    lucky = choosing.Tried(whole, whole[:, :, :0], keep=2, judges=3)
-    alike = choosing.Tried(np.full((1, 4, 6), 0.5), whole[:, :, :0], keep=2, judges=3)
-
-    (value,), loops = choosing.worth_by_race([Rung(1, 3)], lucky, 4, draws=400)
-    (all_equal,), _ = choosing.worth_by_race([Rung(1, 1)], alike, 4, draws=2)
+    (value,), loops = choosing.worth_by_race([Rung(1, 3)], whole, None, 4, draws=400)
+    alike = np.full((1, 4, 6), 0.5)
+    (all_equal,), _ = choosing.worth_by_race([Rung(1, 1)], alike, None, 4, draws=2)
 
     # A lucky one has a mean of 1/3 by three seeds, so it is never chosen; nor by them judged.
     assert (value, loops) == (pytest.approx(0.5), 4 * 3)
     assert all_equal == 0.5
-    (by_one,), _ = choosing.worth_by_race([Rung(1, 1)], lucky, 4, draws=400)
+    (by_one,), _ = choosing.worth_by_race([Rung(1, 1)], whole, None, 4, draws=400)
     assert 0.3 < by_one < 0.5       # luck is chosen, and is not there when it is judged
 
 
-def test_seeds_are_found_again_from_mean_and_deviation(tmp_path):
-    values = [[0, 1 / 3, 1], [2 / 3, 2 / 3, 1]]
-    edits = [{"adapter_mean": round(float(np.mean(v)), 4), "adapter_std": float(np.std(v, ddof=1))}
-             for v in values]
-    record = {"questions": [{}] * 3, "released_edits": edits}
-    (tmp_path / "file.json").write_text(json.dumps([record]))
-    assert choosing.released(tmp_path / "file.json")[0].tolist() == pytest.approx(np.array(values))
-
-
-def test_released_means_are_found_again(shared_data):
-    file = shared_data / "squad_train_50.json"
-    stated = [[edit["adapter_mean"] for edit in record["released_edits"]]
-              for record in json.loads(file.read_text())]
-    assert np.allclose(choosing.released(file).mean(2), stated, atol=1e-3)
-
-
+@pytest.mark.slow
 def test_with_one_seed_for_all_a_race_is_the_outer_loop(few, tmp_path):
     found = race.learn("one seed", 3)
     assert found["reward"] == held_out(tiny_run(tmp_path / "run", seed=3))
@@ -1277,8 +1071,8 @@ def test_both_questions_about_races(few, tmp_path, monkeypatch, capsys, ask_twic
     out = ["--out", tmp_path / "out.jsonl", "--seeds", "0"]
     call(choosing, *out)
     first = capsys.readouterr().out
-    lines, _, _ = ask_twice(race, "learn", "--seeds", "0", "--rules", "three seeds",
-                            "one, one more for 1/2", "twice the self-edits, half the steps")
+    lines, _ = ask_twice(race, "learn", "--seeds", "0", "--rules", "three seeds",
+                         "one, one more for 1/2", "twice the self-edits, half the steps")
     monkeypatch.setattr(choosing, "try_often", None)
     call(choosing, *out)
 

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from lab.reliability import agreement, variance_components
+from lab.reliability import variance_components
 from support import page
 from support.config import Config
 from support.files import UserError
@@ -380,19 +380,3 @@ def test_variance_components_find_what_a_simulation_put_in():
         best = seeds[:, :2].mean(axis=1).argmax()
         worth.append(of_passage[best])
     assert found[HELD_OUT] == pytest.approx(np.mean(worth), abs=0.01)
-
-
-# ------------------------------------------------------------------------------- agreement
-
-def test_agreement_by_hand():
-    assert agreement([1, 1, 0, 0], [1, 1, 0, 0]) == (1, 1)
-    assert agreement([0, 0], [0, 0]) == (1, 1)                  # they always say the same
-    assert agreement([1, 1, 0, 0], [1, 0, 1, 0]) == (0.5, 0)    # as chance would have it
-    assert agreement([1, 1, 0, 0], [0, 0, 1, 1]) == (0, -1)
-
-
-def test_kappa_of_a_textbook():
-    """Of 100 verdicts 45 are a common yes and 15 a common no."""
-    observed, kappa = agreement([1] * 45 + [0] * 15 + [1] * 25 + [0] * 15, [1] * 60 + [0] * 40)
-    assert observed == pytest.approx(0.6)
-    assert kappa == pytest.approx(0.1304, abs=1e-4)
