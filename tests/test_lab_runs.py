@@ -384,23 +384,18 @@ def test_a_table_and_a_figure_by_hand(finished_run, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------- retention_reward
 
-def test_a_task_asks_about_earlier_towns_too(towns):
-    task, *earlier = towns
-    asked = retention_reward.with_questions(task, earlier)
-    assert asked.queries[:11] == task.queries and asked.answers[22:] == earlier[1].answers
-    assert len(asked.queries) == len(asked.questions) == 33
-
-
 def test_what_was_learned_and_what_was_lost(towns, monkeypatch):
     """Of the first self-edit six own questions of eleven are right, and half of the others; the
     second can't be read."""
     right = [True] * 6 + [False] * 5 + [True, False] * 11
-    records = {(0, 0): {"right": [right]}, (0, 1): {"right": []}}
+    records, asked = {(0, 0): {"right": [right]}, (0, 1): {"right": []}}, []
     run = SimpleNamespace(rollouts=SimpleNamespace(at=lambda t, split: records))
-    monkeypatch.setattr(retention_reward, "score", lambda *args, n_seeds: None)
+    monkeypatch.setattr(retention_reward, "score",
+                        lambda run, model, tasks, *rest, n_seeds: asked.extend(tasks))
     found = retention_reward.try_edits(run, None, towns[:1], [["one", "two"]], 0, "train",
                                        towns[1:], known=.75)
     assert found.tolist() == [[[pytest.approx(6 / 11), pytest.approx(.25)], [0, 0]]]
+    assert asked[0].queries[:11] == towns[0].queries and asked[0].answers[22:] == towns[2].answers
 
 
 @pytest.mark.slow
@@ -500,8 +495,6 @@ def test_texts_and_objectives_make_a_table(finished_run, ask_twice):
     assert plain["tokens"] < untrained["tokens"]
     assert f"| the passage | plain | {plain['accuracy']:.3f} |" in shown
 
-
-# ------------------------------------------------------------------------------- skill
 
 def test_the_best_of_two_self_edits_is_learned(monkeypatch, towns):
     written = []
@@ -657,8 +650,6 @@ def test_scores_by_hand(embedded64, words, towns):
         alone = race.loss(embedded64, adapter, tiny.gold(words, task)).item()
     assert two["answers after one step"] == pytest.approx(-alone, rel=1e-6)
 
-
-# ------------------------------------------------------------------------------- results
 
 def test_ranks_and_their_correlation_by_hand():
     values = np.reshape([10.0, 30, 20, 20], (1, 4, 1))
@@ -1067,17 +1058,13 @@ def test_half_of_the_steps_are_half_of_the_epochs(few, tmp_path):
 
 
 @pytest.mark.slow
-def test_both_questions_about_races(few, tmp_path, monkeypatch, capsys, ask_twice):
-    out = ["--out", tmp_path / "out.jsonl", "--seeds", "0"]
-    call(choosing, *out)
-    first = capsys.readouterr().out
-    lines, _ = ask_twice(race, "learn", "--seeds", "0", "--rules", "three seeds",
-                         "one, one more for 1/2", "twice the self-edits, half the steps")
-    monkeypatch.setattr(choosing, "try_often", None)
-    call(choosing, *out)
+def test_both_questions_about_races(few, ask_twice):
+    ask_twice(choosing, "try_often", "--seeds", "0")
+    # Their lines may be in one file.
+    (choice, full, raced, twice), _ = ask_twice(
+        race, "learn", "--seeds", "0", "--rules", "three seeds", "one, one more for 1/2",
+        "twice the self-edits, half the steps")
 
-    assert first.endswith(capsys.readouterr().out)      # nothing was measured again
-    choice, full, raced, twice = lines
     assert np.shape(choice["whole"]) == (2, 8, 6)
     assert np.shape(choice["half"]) == (2, 8, 1)
     assert [r["inner loops"] for r in (full, raced, twice)] == [24, 8 + 2 * 2, 16 / 2]
