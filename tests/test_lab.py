@@ -170,7 +170,6 @@ def test_curves_of_runs_are_drawn(runs, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "update best, 2 seeds: " in out
     assert "update random, strict, 1 seeds: " in out
-    assert "    gain " in out
     drawing = (tmp_path / "curve.svg").read_text()
     assert ElementTree.fromstring(drawing).tag.endswith("svg")
     # matplotlib writes each text, drawn as shapes, into a comment as well.
@@ -250,7 +249,12 @@ def single_run(tmp_path):
     return tmp_path / "run"
 
 
-def test_each_passage_is_compared_with_itself(single_run, capsys):
+# Intervals of 10,000 draws take seconds.
+BOOTSTRAP = "lab.experiment.bootstrap_ci", lambda values: [min(values), max(values)]
+
+
+def test_each_passage_is_compared_with_itself(single_run, capsys, monkeypatch):
+    monkeypatch.setattr(*BOOTSTRAP)
     call(paired, single_run)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
@@ -259,7 +263,8 @@ def test_each_passage_is_compared_with_itself(single_run, capsys):
     assert "| +0.000 [-1.000, +1.000] | 1.000 [1.000, 1.000] | 2 | 2.0 | 2 |" in lines[4]
 
 
-def test_what_is_saved_gives_the_same_table(single_run, tmp_path, capsys):
+def test_what_is_saved_gives_the_same_table(single_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(*BOOTSTRAP)
     call(paired, single_run, "--save", tmp_path / "kept.json")
     first = capsys.readouterr().out
     call(paired, tmp_path / "kept.json")
@@ -267,8 +272,9 @@ def test_what_is_saved_gives_the_same_table(single_run, tmp_path, capsys):
     assert "Ostermar" not in (tmp_path / "kept.json").read_text()       # no text of a passage
 
 
-def test_rounds_of_runs_are_kinds_of_their_own(tmp_path, capsys):
+def test_rounds_of_runs_are_kinds_of_their_own(tmp_path, capsys, monkeypatch):
     """A passage's value is the mean over its self-edits, and training passages are left out."""
+    monkeypatch.setattr(*BOOTSTRAP)
     for name, better in (("one", 0.5), ("two", 0.0)):
         rows = []
         for t in (0, 1):
