@@ -37,8 +37,6 @@ from support.files import UserError
 from tests.helpers import SMALL, even_length, open_run, read_lines, run_it, run_rest_em
 from tests.test_lab import call, write_lines
 
-# ------------------------------------------------------------------------------- set-ups
-
 FEW = dict(tasks=2, edits=4, eval_tasks=2, eval_edits=1, iterations=1, inner_epochs=4,
            outer_epochs=2, max_edit_tokens=48)
 
@@ -381,8 +379,6 @@ def test_a_table_and_a_figure_by_hand(finished_run, tmp_path, capsys):
     assert last == "| half | 0.500 ±0.000 | 0.300 ±1.271 | 0.50 | 100 | 0 |"
     assert ElementTree.parse(tmp_path / "f.svg").getroot().tag.endswith("svg")
 
-
-# ------------------------------------------------------------------------------- retention_reward
 
 def test_what_was_learned_and_what_was_lost(towns, monkeypatch):
     """Of the first self-edit six own questions of eleven are right, and half of the others; the
@@ -918,8 +914,6 @@ def test_diversity_of_a_run_by_hand():
                           edits=SimpleNamespace(of=lambda t, split: edits[t]))
     assert update_rule.distinct(run) == [3, 1]
 
-
-# ------------------------------------------------------------------------------- GRPO's M-step
 
 UP, DOWN = math.log(1.3), math.log(0.7)
 
