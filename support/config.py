@@ -171,7 +171,7 @@ PRESETS = {
         dtype="float32"),
     # The paper's knowledge incorporation: the defaults above.
     "knowledge": {},
-    # For models below about 1 B, by lab/recipe.py (docs/results/smollm2.md).
+    # For models below about 1 B (docs/results/smollm2.md says how it was chosen).
     "small": dict(inner_lr=2e-3, inner_batch=4, inner_targets=PROJECTIONS),
     # "knowledge" with the quirks of the official code that its figures depend on.
     "official": dict(pad_to=2048, stop="eos"),

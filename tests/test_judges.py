@@ -70,7 +70,7 @@ def test_a_rule_for_one_makes_a_judge_of_many():
 @pytest.mark.parametrize("rule, agrees, kappa", [("rule", .887, .73), ("gist", .899, .77),
                                                  ("substring", .876, .71)])
 def test_how_far_the_rules_agree_with_gpt(rule, agrees, kappa, shared_data):
-    """With its verdicts on the released answers: the numbers of docs/RESULTS.md."""
+    """With its verdicts on the released answers: the numbers of docs/results/official.md."""
     mine, gpt = [], []
     for record in json.loads((shared_data / "squad_val_60.json").read_text()):
         for method in record["released"].values():
