@@ -236,7 +236,7 @@ def answer_each(model, tok, pairs: list[tuple[Task, Trained]], lora: Lora,
 
 # ------------------------------------------------------------------------------- command line
 
-# For a small model, as docs/results/smollm2.md chose it; for the embedded one, as in `--preset tiny`.
+# For a small model, as docs/results/smollm2.md chose it; for the embedded one: `--preset tiny`.
 SMALL = Recipe(Lora(rank=32, alpha=64, targets=PROJECTIONS), lr=2e-3, epochs=10, batch=4)
 TINY = Recipe(Lora(rank=8, alpha=8, targets=PROJECTIONS), lr=2e-2, epochs=10, batch=64)
 
