@@ -294,7 +294,7 @@ def pack(running, device, dtype, room: Room | None = None) -> Packed:
 # the pads as well, which are about 98 % of its targets. In such a row a pad sees the content and no
 # pad, not even itself, since the padding mask hides those; so pads differ in their position alone
 # (RoPE). Here eight of them, spread evenly over the row and weighted, stand for all. Rows filled
-# plainly, in which pads see pads, train something else: docs/results/official.md compares the three.
+# plainly, in which pads see pads, train something else: docs/results/official.md tells.
 
 def with_pads(example, pad_to, n_pads=8):
     """An Example whose text ends with one EOS, as if it filled a row of pad_to tokens.

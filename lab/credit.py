@@ -1,12 +1,14 @@
 """Which line of a self-edit taught which answer?
 
+    python -m lab.credit RUN_DIR        # puts the answer into the run's report.html
     python -m lab.credit RUN_DIR [RUN_DIR ...] --out FILE.jsonl [--svg FILE]
 
 A self-edit is learned again from random halves of its documents, all side by side, and how likely
-the gold answers become is regressed on which documents were there. This is held against the truth,
-as the tiny world knows which fact a line states. AUC: how often a line that states an answer has
-more credit for it than another. 1.5 minutes for a writer and a seed.
+the gold answers become is regressed on which documents were there. With --out this is held against
+the truth, as the tiny world knows which fact a line states. AUC: how often a line that states an
+answer has more credit for it than another. 1.5 minutes for a writer and a seed.
 """
+import json
 from dataclasses import replace
 from itertools import product
 
@@ -14,14 +16,17 @@ import numpy as np
 import torch
 
 from data import tinyworld as world
+from data.tasks import load_tasks
 from engine.train import sft
 from inner_loop import make_job
 from lab.experiment import Question, mean_of, of_seeds, print_table, pyplot, save
-from lab.tiny import RECIPE, gold, load, log_probs, verdicts, write
+from lab.tiny import RECIPE, gold, load, log_probs, run_of, verdicts, write
 from lora import Adapters
-from selfedit import SelfEdit, Task, seed_for
-from support.files import cli
+from selfedit import SelfEdit, Task, read_self_edit, seed_for
+from support import page
+from support.files import UserError, cli, replace_file
 from support.ranks import Meter
+from support.report import first_edits, telling_task
 
 WRITERS = {"untrained": 0, "round 3": 3}    # t of the theta_t that writes; theta_0 learns
 SCORES = ("probability", "verdict")         # of the gold answer; of the model's own
@@ -166,10 +171,31 @@ def draw(folder, file):
     save(figure, file)
 
 
+def show_on_page(folder):
+    """The credit in the self-edit that a run's page shows, learned again by the model after the
+    last round, as a table of that page."""
+    run = run_of(folder)
+    if run.cfg.domain != "tinyworld" or not run.metrics.records:
+        raise UserError(f"{folder}: no finished run in the tiny world")
+    t = run.metrics.records[-1]["iteration"]
+    i, _ = telling_task(run, puzzles=False)
+    task, record = load_tasks(run, run.cfg.eval_data)[i], first_edits(run, t)[i]
+    edit = read_self_edit(task, record["text"])
+    matrix = credit(run.load(t), run.tok, task, edit)
+    replace_file(run.folder / "credit.json", json.dumps({
+        "iteration": t, "title": task.name, "documents": edit.documents,
+        "questions": task.questions, "gold": task.answers, "credit": matrix.round(3).tolist()}))
+    print(page.write(run.folder))
+
+
 def main():
     question = Question(WRITERS, measure, show, draw, {"towns": 12}, kind="writer", of_runs=True)
-    ap = question.flags(__doc__)
+    ap = question.flags(__doc__, needs_out=False)
     args = ap.parse_args()
+    if not args.out:
+        for folder in args.runs:
+            show_on_page(folder)
+        return
     # It is drawn from a run, and not from lines.
     question.draw = lambda writers, file: draw(args.runs[0], file)
     question.answer(ap, args)

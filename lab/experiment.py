@@ -39,10 +39,11 @@ class Question:
     kind: str = "arm"               # what a line calls its arm; "arms" is the flag for them
     of_runs: bool = False
 
-    def flags(self, doc: str, **arms) -> Parser:
+    def flags(self, doc: str, needs_out=True, **arms) -> Parser:
         """What every question is asked with. arms: more about the flag for them."""
         ap = parser(doc)
-        ap.add_argument("--out", required=True, type=Path, help="JSON lines, as they are known")
+        ap.add_argument("--out", required=needs_out, type=Path,
+                        help="JSON lines, as they are known")
         if self.draw:
             ap.add_argument("--svg", help="file to draw to (needs matplotlib)")
         name = self.kind + "s"

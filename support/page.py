@@ -47,7 +47,7 @@ def write(folder) -> Path:
             learned=learned(run.cfg), when=when, colours=COLOURS,
             metrics=run.metrics.records, story=story(run), curve=curve(run), made_of=made_of(run),
             form_colours=form_colours(run), rivals=rivals(run), held_out=held_out(run),
-            continual=continual(run), pictures=pictures(run))
+            credit=credit(run), continual=continual(run), pictures=pictures(run))
     except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as e:
         raise UserError(f"{folder}: no page, as these are no records of a run ({e!r})") from None
     replace_file(path / "report.html", page)
@@ -254,6 +254,12 @@ def grids(text: str) -> list[list[str]]:
 
 
 # ------------------------------------------------------------------------------- other programs
+
+def credit(run) -> dict:
+    """What `python -m lab.credit RUN_DIR` found, if it was asked: documents by questions."""
+    path = run.path / "credit.json"
+    return read_json(path) if path.exists() else {}
+
 
 def continual(run) -> list[dict]:
     """eval.py continual: accuracy on each passage after so many edits, the mean over streams."""
