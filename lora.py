@@ -15,14 +15,13 @@ import math
 import random
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Iterator
 
 import torch
 import torch.nn.functional as F
 
 from engine.decode import quiet
-from engine.device import has_grouped_mm, try_memory
+from engine.device import few_kernels, has_grouped_mm, try_memory
 from engine.ribbon import Segments
 from engine.train import Trained
 from model import Linear, complete, load_pretrained
@@ -64,23 +63,47 @@ class Lora:
         return self.rank * width
 
 
-def low_rank(x, A, B, scale, segments, grouped):
-    """(alpha / r) B A x, each token under the adapter of its segment.
+@dataclass
+class LowRank:
+    """What the adapters add to W x: (alpha / r) B A x, each token under its segment's adapter."""
+    A: torch.Tensor         # (n, r, in)
+    B: torch.Tensor         # (n, out, r)
+    scale: float            # alpha / r
+    segments: Segments
+    grouped: bool
+    stacked: torch.Tensor | None = None     # all A's that read x (n, k r, in): device.together
 
-    x (T, in), A (n, r, in), B (n, out, r) -> (T, out)."""
-    # Segments of one length: a product batched over adapters.
-    if segments.even:
-        h = x.view(len(A), -1, x.shape[1]) @ A.mT                       # (n, L, r)
-        return ((h * scale) @ B.mT).flatten(0, 1)                       # (T, out)
-    # One kernel multiplies each segment by its own matrix, without padding.
-    if grouped:
-        h = F.grouped_mm(x, A.mT, offs=segments.ends)                   # (T, r)
-        return F.grouped_mm(h * scale, B.mT, offs=segments.ends)        # (T, out)
-    # Where there is no such kernel, segments are padded. index_copy, as its backward pass is a
-    # gather; an indexed assignment's would sort.
-    x = x.new_zeros(len(A) * segments.longest, x.shape[1]).index_copy(0, segments.cell, x)
-    h = x.view(len(A), segments.longest, -1) @ A.mT                     # (n, L, r)
-    return ((h * scale) @ B.mT).flatten(0, 1).index_select(0, segments.cell)
+    def __call__(self, x, y):
+        """x (T, in), y (T, out) -> y plus the term. It may be written to y."""
+        return self.up(self.down(x, self.A), y)
+
+    def down(self, x, A):
+        """A x, (T, r). Where the products are batched over adapters, (n, L, r)."""
+        # Segments of one length: a product batched over adapters.
+        if self.segments.even:
+            return x.view(len(A), -1, x.shape[1]) @ A.mT
+        # One kernel multiplies each segment by its own matrix, without padding.
+        if self.grouped:
+            return F.grouped_mm(x, A.mT, offs=self.segments.ends)
+        # Where there is no such kernel, segments are padded. index_copy, as its backward pass is a
+        # gather; an indexed assignment's would sort.
+        longest, cell = self.segments.longest, self.segments.cell
+        x = x.new_zeros(len(A) * longest, x.shape[1]).index_copy(0, cell, x)
+        return x.view(len(A), longest, -1) @ A.mT
+
+    def up(self, h, y):
+        """y + (alpha / r) B h."""
+        if self.segments.even and few_kernels(y) and not torch.is_grad_enabled():
+            y.view(len(h), -1, y.shape[1]).baddbmm_(h, self.B.mT, alpha=self.scale)
+            return y
+        if self.grouped and not self.segments.even:
+            term = F.grouped_mm(h * self.scale, self.B.mT, offs=self.segments.ends)
+        else:
+            term = ((h * self.scale) @ self.B.mT).flatten(0, 1)
+            if not self.segments.even:
+                term = term.index_select(0, self.segments.cell)
+        # In place where y is nobody's part: nothing needs it without the term.
+        return y + term if y._is_view() else y.add_(term)
 
 
 class Adapters:
@@ -207,8 +230,7 @@ class Route:
             flat = adapters.flat.to(adapters.model.dtype)
         self.deltas = []
         for layer, (A, B) in zip(adapters.layers.values(), adapters.pairs(flat)):
-            delta = partial(low_rank, A=A, B=B, scale=adapters.scale, segments=segments,
-                            grouped=adapters.grouped)
+            delta = LowRank(A, B, adapters.scale, segments, adapters.grouped)
             self.deltas.append((layer, delta))
 
     def __enter__(self):

@@ -16,7 +16,8 @@ from typing import Iterator
 import torch
 import torch.nn.functional as F
 
-from engine.device import auto_rows, has_graphs, to_device, try_memory
+from engine.device import (auto_rows, flash_over_cache, fused, has_flash, has_graphs, to_device,
+                           try_memory)
 from engine.ribbon import Ribbon, attention
 from support.files import UserError
 
@@ -124,16 +125,25 @@ class Cache:
 
     def step(self):
         """An `attend` for one new token per row: store its k, v (B, K, E), attend to all so far."""
-        # What lies beyond a row's own tokens is masked out. The mask is the same for all layers.
-        row = torch.arange(len(self.length), device=self.length.device)
-        unseen = torch.arange(self.size, device=row.device) > self.length[:, None]
-        mask = torch.zeros(unseen.shape, dtype=self.kv[0][0].dtype, device=row.device)
-        mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (B, 1, 1, size)
+        B, K, size, _ = self.kv[0][0].shape
+        row = torch.arange(B, device=self.length.device)
+        flash = has_flash(self.kv[0][0])
+        if flash:
+            bounds = torch.arange(B * K + 1, dtype=torch.int32, device=row.device)
+            bounds = bounds, bounds * size
+            seen = (self.length + 1).int().repeat_interleave(K)
+        else:
+            # What lies beyond a row's own tokens is masked out: the same in all layers.
+            unseen = torch.arange(size, device=row.device) > self.length[:, None]
+            mask = torch.zeros(unseen.shape, dtype=self.kv[0][0].dtype, device=row.device)
+            mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]     # (B, 1, 1, size)
 
         def attend(layer, q, k, v):
             keys, values = self.kv[layer]
             keys[row, :, self.length] = k
             values[row, :, self.length] = v
+            if flash:
+                return flash_over_cache(q, keys, values, bounds, seen)
             # Query heads that share a key head take the place of query positions: (B, K, H/K, E).
             q = q.view(len(q), k.shape[1], -1, q.shape[-1])
             return attention(q, keys, values, mask).flatten(1, 2)
@@ -165,23 +175,37 @@ def sample(logits, temperature, top_p, u):
     if temperature == 0:
         return logits.argmax(-1)
     # Candidates from all tokens, by the inverse of the CDF.
-    p = (logits.float() / temperature).softmax(-1)
+    p = fused(probabilities, logits)(logits, temperature)
     cdf = p.cumsum(-1)
     candidates = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)       # (B, tries)
     candidates = candidates.clamp(max=p.shape[-1] - 1)
     # The first candidate within the nucleus is an exact draw from it. If none is, the likeliest.
+    # A CPU tests one after the other until every row has its own. CUDA, where the look would wait,
+    # tests all at once.
     token = p.argmax(-1)
     found = torch.zeros_like(token, dtype=torch.bool)
-    for candidate in candidates.unbind(1):
-        own = p.gather(-1, candidate[:, None])                              # (B, 1)
-        inside = own[:, 0] > 0
+    at_once = candidates.shape[1] if p.is_cuda or has_graphs(p.device) else 1
+    for some in candidates.split(at_once, 1):
+        own = p.gather(-1, some)                                            # (B, at_once)
+        inside = own > 0
         if top_p < 1:
-            inside &= (p * (p > own)).sum(-1) < top_p       # the mass of all that are likelier
-        token = torch.where(inside & ~found, candidate, token)
+            inside &= fused(mass_above, p)(p, own) < top_p
+        first = inside.int().argmax(-1, keepdim=True)
+        inside = inside.any(-1)
+        token = torch.where(inside & ~found, some.gather(-1, first)[:, 0], token)
         found |= inside
-        if not (p.is_cuda or has_graphs(p.device)) and found.all():     # elsewhere it would wait
+        if at_once == 1 and found.all():
             break
     return token
+
+
+def probabilities(logits, temperature):
+    return (logits.float() / temperature).softmax(-1)
+
+
+def mass_above(p, own):
+    """Of each candidate, of probability own (B, tries): the mass of all likelier tokens."""
+    return (p[:, None] * (p[:, None] > own[:, :, None])).sum(-1)            # (B, tries)
 
 
 def tries_for(top_p):
@@ -408,11 +432,12 @@ def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
     for prompt in pending:
         queues[owner[prompt]].append(prompt)
 
-    # Steps between two looks at what has ended; tokens read at once.
+    # Steps between two looks at what has ended; tokens read at once; room in the cache at first. On
+    # CUDA a look is a wait, and a larger cache means a new graph: it holds a short answer at once.
     n, total = sampler.sampling.n, len(prompts) * sampler.sampling.n
-    steps, most = (16, 65536) if model.device.type == "cuda" else (1, 2048)
-    # On CUDA the cache has room for a short answer at once: a larger one means a new graph.
-    ahead = max(steps, min(128, sampler.sampling.max_new)) if steps > 1 else steps
+    steps, most, ahead = 1, 2048, 1
+    if model.device.type == "cuda":
+        steps, most, ahead = 16, 65536, max(16, min(128, sampler.sampling.max_new))
     grid = Grid(queues, n, max_rows)
     longest = max(len(prompts[prompt]) for prompt in pending)
     rows = Rows(model, grid.per * len(queues), longest + ahead, total, sampler)

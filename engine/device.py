@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from support.files import UserError
 
@@ -84,6 +85,7 @@ class Recorded:
     def record(self, graph, compute, x):
         """The output of a graph of compute(x). Nothing runs yet."""
         # torch.cuda.graph would give all idle memory back each time, for the next steps to fetch.
+        # Here only when little is free. The quarter is a guess, which never ran on a GPU.
         if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved() / 4:
             torch.cuda.empty_cache()
         torch.cuda.synchronize()
@@ -97,12 +99,17 @@ class Recorded:
         return result
 
 
-# ------------------------------------------------------------------------------- fused kernels
+# ------------------------------------------------------------------------------- fewer kernels
+
+def few_kernels(x):
+    """Whether x is on CUDA, where a small kernel takes as long as a larger one."""
+    return x.is_cuda
+
 
 def fused(function, x):
     """The function, compiled if x is on CUDA: pointwise operations become few kernels, so that
     their values are not written and read again each time."""
-    return compiled(function) if x.is_cuda else function
+    return compiled(function) if few_kernels(x) else function
 
 
 @cache
@@ -110,6 +117,58 @@ def compiled(function):
     # One graph for all shapes. Where that can't be done (no C compiler), it runs as it is.
     torch._dynamo.config.suppress_errors = True
     return torch.compile(function, dynamic=True)
+
+
+def together(x, *layers):
+    """[layer(x) for layer in layers], linear layers. On CUDA by one product with all weights, and
+    one with the A's of their adapters (lora.LowRank)."""
+    widths = [layer.out_features for layer in layers]
+    # To lay the gradients of wide parts side by side takes longer than a single product saves.
+    wide = torch.is_grad_enabled() and sum(widths) > 3 * x.shape[1]
+    if not few_kernels(x) or wide or any(layer.weight.requires_grad for layer in layers):
+        return [layer(x) for layer in layers]
+    y = F.linear(x, joined(layers, "weight"), joined(layers, "bias"))
+    parts = list(y.split(widths, -1))
+    adapted = [i for i, layer in enumerate(layers) if layer.delta]
+    if adapted:
+        deltas = [layers[i].delta for i in adapted]
+        # A Route's first step stacks the A's, and later ones find them.
+        if deltas[0].stacked is None:
+            deltas[0].stacked = torch.cat([delta.A for delta in deltas], 1)
+        h = deltas[0].down(x, deltas[0].stacked)
+        for i, delta, own in zip(adapted, deltas, h.split(deltas[0].A.shape[1], -1)):
+            parts[i] = delta.up(own, parts[i])
+    return parts
+
+
+def joined(layers, name):
+    """The layers' weights (or biases, or None) as one tensor, of which each is a part. They are
+    moved there unless they are. So whoever reads or writes a weight finds what is multiplied."""
+    parts = [getattr(layer, name) for layer in layers]
+    if parts[0] is None:
+        return None
+    begin, apart = 0, False
+    for part in parts:
+        # Later parts of a tensor do not begin at 0: as_strided stays within memory that is there.
+        apart = apart or part.storage_offset() != begin or not part.is_set_to(
+            parts[0].as_strided(part.shape, part.stride(), begin))
+        begin += part.numel()
+    if apart:
+        # Training could not use what is made in inference_mode.
+        with torch.inference_mode(False):
+            parts = torch.cat(parts).split([len(part) for part in parts])
+            for layer, part in zip(layers, parts):
+                setattr(layer, name, torch.nn.Parameter(part, requires_grad=False))
+    rows = sum(len(part) for part in parts)
+    return parts[0].as_strided((rows, *parts[0].shape[1:]), parts[0].stride())
+
+
+def added(x, layer, y):
+    """x + layer(y). On CUDA, where no gradient is needed, the product adds to x in place."""
+    if not few_kernels(x) or torch.is_grad_enabled():
+        return x + layer(y)
+    x.addmm_(y, layer.weight.mT)
+    return x if layer.delta is None else layer.delta(y, x)
 
 
 # --------------------------------------------------------------------- kernels that some GPUs have
@@ -142,6 +201,18 @@ def flash_attention(q, k, v, bounds, longest):
     return out
 
 
+def flash_over_cache(q, keys, values, bounds, seen):
+    """Attention of one token per row to those in its cache. What lies beyond these is not read.
+
+    q (B, H, E), keys and values (B, K, size, E). Each of the B K key heads is a sequence: bounds,
+    (2, B K + 1), are of its query and of its keys, and seen (B K,) of them count (int32)."""
+    size, E = keys.shape[2:]
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        q.reshape(len(seen), -1, E), keys.view(-1, 1, E), values.view(-1, 1, E), *bounds, 1, size,
+        0.0, False, False, seqused_k=seen)
+    return out.view(q.shape)
+
+
 # ------------------------------------------------------------------------------- what fits
 
 def free_memory(device, meminfo="/proc/meminfo", cgroup="/sys/fs/cgroup"):
@@ -152,8 +223,8 @@ def free_memory(device, meminfo="/proc/meminfo", cgroup="/sys/fs/cgroup"):
         return torch.cuda.mem_get_info(device)[0] + idle
     if not hasattr(os, "sysconf"):      # Windows
         return 4 * 2 ** 30
-    free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS
-    free = os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS
+    free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     # Linux also gives what it only caches files in. Free bytes alone are few on a machine that has
     # just read a model from its disk.
     with contextlib.suppress(OSError):
