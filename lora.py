@@ -65,45 +65,47 @@ class Lora:
 
 @dataclass
 class LowRank:
-    """What the adapters add to W x: (alpha / r) B A x, each token under its segment's adapter."""
-    A: torch.Tensor         # (n, r, in)
-    B: torch.Tensor         # (n, out, r)
-    scale: float            # alpha / r
+    """What the adapters add to a layer: (alpha / r) B A x, each token under its segment's adapter.
+
+    A (n, r, in), B (n, out, r)."""
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
     segments: Segments
     grouped: bool
-    stacked: torch.Tensor | None = None     # all A's that read x (n, k r, in): device.together
+    stacked: torch.Tensor | None = None     # the A's of all layers that read x (device.together)
 
     def __call__(self, x, y):
-        """x (T, in), y (T, out) -> y plus the term. It may be written to y."""
+        """y (T, out) plus the term of x (T, in). y itself may change."""
         return self.up(self.down(x, self.A), y)
 
     def down(self, x, A):
-        """A x, (T, r). Where the products are batched over adapters, (n, L, r)."""
+        """A x: (T, r), or (n, L, r) where the products are batched over adapters."""
+        n, segments = len(A), self.segments
         # Segments of one length: a product batched over adapters.
-        if self.segments.even:
-            return x.view(len(A), -1, x.shape[1]) @ A.mT
+        if segments.even:
+            return x.view(n, -1, x.shape[1]) @ A.mT
         # One kernel multiplies each segment by its own matrix, without padding.
         if self.grouped:
-            return F.grouped_mm(x, A.mT, offs=self.segments.ends)
+            return F.grouped_mm(x, A.mT, offs=segments.ends)
         # Where there is no such kernel, segments are padded. index_copy, as its backward pass is a
         # gather; an indexed assignment's would sort.
-        longest, cell = self.segments.longest, self.segments.cell
-        x = x.new_zeros(len(A) * longest, x.shape[1]).index_copy(0, cell, x)
-        return x.view(len(A), longest, -1) @ A.mT
+        x = x.new_zeros(n * segments.longest, x.shape[1]).index_copy(0, segments.cell, x)
+        return x.view(n, segments.longest, -1) @ A.mT
 
     def up(self, h, y):
         """y + (alpha / r) B h."""
-        if self.segments.even and few_kernels(y) and not torch.is_grad_enabled():
-            y.view(len(h), -1, y.shape[1]).baddbmm_(h, self.B.mT, alpha=self.scale)
+        segments, B = self.segments, self.B.mT
+        if segments.even and few_kernels(y) and not torch.is_grad_enabled():
+            y.view(len(h), -1, y.shape[1]).baddbmm_(h, B, alpha=self.scale)
             return y
-        if self.grouped and not self.segments.even:
-            term = F.grouped_mm(h * self.scale, self.B.mT, offs=self.segments.ends)
+        h = h * self.scale
+        if self.grouped and not segments.even:
+            term = F.grouped_mm(h, B, offs=segments.ends)
         else:
-            term = ((h * self.scale) @ self.B.mT).flatten(0, 1)
-            if not self.segments.even:
-                term = term.index_select(0, self.segments.cell)
-        # In place where y is nobody's part: nothing needs it without the term.
-        return y + term if y._is_view() else y.add_(term)
+            term = (h @ B).flatten(0, 1)
+            term = term if segments.even else term.index_select(0, segments.cell)
+        return y + term if few_kernels(y) else y.add_(term)     # a part of a whole must not change
 
 
 class Adapters:

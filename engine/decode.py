@@ -16,7 +16,7 @@ from typing import Iterator
 import torch
 import torch.nn.functional as F
 
-from engine.device import (auto_rows, flash_over_cache, fused, has_flash, has_graphs, to_device,
+from engine.device import (auto_rows, flash_attention, fused, has_flash, has_graphs, to_device,
                            try_memory)
 from engine.ribbon import Ribbon, attention
 from support.files import UserError
@@ -95,17 +95,15 @@ def collect(pairs) -> list:
 # ------------------------------------------------------------------------------- the cache
 
 class Cache:
-    """Keys and values of all rows, per layer (B, K, size, E), and how many tokens each row has."""
+    """Keys and values of all rows, per layer (2, B, K, size, E), and how many tokens each row has."""
 
     def __init__(self, model, rows, size):
         # A little more than asked for: every new size means new memory and, on CUDA, a new graph.
         c = model.config
         self.size = -(-size // 64) * 64
-        shape = (rows, c.n_kv_head, self.size, c.head_dim)
-        self.kv = []
-        for _ in range(c.n_layer):
-            keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
-            self.kv.append((keys, torch.zeros_like(keys)))
+        shape = (2, rows, c.n_kv_head, self.size, c.head_dim)
+        self.kv = [torch.zeros(shape, dtype=model.dtype, device=model.device)
+                   for _ in range(c.n_layer)]
         self.length = torch.zeros(rows, dtype=torch.long, device=model.device)
 
     def prefill(self, ribbon, places):
@@ -125,17 +123,18 @@ class Cache:
 
     def step(self):
         """An `attend` for one new token per row: store its k, v (B, K, E), attend to all so far."""
-        B, K, size, _ = self.kv[0][0].shape
+        _, B, K, size, E = self.kv[0].shape
         row = torch.arange(B, device=self.length.device)
-        flash = has_flash(self.kv[0][0])
+        flash = has_flash(self.kv[0])
         if flash:
-            bounds = torch.arange(B * K + 1, dtype=torch.int32, device=row.device)
-            bounds = bounds, bounds * size
+            # Each key head is a sequence of its own, of which only what is seen is read.
+            begin = torch.arange(B * K + 1, dtype=torch.int32, device=row.device)
+            bounds = [begin, begin * size]
             seen = (self.length + 1).int().repeat_interleave(K)
         else:
             # What lies beyond a row's own tokens is masked out: the same in all layers.
             unseen = torch.arange(size, device=row.device) > self.length[:, None]
-            mask = torch.zeros(unseen.shape, dtype=self.kv[0][0].dtype, device=row.device)
+            mask = torch.zeros(unseen.shape, dtype=self.kv[0].dtype, device=row.device)
             mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]     # (B, 1, 1, size)
 
         def attend(layer, q, k, v):
@@ -143,7 +142,10 @@ class Cache:
             keys[row, :, self.length] = k
             values[row, :, self.length] = v
             if flash:
-                return flash_over_cache(q, keys, values, bounds, seen)
+                y = flash_attention(q.reshape(B * K, -1, E), keys.view(-1, 1, E),
+                                    values.view(-1, 1, E), bounds, [1, size], causal=False,
+                                    seen=seen)
+                return y.view(q.shape)
             # Query heads that share a key head take the place of query positions: (B, K, H/K, E).
             q = q.view(len(q), k.shape[1], -1, q.shape[-1])
             return attention(q, keys, values, mask).flatten(1, 2)
@@ -159,9 +161,8 @@ class Cache:
         self.size += more
         self.length = self.length[rows]
         # Layer by layer, so that the old cache and the new one are not there together.
-        for layer, (keys, values) in enumerate(self.kv):
-            self.kv[layer] = (F.pad(keys[rows], (0, 0, 0, more)),
-                              F.pad(values[rows], (0, 0, 0, more)))
+        for layer, kv in enumerate(self.kv):
+            self.kv[layer] = F.pad(kv[:, rows], (0, 0, 0, more))
 
 
 # ------------------------------------------------------------------------------- one token
@@ -175,7 +176,7 @@ def sample(logits, temperature, top_p, u):
     if temperature == 0:
         return logits.argmax(-1)
     # Candidates from all tokens, by the inverse of the CDF.
-    p = fused(probabilities, logits)(logits, temperature)
+    p = (logits.float() / temperature).softmax(-1)
     cdf = p.cumsum(-1)
     candidates = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)       # (B, tries)
     candidates = candidates.clamp(max=p.shape[-1] - 1)
@@ -197,10 +198,6 @@ def sample(logits, temperature, top_p, u):
         if at_once == 1 and found.all():
             break
     return token
-
-
-def probabilities(logits, temperature):
-    return (logits.float() / temperature).softmax(-1)
 
 
 def mass_above(p, own):

@@ -120,8 +120,8 @@ def compiled(function):
 
 
 def together(x, *layers):
-    """[layer(x) for layer in layers], linear layers. On CUDA by one product with all weights, and
-    one with the A's of their adapters (lora.LowRank)."""
+    """[layer(x) for layer in layers], linear layers. On CUDA one product with all their weights,
+    and one with the A's of all their adapters (lora.LowRank)."""
     widths = [layer.out_features for layer in layers]
     # To lay the gradients of wide parts side by side takes longer than a single product saves.
     wide = torch.is_grad_enabled() and sum(widths) > 3 * x.shape[1]
@@ -132,35 +132,32 @@ def together(x, *layers):
     adapted = [i for i, layer in enumerate(layers) if layer.delta]
     if adapted:
         deltas = [layers[i].delta for i in adapted]
-        # A Route's first step stacks the A's, and later ones find them.
+        # Stacked once in a Route: of a decoding, in its first step.
         if deltas[0].stacked is None:
             deltas[0].stacked = torch.cat([delta.A for delta in deltas], 1)
         h = deltas[0].down(x, deltas[0].stacked)
-        for i, delta, own in zip(adapted, deltas, h.split(deltas[0].A.shape[1], -1)):
+        for i, delta, own in zip(adapted, deltas, h.chunk(len(deltas), -1)):
             parts[i] = delta.up(own, parts[i])
     return parts
 
 
 def joined(layers, name):
-    """The layers' weights (or biases, or None) as one tensor, of which each is a part. They are
-    moved there unless they are. So whoever reads or writes a weight finds what is multiplied."""
+    """The layers' weights (or biases, or None) as one tensor. Each is then a view of it, so that
+    whoever reads or writes a weight finds what is multiplied."""
     parts = [getattr(layer, name) for layer in layers]
     if parts[0] is None:
         return None
-    begin, apart = 0, False
-    for part in parts:
-        # Later parts of a tensor do not begin at 0: as_strided stays within memory that is there.
-        apart = apart or part.storage_offset() != begin or not part.is_set_to(
-            parts[0].as_strided(part.shape, part.stride(), begin))
-        begin += part.numel()
-    if apart:
-        # Training could not use what is made in inference_mode.
+    lengths = [len(part) for part in parts]
+    whole = getattr(layers[0], f"joined_{name}", None)
+    # Not yet, or other weights have been loaded: they move together. Outside of inference_mode, in
+    # which training could not use them later.
+    if whole is None or not all(map(torch.Tensor.is_set_to, parts, whole.split(lengths))):
         with torch.inference_mode(False):
-            parts = torch.cat(parts).split([len(part) for part in parts])
-            for layer, part in zip(layers, parts):
+            whole = torch.cat(parts)
+            setattr(layers[0], f"joined_{name}", whole)
+            for layer, part in zip(layers, whole.split(lengths)):
                 setattr(layer, name, torch.nn.Parameter(part, requires_grad=False))
-    rows = sum(len(part) for part in parts)
-    return parts[0].as_strided((rows, *parts[0].shape[1:]), parts[0].stride())
+    return whole
 
 
 def added(x, layer, y):
@@ -191,26 +188,15 @@ def has_grouped_mm(device, dtype, widths):
     return fast and all(width % 8 == 0 for width in widths)
 
 
-def flash_attention(q, k, v, bounds, longest):
-    """Causal attention within each sequence of a ribbon, as it lies: nothing is padded.
+def flash_attention(q, k, v, bounds, longest, causal=True, seen=None):
+    """Attention within each sequence of a ribbon, as it lies: nothing is padded.
 
-    q (T, H, E), k and v (T, K, E); bounds (n + 1,) int32, 0 and where each sequence ends; longest,
-    of the sequences. It has a gradient."""
+    q (T, H, E), k and v (T', K, E). bounds: of the queries and of the keys, (n + 1,) int32, 0 and
+    where each sequence ends; longest: the same. seen (n,) int32: how many keys count, if not all.
+    It has a gradient."""
     out, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, bounds, bounds, longest, longest, 0.0, True, False)
+        q, k, v, *bounds, *longest, 0.0, causal, False, seqused_k=seen)
     return out
-
-
-def flash_over_cache(q, keys, values, bounds, seen):
-    """Attention of one token per row to those in its cache. What lies beyond these is not read.
-
-    q (B, H, E), keys and values (B, K, size, E). Each of the B K key heads is a sequence: bounds,
-    (2, B K + 1), are of its query and of its keys, and seen (B K,) of them count (int32)."""
-    size, E = keys.shape[2:]
-    out, *_ = torch.ops.aten._flash_attention_forward(
-        q.reshape(len(seen), -1, E), keys.view(-1, 1, E), values.view(-1, 1, E), *bounds, 1, size,
-        0.0, False, False, seqused_k=seen)
-    return out.view(q.shape)
 
 
 # ------------------------------------------------------------------------------- what fits

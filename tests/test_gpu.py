@@ -128,14 +128,15 @@ def test_the_update_is_one_graph():
 
 # ------------------------------------------------------------------------------- flash attention
 
-def by_sequence(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug):
+def by_sequence(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug,
+                seqused_k):
     """What aten's flash attention computes, a sequence at a time."""
     assert bounds_q.dtype == torch.int32
     assert torch.equal(bounds_q, bounds_k)
     lengths = bounds_q.diff().tolist()
     assert (bounds_q[0], sum(lengths)) == (0, len(q))
     assert longest_q == longest_k == max(lengths)
-    assert (dropout, causal, debug) == (0.0, True, False)
+    assert (dropout, causal, debug, seqused_k) == (0.0, True, False, None)
     outputs = []
     for part in zip(*(x.split(lengths) for x in (q, k, v))):
         heads_first = [x.transpose(0, 1) for x in part]
@@ -151,9 +152,9 @@ def test_flash_attention_takes_the_ribbon_as_it_lies(tiny, monkeypatch):
     expected = tiny.hidden(ids, ribbon.position, ribbon.attend)
     called = []
 
-    def op(*args):
+    def op(*args, **seen):
         called.append(args)
-        return by_sequence(*args)
+        return by_sequence(*args, **seen)
 
     monkeypatch.setattr(ribbon_file, "has_flash", lambda x: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", op)
@@ -169,7 +170,7 @@ def test_torch_knows_this_flash_attention_and_its_gradient():
                for heads in (4, 2, 2))
     bounds = torch.empty(3, device="meta", dtype=torch.int32)
 
-    y = flash_attention(q, k, v, bounds, 6)
+    y = flash_attention(q, k, v, [bounds] * 2, [6] * 2)
     y.sum().backward()
 
     assert y.shape == q.shape
