@@ -181,21 +181,24 @@ def sample(logits, temperature, top_p, u):
     candidates = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)       # (B, tries)
     candidates = candidates.clamp(max=p.shape[-1] - 1)
     # The first candidate within the nucleus is an exact draw from it. If none is, the likeliest.
-    # A CPU tests one after the other until every row has its own. CUDA, where the look would wait,
-    # tests all at once.
     token = p.argmax(-1)
-    found = torch.zeros_like(token, dtype=torch.bool)
-    at_once = candidates.shape[1] if p.is_cuda or has_graphs(p.device) else 1
-    for some in candidates.split(at_once, 1):
-        own = p.gather(-1, some)                                            # (B, at_once)
+    if p.is_cuda or has_graphs(p.device):
+        # All are tested at once, as a look at what is found would wait.
+        own = p.gather(-1, candidates)                                      # (B, tries)
         inside = own > 0
         if top_p < 1:
             inside &= fused(mass_above, p)(p, own) < top_p
         first = inside.int().argmax(-1, keepdim=True)
-        inside = inside.any(-1)
-        token = torch.where(inside & ~found, some.gather(-1, first)[:, 0], token)
+        return torch.where(inside.any(-1), candidates.gather(-1, first)[:, 0], token)
+    found = torch.zeros_like(token, dtype=torch.bool)
+    for candidate in candidates.unbind(1):
+        own = p.gather(-1, candidate[:, None])                              # (B, 1)
+        inside = own[:, 0] > 0
+        if top_p < 1:
+            inside &= (p * (p > own)).sum(-1) < top_p       # the mass of all that are likelier
+        token = torch.where(inside & ~found, candidate, token)
         found |= inside
-        if at_once == 1 and found.all():
+        if found.all():
             break
     return token
 
