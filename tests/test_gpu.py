@@ -487,3 +487,15 @@ def test_graphs_change_nothing(model, monkeypatch, case):
 
     assert in_groups(
         decode.generate(model, groups, sampling, range(20), adapters), groups) == with_graphs
+
+
+def test_flash_attention_over_the_cache_is_the_masked_one(model, monkeypatch):
+    g = torch.Generator("cuda").manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g, device="cuda", dtype=model.dtype)
+    q, k, v = draw(5, 4, 64), draw(5, 2, 64), draw(5, 2, 64)
+    cache = decode.Cache(model, 5, 64)
+    cache.length += torch.tensor([0, 1, 20, 62, 63], device="cuda")
+    cache.kv[0] = draw(*cache.kv[0].shape)
+    fast = cache.step()(0, q, k, v)
+    monkeypatch.setattr(decode, "has_flash", lambda x: False)
+    torch.testing.assert_close(fast, cache.step()(0, q, k, v), atol=0.02, rtol=0.02)
