@@ -95,7 +95,7 @@ def collect(pairs) -> list:
 # ------------------------------------------------------------------------------- the cache
 
 class Cache:
-    """Keys and values of all rows, per layer (2, B, K, size, E), and how many tokens each row has."""
+    """Keys and values of all rows, per layer (2, B, K, size, E), and each row's tokens so far."""
 
     def __init__(self, model, rows, size):
         # A little more than asked for: every new size means new memory and, on CUDA, a new graph.

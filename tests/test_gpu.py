@@ -275,7 +275,8 @@ def test_weights_that_lie_together_load_change_and_save_as_before(tmp_path):
     assert (tmp_path / "joined" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
 
 
-def over_cache(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug, seqused_k):
+def over_cache(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug,
+               seqused_k):
     """What aten's flash attention computes of one query per sequence and its first keys."""
     assert (longest_q, dropout, causal, debug) == (1, 0.0, False, False)
     assert bounds_q.dtype == bounds_k.dtype == seqused_k.dtype == torch.int32
