@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from engine.device import cpu_has_bfloat16, fused
+from engine.device import added, cpu_has_bfloat16, fused, together
 from engine.ribbon import Ribbon
 from support.checkpoint import (EMBEDDED, check_layers, fetch, read_adapter, read_config,
                                 read_weights, write_checkpoint)
@@ -60,8 +60,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
-        # In place: nothing needs y without the term.
-        return y if self.delta is None else y.add_(self.delta(x))
+        return y if self.delta is None else self.delta(x, y)
 
 
 def rope_frequencies(c, device):
@@ -82,10 +81,9 @@ def rope_frequencies(c, device):
 
 
 def rotate(x, cos, sin):
-    """RoPE: turn each pair (x_i, x_{i+E/2}) by its angle. x (T, H, E); cos, sin (T, 1, E/2)."""
+    """RoPE: turn each pair (a, b) by its angle, to (a cos - b sin, b cos + a sin). x (T, H, E)."""
     # Hugging Face's layout: the two components of a pair lie half a head apart, not side by side.
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Attention(nn.Module):
@@ -103,11 +101,10 @@ class Attention(nn.Module):
         """(T, D) -> q (T, H, E), k and v (T, K, E): split into heads, which norms and RoPE work on.
         """
         T = len(x)
-        q = self.q_norm(self.q_proj(x).view(T, -1, self.head_dim))
-        k = self.k_norm(self.k_proj(x).view(T, -1, self.head_dim))
-        v = self.v_proj(x).view(T, -1, self.head_dim)
+        q, k, v = [y.view(T, -1, self.head_dim)
+                   for y in together(x, self.q_proj, self.k_proj, self.v_proj)]
         turn = fused(rotate, x)
-        return turn(q, cos, sin), turn(k, cos, sin), v
+        return turn(self.q_norm(q), cos, sin), turn(self.k_norm(k), cos, sin), v
 
 
 class MLP(nn.Module):
@@ -117,8 +114,10 @@ class MLP(nn.Module):
         self.up_proj = Linear(c.dim, c.hidden_dim, bias=False)
         self.down_proj = Linear(c.hidden_dim, c.dim, bias=False)
 
-    def forward(self, x):
-        return self.down_proj(fused(swiglu, x)(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x, h):
+        """x + W_down (silu(W_gate h) * W_up h), where h is x after its norm."""
+        gate, up = together(h, self.gate_proj, self.up_proj)
+        return added(x, self.down_proj, fused(swiglu, h)(gate, up))
 
 
 def swiglu(gate, up):
@@ -141,8 +140,8 @@ class Block(nn.Module):
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
         # `attend` is the only place where tokens meet. Before it and after it each is on its own.
         y = attend(self.layer, q, k, v)                     # (T, H, E)
-        x = x + self.self_attn.o_proj(y.flatten(1))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = added(x, self.self_attn.o_proj, y.flatten(1))   # x + o_proj(y)
+        return self.mlp(x, self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
@@ -177,6 +176,7 @@ class Transformer(nn.Module):
         # Angles are computed in float32: bfloat16 cannot hold every integer above 256.
         angle = position[:, None, None] * rope_frequencies(self.config, ids.device)  # (T, 1, E/2)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)             # (T, 1, E)
         for block in self.model.layers:
             # `checkpoint` keeps a block's input only, and runs the block again for its gradient.
             if self.recompute and torch.is_grad_enabled():

@@ -16,7 +16,8 @@ from typing import Iterator
 import torch
 import torch.nn.functional as F
 
-from engine.device import auto_rows, has_graphs, to_device, try_memory
+from engine.device import (auto_rows, flash_attention, fused, has_flash, has_graphs, to_device,
+                           try_memory)
 from engine.ribbon import Ribbon, attention
 from support.files import UserError
 
@@ -94,17 +95,15 @@ def collect(pairs) -> list:
 # ------------------------------------------------------------------------------- the cache
 
 class Cache:
-    """Keys and values of all rows, per layer (B, K, size, E), and how many tokens each row has."""
+    """Keys and values of all rows, per layer (2, B, K, size, E), and each row's tokens so far."""
 
     def __init__(self, model, rows, size):
         # A little more than asked for: every new size means new memory and, on CUDA, a new graph.
         c = model.config
         self.size = -(-size // 64) * 64
-        shape = (rows, c.n_kv_head, self.size, c.head_dim)
-        self.kv = []
-        for _ in range(c.n_layer):
-            keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
-            self.kv.append((keys, torch.zeros_like(keys)))
+        shape = (2, rows, c.n_kv_head, self.size, c.head_dim)
+        self.kv = [torch.zeros(shape, dtype=model.dtype, device=model.device)
+                   for _ in range(c.n_layer)]
         self.length = torch.zeros(rows, dtype=torch.long, device=model.device)
 
     def prefill(self, ribbon, places):
@@ -124,16 +123,29 @@ class Cache:
 
     def step(self):
         """An `attend` for one new token per row: store its k, v (B, K, E), attend to all so far."""
-        # What lies beyond a row's own tokens is masked out. The mask is the same for all layers.
-        row = torch.arange(len(self.length), device=self.length.device)
-        unseen = torch.arange(self.size, device=row.device) > self.length[:, None]
-        mask = torch.zeros(unseen.shape, dtype=self.kv[0][0].dtype, device=row.device)
-        mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (B, 1, 1, size)
+        _, B, K, size, E = self.kv[0].shape
+        row = torch.arange(B, device=self.length.device)
+        flash = has_flash(self.kv[0])
+        if flash:
+            # Each key head is a sequence of its own, of which only what is seen is read.
+            begin = torch.arange(B * K + 1, dtype=torch.int32, device=row.device)
+            bounds = [begin, begin * size]
+            seen = (self.length + 1).int().repeat_interleave(K)
+        else:
+            # What lies beyond a row's own tokens is masked out: the same in all layers.
+            unseen = torch.arange(size, device=row.device) > self.length[:, None]
+            mask = torch.zeros(unseen.shape, dtype=self.kv[0].dtype, device=row.device)
+            mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]     # (B, 1, 1, size)
 
         def attend(layer, q, k, v):
             keys, values = self.kv[layer]
             keys[row, :, self.length] = k
             values[row, :, self.length] = v
+            if flash:
+                y = flash_attention(q.reshape(B * K, -1, E), keys.view(-1, 1, E),
+                                    values.view(-1, 1, E), bounds, [1, size], causal=False,
+                                    seen=seen)
+                return y.view(q.shape)
             # Query heads that share a key head take the place of query positions: (B, K, H/K, E).
             q = q.view(len(q), k.shape[1], -1, q.shape[-1])
             return attention(q, keys, values, mask).flatten(1, 2)
@@ -149,9 +161,8 @@ class Cache:
         self.size += more
         self.length = self.length[rows]
         # Layer by layer, so that the old cache and the new one are not there together.
-        for layer, (keys, values) in enumerate(self.kv):
-            self.kv[layer] = (F.pad(keys[rows], (0, 0, 0, more)),
-                              F.pad(values[rows], (0, 0, 0, more)))
+        for layer, kv in enumerate(self.kv):
+            self.kv[layer] = F.pad(kv[:, rows], (0, 0, 0, more))
 
 
 # ------------------------------------------------------------------------------- one token
@@ -171,6 +182,14 @@ def sample(logits, temperature, top_p, u):
     candidates = candidates.clamp(max=p.shape[-1] - 1)
     # The first candidate within the nucleus is an exact draw from it. If none is, the likeliest.
     token = p.argmax(-1)
+    if p.is_cuda or has_graphs(p.device):
+        # All are tested at once, as a look at what is found would wait.
+        own = p.gather(-1, candidates)                                      # (B, tries)
+        inside = own > 0
+        if top_p < 1:
+            inside &= fused(mass_above, p)(p, own) < top_p
+        first = inside.int().argmax(-1, keepdim=True)
+        return torch.where(inside.any(-1), candidates.gather(-1, first)[:, 0], token)
     found = torch.zeros_like(token, dtype=torch.bool)
     for candidate in candidates.unbind(1):
         own = p.gather(-1, candidate[:, None])                              # (B, 1)
@@ -179,9 +198,14 @@ def sample(logits, temperature, top_p, u):
             inside &= (p * (p > own)).sum(-1) < top_p       # the mass of all that are likelier
         token = torch.where(inside & ~found, candidate, token)
         found |= inside
-        if not (p.is_cuda or has_graphs(p.device)) and found.all():     # elsewhere it would wait
+        if found.all():
             break
     return token
+
+
+def mass_above(p, own):
+    """Of each candidate, of probability own (B, tries): the mass of all likelier tokens."""
+    return (p[:, None] * (p[:, None] > own[:, :, None])).sum(-1)            # (B, tries)
 
 
 def tries_for(top_p):
@@ -408,11 +432,12 @@ def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
     for prompt in pending:
         queues[owner[prompt]].append(prompt)
 
-    # Steps between two looks at what has ended; tokens read at once.
+    # Steps between two looks at what has ended; tokens read at once; room in the cache at first. On
+    # CUDA a look is a wait, and a larger cache means a new graph: it holds a short answer at once.
     n, total = sampler.sampling.n, len(prompts) * sampler.sampling.n
-    steps, most = (16, 65536) if model.device.type == "cuda" else (1, 2048)
-    # On CUDA the cache has room for a short answer at once: a larger one means a new graph.
-    ahead = max(steps, min(128, sampler.sampling.max_new)) if steps > 1 else steps
+    steps, most, ahead = 1, 2048, 1
+    if model.device.type == "cuda":
+        steps, most, ahead = 16, 65536, max(16, min(128, sampler.sampling.max_new))
     grid = Grid(queues, n, max_rows)
     longest = max(len(prompts[prompt]) for prompt in pending)
     rows = Rows(model, grid.per * len(queues), longest + ahead, total, sampler)

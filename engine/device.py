@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from support.files import UserError
 
@@ -84,6 +85,7 @@ class Recorded:
     def record(self, graph, compute, x):
         """The output of a graph of compute(x). Nothing runs yet."""
         # torch.cuda.graph would give all idle memory back each time, for the next steps to fetch.
+        # Here only when little is free. The quarter is a guess, which never ran on a GPU.
         if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved() / 4:
             torch.cuda.empty_cache()
         torch.cuda.synchronize()
@@ -97,12 +99,17 @@ class Recorded:
         return result
 
 
-# ------------------------------------------------------------------------------- fused kernels
+# ------------------------------------------------------------------------------- fewer kernels
+
+def few_kernels(x):
+    """Whether x is on CUDA, where a small kernel takes as long as a larger one."""
+    return x.is_cuda
+
 
 def fused(function, x):
     """The function, compiled if x is on CUDA: pointwise operations become few kernels, so that
     their values are not written and read again each time."""
-    return compiled(function) if x.is_cuda else function
+    return compiled(function) if few_kernels(x) else function
 
 
 @cache
@@ -110,6 +117,55 @@ def compiled(function):
     # One graph for all shapes. Where that can't be done (no C compiler), it runs as it is.
     torch._dynamo.config.suppress_errors = True
     return torch.compile(function, dynamic=True)
+
+
+def together(x, *layers):
+    """[layer(x) for layer in layers], linear layers. On CUDA one product with all their weights,
+    and one with the A's of all their adapters (lora.LowRank)."""
+    widths = [layer.out_features for layer in layers]
+    # To lay the gradients of wide parts side by side takes longer than a single product saves.
+    wide = torch.is_grad_enabled() and sum(widths) > 3 * x.shape[1]
+    if not few_kernels(x) or wide or any(layer.weight.requires_grad for layer in layers):
+        return [layer(x) for layer in layers]
+    y = F.linear(x, joined(layers, "weight"), joined(layers, "bias"))
+    parts = list(y.split(widths, -1))
+    adapted = [i for i, layer in enumerate(layers) if layer.delta]
+    if adapted:
+        deltas = [layers[i].delta for i in adapted]
+        # Stacked once in a Route: of a decoding, in its first step.
+        if deltas[0].stacked is None:
+            deltas[0].stacked = torch.cat([delta.A for delta in deltas], 1)
+        h = deltas[0].down(x, deltas[0].stacked)
+        for i, delta, own in zip(adapted, deltas, h.chunk(len(deltas), -1)):
+            parts[i] = delta.up(own, parts[i])
+    return parts
+
+
+def joined(layers, name):
+    """The layers' weights (or biases, or None) as one tensor. Each is then a view of it, so that
+    whoever reads or writes a weight finds what is multiplied."""
+    parts = [getattr(layer, name) for layer in layers]
+    if parts[0] is None:
+        return None
+    lengths = [len(part) for part in parts]
+    whole = getattr(layers[0], f"joined_{name}", None)
+    # Not yet, or other weights have been loaded: they move together. Outside of inference_mode, in
+    # which training could not use them later.
+    if whole is None or not all(map(torch.Tensor.is_set_to, parts, whole.split(lengths))):
+        with torch.inference_mode(False):
+            whole = torch.cat(parts)
+            setattr(layers[0], f"joined_{name}", whole)
+            for layer, part in zip(layers, whole.split(lengths)):
+                setattr(layer, name, torch.nn.Parameter(part, requires_grad=False))
+    return whole
+
+
+def added(x, layer, y):
+    """x + layer(y). On CUDA, where no gradient is needed, the product adds to x in place."""
+    if not few_kernels(x) or torch.is_grad_enabled():
+        return x + layer(y)
+    x.addmm_(y, layer.weight.mT)
+    return x if layer.delta is None else layer.delta(y, x)
 
 
 # --------------------------------------------------------------------- kernels that some GPUs have
@@ -132,13 +188,14 @@ def has_grouped_mm(device, dtype, widths):
     return fast and all(width % 8 == 0 for width in widths)
 
 
-def flash_attention(q, k, v, bounds, longest):
-    """Causal attention within each sequence of a ribbon, as it lies: nothing is padded.
+def flash_attention(q, k, v, bounds, longest, causal=True, seen=None):
+    """Attention within each sequence of a ribbon, as it lies: nothing is padded.
 
-    q (T, H, E), k and v (T, K, E); bounds (n + 1,) int32, 0 and where each sequence ends; longest,
-    of the sequences. It has a gradient."""
+    q (T, H, E), k and v (T', K, E). bounds: of the queries and of the keys, (n + 1,) int32, 0 and
+    where each sequence ends; longest: the same. seen (n,) int32: how many keys count, if not all.
+    It has a gradient."""
     out, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, bounds, bounds, longest, longest, 0.0, True, False)
+        q, k, v, *bounds, *longest, 0.0, causal, False, seqused_k=seen)
     return out
 
 
@@ -152,8 +209,8 @@ def free_memory(device, meminfo="/proc/meminfo", cgroup="/sys/fs/cgroup"):
         return torch.cuda.mem_get_info(device)[0] + idle
     if not hasattr(os, "sysconf"):      # Windows
         return 4 * 2 ** 30
-    free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS
-    free = os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS
+    free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     # Linux also gives what it only caches files in. Free bytes alone are few on a machine that has
     # just read a model from its disk.
     with contextlib.suppress(OSError):

@@ -82,7 +82,7 @@ class Ribbon:
 
         `layer` is not used here: decode.Cache's attend needs it."""
         if has_flash(q) and not any(mask is not None for mask in self.masks):
-            return flash_attention(q, k, v, self.bounds, self.longest)
+            return flash_attention(q, k, v, [self.bounds] * 2, [self.longest] * 2)
         # One call per group of like lengths. Within it sequences are a batch, and heads are too.
         outputs = []
         groups = zip(self.unroll(q), self.unroll(k), self.unroll(v), self.masks)

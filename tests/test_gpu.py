@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora
 import model as transformer
-from engine import decode
+from engine import decode, device
 from engine import ribbon as ribbon_file
 from engine import train as train_file
 from engine.decode import Sampling, in_groups
@@ -128,14 +128,15 @@ def test_the_update_is_one_graph():
 
 # ------------------------------------------------------------------------------- flash attention
 
-def by_sequence(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug):
+def by_sequence(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug,
+                seqused_k):
     """What aten's flash attention computes, a sequence at a time."""
     assert bounds_q.dtype == torch.int32
     assert torch.equal(bounds_q, bounds_k)
     lengths = bounds_q.diff().tolist()
     assert (bounds_q[0], sum(lengths)) == (0, len(q))
     assert longest_q == longest_k == max(lengths)
-    assert (dropout, causal, debug) == (0.0, True, False)
+    assert (dropout, causal, debug, seqused_k) == (0.0, True, False, None)
     outputs = []
     for part in zip(*(x.split(lengths) for x in (q, k, v))):
         heads_first = [x.transpose(0, 1) for x in part]
@@ -151,9 +152,9 @@ def test_flash_attention_takes_the_ribbon_as_it_lies(tiny, monkeypatch):
     expected = tiny.hidden(ids, ribbon.position, ribbon.attend)
     called = []
 
-    def op(*args):
+    def op(*args, **seen):
         called.append(args)
-        return by_sequence(*args)
+        return by_sequence(*args, **seen)
 
     monkeypatch.setattr(ribbon_file, "has_flash", lambda x: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", op)
@@ -169,7 +170,7 @@ def test_torch_knows_this_flash_attention_and_its_gradient():
                for heads in (4, 2, 2))
     bounds = torch.empty(3, device="meta", dtype=torch.int32)
 
-    y = flash_attention(q, k, v, bounds, 6)
+    y = flash_attention(q, k, v, [bounds] * 2, [6] * 2)
     y.sum().backward()
 
     assert y.shape == q.shape
@@ -185,6 +186,116 @@ def test_imitated_pads_are_masked_and_no_flash_attention(tiny, monkeypatch):
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", None)
     ribbon = PaddedRibbon([5, 7], [2, 0], torch.arange(12), "cpu")
     tiny.hidden(torch.randint(0, 256, (12,)), ribbon.position, ribbon.attend)
+
+
+# ------------------------------------------------------------------------------- fewer kernels
+
+@pytest.fixture()
+def fewer(monkeypatch):
+    """A function: from then on there are as few kernels as on CUDA, each of which is plain."""
+    def start():
+        for file in (device, lora):
+            monkeypatch.setattr(file, "few_kernels", may_stay_unused(lambda x: True))
+        monkeypatch.setattr(device, "compiled", lambda function: function)
+    return start
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fewer_kernels_compute_the_same(case, tmp_path, fewer):
+    """Training and texts of every kind of model, with adapters at some layers or at all of them."""
+    lora = Lora(4, 12, ALL if "tied" in case else ["q_proj", "v_proj"])
+    CASES[case]().save_pretrained(tmp_path / "base")
+    plain = load_pretrained(tmp_path / "base", "cpu", torch.float64)
+    joined = load_pretrained(tmp_path / "base", "cpu", torch.float64)
+    jobs = mixed_jobs(n=4, recipe=replace(RECIPE, lora=lora))
+    expected = train(plain, jobs), texts(plain, lora)
+
+    fewer()
+    trained, written = train(joined, jobs), texts(joined, lora)
+
+    for i in expected[0]:
+        torch.testing.assert_close(trained[i].weights, expected[0][i].weights, atol=1e-10, rtol=0)
+    assert written == expected[1]
+
+
+def texts(model, lora):
+    adapters = Adapters(model, lora, 2)
+    adapters.flat.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    groups = [[[1, 2, 3], [4]], [[5, 6]]]
+    return in_groups(decode.generate(model, groups, Sampling(12), adapters=adapters), groups)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_one_product_for_the_a_of_several_adapters(tiny, fewer, grouped):
+    """Layers that read the same, with gradients, by grouped products and by padded ones."""
+    ids, attend = torch.randint(0, 256, (24,)), Ribbon([5, 11, 8], "cpu")
+    found = []
+    for start in (lambda: None, fewer):
+        start()
+        adapters = Adapters(tiny, Lora(8, 8, ["q_proj", "v_proj"]), 5)
+        adapters.flat.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+        adapters.flat.requires_grad_()
+        adapters.grouped = grouped
+        with adapters.route([16, 0, 8, 0, 0]):
+            h = tiny.hidden(ids, attend.position, attend.attend)
+            h.square().sum().backward()
+        found.append((h.detach(), adapters.flat.grad))
+    torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-4)
+
+
+def test_weights_that_lie_together_load_change_and_save_as_before(tmp_path):
+    CASES["qwen2"]().save_pretrained(tmp_path / "base")
+    plain, joined = [load_pretrained(tmp_path / "base", "cpu") for _ in range(2)]
+    ids = torch.randint(0, 256, (1, 9))
+    adapters = [Adapters(model, Lora(4, 8, ALL), 1) for model in (plain, joined)]
+    other = {name: 1.1 * weight for name, weight in plain.state_dict().items()}
+    changes = [lambda i, model: None,
+               lambda i, model: adapters[i].merge(0),
+               lambda i, model: model.load_state_dict(other, assign=True),
+               lambda i, model: model.double(),
+               lambda i, model: model.model["layers"][0].self_attn.k_proj.weight.mul_(2)]
+    adapters[0].flat.normal_(std=0.05)
+    adapters[1].flat.copy_(adapters[0].flat)
+
+    for change in changes:
+        for i, model in enumerate((plain, joined)):
+            change(i, model)
+        expected = plain(ids)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(device, "few_kernels", lambda x: True)
+            patch.setattr(device, "compiled", lambda function: function)
+            with torch.inference_mode():
+                torch.testing.assert_close(joined(ids), expected)
+
+    attn = joined.model["layers"][0].self_attn
+    assert attn.k_proj.weight.storage_offset() == attn.q_proj.weight.numel()
+    plain.save_pretrained(tmp_path / "plain")
+    joined.save_pretrained(tmp_path / "joined")
+    file = "model.safetensors"
+    assert (tmp_path / "joined" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def over_cache(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug,
+               seqused_k):
+    """What aten's flash attention computes of one query per sequence and its first keys."""
+    assert (longest_q, dropout, causal, debug) == (1, 0.0, False, False)
+    assert bounds_q.dtype == bounds_k.dtype == seqused_k.dtype == torch.int32
+    assert bounds_q.tolist() == list(range(len(q) + 1))
+    outputs = []
+    for own, begin, n in zip(q, bounds_k.tolist(), seqused_k.tolist()):
+        assert 0 < n <= longest_k
+        keys, values = k[begin:begin + n, 0], v[begin:begin + n, 0]
+        outputs.append((own @ keys.T / own.shape[-1] ** 0.5).softmax(-1) @ values)
+    return torch.stack(outputs), None, None, None, None
+
+
+def test_flash_attention_over_the_cache(tiny, monkeypatch):
+    groups = [[[1, 2, 3], [4], [5] * 70]]
+    sampling = Sampling(12, n=2, temperature=1.0, top_p=0.9)
+    expected = in_groups(decode.generate(tiny, groups, sampling, range(6)), groups)
+    monkeypatch.setattr(decode, "has_flash", lambda x: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", over_cache)
+    assert in_groups(decode.generate(tiny, groups, sampling, range(6)), groups) == expected
 
 
 # ------------------------------------------------------------------------------- training (GPU)
@@ -377,3 +488,15 @@ def test_graphs_change_nothing(model, monkeypatch, case):
 
     assert in_groups(
         decode.generate(model, groups, sampling, range(20), adapters), groups) == with_graphs
+
+
+def test_flash_attention_over_the_cache_is_the_masked_one(model, monkeypatch):
+    g = torch.Generator("cuda").manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g, device="cuda", dtype=model.dtype)
+    q, k, v = draw(5, 4, 64), draw(5, 2, 64), draw(5, 2, 64)
+    cache = decode.Cache(model, 5, 64)
+    cache.length += torch.tensor([0, 1, 20, 62, 63], device="cuda")
+    cache.kv[0] = draw(*cache.kv[0].shape)
+    fast = cache.step()(0, q, k, v)
+    monkeypatch.setattr(decode, "has_flash", lambda x: False)
+    torch.testing.assert_close(fast, cache.step()(0, q, k, v), atol=0.02, rtol=0.02)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import lora as program
 from engine.device import try_memory
 from engine.ribbon import Ribbon
-from lora import Adapters, Lora, Segments, low_rank
+from lora import Adapters, Lora, LowRank, Segments
 from model import load_pretrained
 from support.files import UserError
 from tests.helpers import ALL, CASES
@@ -160,7 +160,7 @@ def test_low_rank_is_a_product_for_each_segment(grouped, counts):
     tensors = [torch.randn(24, 32), torch.randn(4, 8, 32), torch.randn(4, 16, 8)]
     x, A, B = [tensor.requires_grad_() for tensor in tensors]
 
-    ours = low_rank(x, A, B, 0.5, Segments(counts, "cpu"), grouped)
+    ours = LowRank(A, B, 0.5, Segments(counts, "cpu"), grouped)(x, torch.zeros(24, 16))
     parts = [0.5 * part @ A[i].T @ B[i].T for i, part in enumerate(x.split(counts))]
     theirs = torch.cat(parts)
 
