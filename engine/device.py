@@ -121,7 +121,7 @@ def compiled(function):
 
 def together(x, *layers):
     """[layer(x) for layer in layers], linear layers. On CUDA one product with all their weights,
-    and one with the A's of all their adapters (lora.LowRank)."""
+    and one with the A's of all their adapters (ribbon.LowRank)."""
     widths = [layer.out_features for layer in layers]
     # To lay the gradients of wide parts side by side takes longer than a single product saves.
     wide = torch.is_grad_enabled() and sum(widths) > 3 * x.shape[1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from engine.device import flash_attention, has_flash, to_device
+from engine.device import few_kernels, flash_attention, has_flash, to_device
 
 
 class Ribbon:
@@ -108,6 +108,51 @@ class Segments:
         self.longest = longest
         shift = longest * torch.arange(len(counts)) - (ends - count)
         self.cell = to_device(torch.arange(sum(counts)) + shift.repeat_interleave(count), device)
+
+
+@dataclass
+class LowRank:
+    """What the adapters add to a layer: (alpha / r) B A x, each token under its segment's adapter.
+
+    A (n, r, in), B (n, out, r)."""
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+    segments: Segments
+    grouped: bool
+    stacked: torch.Tensor | None = None     # the A's of all layers that read x (device.together)
+
+    def __call__(self, x, y):
+        """y (T, out) plus the term of x (T, in). y itself may change."""
+        return self.up(self.down(x, self.A), y)
+
+    def down(self, x, A):
+        """A x: (T, r), or (n, L, r) where the products are batched over adapters."""
+        n, segments = len(A), self.segments
+        # Segments of one length: a product batched over adapters.
+        if segments.even:
+            return x.view(n, -1, x.shape[1]) @ A.mT
+        # One kernel multiplies each segment by its own matrix, without padding.
+        if self.grouped:
+            return F.grouped_mm(x, A.mT, offs=segments.ends)
+        # Where there is no such kernel, segments are padded. index_copy, as its backward pass is a
+        # gather; an indexed assignment's would sort.
+        x = x.new_zeros(n * segments.longest, x.shape[1]).index_copy(0, segments.cell, x)
+        return x.view(n, segments.longest, -1) @ A.mT
+
+    def up(self, h, y):
+        """y + (alpha / r) B h."""
+        segments, B = self.segments, self.B.mT
+        if segments.even and few_kernels(y) and not torch.is_grad_enabled():
+            y.view(len(h), -1, y.shape[1]).baddbmm_(h, B, alpha=self.scale)
+            return y
+        h = h * self.scale
+        if self.grouped and not segments.even:
+            term = F.grouped_mm(h, B, offs=segments.ends)
+        else:
+            term = (h @ B).flatten(0, 1)
+            term = term if segments.even else term.index_select(0, segments.cell)
+        return y + term if few_kernels(y) else y.add_(term)     # a part of a whole must not change
 
 
 def attention(q, k, v, mask=None):

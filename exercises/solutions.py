@@ -97,7 +97,7 @@ def luck(accuracy):
 # 9
 def low_rank(x, A, B, scale, counts):
     segments = lora.Segments(counts, x.device)
-    term = lora.LowRank(A, B, scale, segments, grouped=False)
+    term = ribbon.LowRank(A, B, scale, segments, grouped=False)
     return term(x, x.new_zeros(len(x), B.shape[1]))
 
 
