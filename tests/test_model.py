@@ -1,7 +1,6 @@
 """The transformer computes what transformers computes, and each program opens what the other saved.
 
 The ribbon, which holds sequences of any lengths without padding, changes nothing."""
-import json
 import shutil
 import subprocess
 import sys
@@ -15,8 +14,6 @@ from transformers import AutoModelForCausalLM
 import model as program
 from engine.ribbon import Ribbon, attention, like_lengths
 from model import complete, load_pretrained
-from support.checkpoint import TOKENIZER_FILES
-from support.files import UserError
 from tests.helpers import CASES
 from tests.make_checkpoint import make_checkpoint
 
@@ -141,29 +138,6 @@ def test_the_program_completes_a_prompt(tiny_folder, tok, monkeypatch, capsys):
     program.main()
     ids = complete(load_pretrained(tiny_folder), tok.encode("The town"), 8, tok.stop)
     assert capsys.readouterr().out == "The town" + tok.decode(ids) + "\n"
-
-
-# ------------------------------------------------------------------------------- saving
-
-def test_a_folder_that_exists_is_not_overwritten(tiny, tmp_path):
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists already"):
-        tiny.save_pretrained(tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_the_tokenizer_is_saved_along_and_the_config_names_the_dtype(tiny_folder, tmp_path):
-    """The original says float32; the model was loaded as bfloat16."""
-    load_pretrained(tiny_folder, "cpu", torch.bfloat16).save_pretrained(tmp_path / "out")
-
-    saved = {path.name for path in (tmp_path / "out").iterdir()}
-    assert saved == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    for name in saved & set(TOKENIZER_FILES):
-        assert (tmp_path / "out" / name).read_text() == (tiny_folder / name).read_text()
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["torch_dtype"] == "bfloat16"
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
 # ------------------------------------------------------------------------------- loading
