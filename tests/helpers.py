@@ -104,3 +104,39 @@ def read_lines(path):
 def even_length(question, gold, prediction):
     """A rule whose rewards differ on a random model: is the number of letters even?"""
     return len(prediction) % 2 == 0
+
+
+# ------------------------------------------------------------------------------- damaged JSON
+
+DELETED = "deleted"
+# What may stand in place of a value in a file that comes from outside.
+WRONG = [None, True, False, -1, 0, 0.5, 2 ** 31, 10 ** 40, float("inf"), float("nan"),
+         "", "x", "12", "a\nb", "!!!", "\ud800", "\0\x1b[2J\n", [], {}, ["x"], [-1], [[]],
+         [[1] * 31], [[[1]]], {"content": 1}, DELETED]
+
+
+def places(value, path=()):
+    """The path of every value in a JSON document; of long lists and objects, of the first few."""
+    keys = []
+    if isinstance(value, dict):
+        keys = list(value)[:40]
+        if len(value) > 40:
+            keys = keys[:2]
+    if isinstance(value, list):
+        keys = range(min(len(value), 2))
+    for key in keys:
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def changed(document, path, value):
+    """A copy of a JSON document with another value at a path."""
+    document = json.loads(json.dumps(document))
+    parent = document
+    for key in path[:-1]:
+        parent = parent[key]
+    if value is DELETED:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = value
+    return document
