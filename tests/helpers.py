@@ -8,7 +8,9 @@ from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCa
                           Qwen3ForCausalLM)
 
 from data.tasks import load_data
-from lora import Job, Lora, Recipe
+from engine import decode
+from engine.decode import Sampling, in_groups
+from lora import Adapters, Job, Lora, Recipe
 from model import load_pretrained
 from outer_loop import rest_em
 from support.config import add_flags, read_flags
@@ -62,6 +64,34 @@ def mixed_jobs(seed=0, n=7, shortest=3, recipe=RECIPE):
                       schedule=["linear", "cosine"][i % 2], warmup=2 * (i % 3 == 2))
         jobs.append(Job(examples, seed=i, recipe=own))
     return jobs
+
+
+# ------------------------------------------------------------------------------- decoding
+
+def random_adapters(model, n, lora=Lora(rank=8, alpha=16, targets=["q_proj", "up_proj"]), std=0.1):
+    adapters = Adapters(model, lora, n)
+    generator = torch.Generator(model.device).manual_seed(0)
+    adapters.flat.normal_(std=std, generator=generator)
+    return adapters
+
+
+def generate(model, groups, *args, **settings):
+    """All that decode.generate yields, in groups."""
+    return in_groups(decode.generate(model, groups, *args, **settings), groups)
+
+
+STOP = frozenset(range(0, 264, 12))     # one id in twelve: rows end at different times
+
+
+def work(model, case):
+    """Arguments for `generate`: groups, sampling, seeds, adapters."""
+    prompts = [[i, i + 1] for i in range(9)]
+    prompts.append([7] * 250)   # the cache has 256 tokens at first
+    if case == "sampled":
+        sampling = Sampling(50, n=2, temperature=1.0, top_p=0.9, max_rows=8, stop=STOP)
+        return [prompts], sampling, range(20), None
+    sampling = Sampling(50, max_rows=6, stop=STOP)
+    return [prompts[:5], prompts[5:]], sampling, None, random_adapters(model, 2)
 
 
 # ------------------------------------------------------------------------------- runs

@@ -13,21 +13,14 @@ from engine.ribbon import Ribbon
 from lora import Adapters, Lora, Segments, low_rank
 from model import load_pretrained
 from support.files import UserError
-from tests.helpers import ALL, CASES
+from tests.helpers import ALL
 
 LORA = Lora(rank=4, alpha=8, targets=ALL)
 
 
-@pytest.fixture(params=["llama3", "qwen2", "qwen3"])
-def folder(request, tmp_path):
-    torch.manual_seed(2)
-    CASES[request.param]().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
 @pytest.fixture()
-def model(folder):
-    return load_pretrained(folder, "cpu")
+def model(peer):
+    return load_pretrained(peer[0], "cpu")
 
 
 def trained(model, n=1, lora=LORA):
@@ -185,9 +178,9 @@ def test_a_merge_that_runs_out_of_memory_changes_nothing_twice(tiny, tiny_folder
         assert torch.equal(ours, theirs)
 
 
-def test_a_merge_in_bfloat16_rounds_once(folder):
+def test_a_merge_in_bfloat16_rounds_once(peer):
     """W + (alpha / r) B A is summed in float32. A sum of rounded terms would be another one."""
-    model = load_pretrained(folder, "cpu", torch.bfloat16)
+    model = load_pretrained(peer[0], "cpu", torch.bfloat16)
     adapters = trained(model, n=2)
     assert adapters.flat.dtype == torch.float32
     before = [layer.weight.clone() for layer in adapters.layers.values()]
@@ -201,7 +194,7 @@ def test_a_merge_in_bfloat16_rounds_once(folder):
         assert not torch.equal(layer.weight, weight + term.bfloat16())
 
 
-def test_peft_opens_a_saved_adapter_and_merged_it_is_the_same(model, folder, tmp_path):
+def test_peft_opens_a_saved_adapter_and_merged_it_is_the_same(model, peer, tmp_path):
     """It names its base and its shape."""
     ids = torch.randint(0, 320, (1, 30))
     adapters = trained(model, n=2)
@@ -210,14 +203,14 @@ def test_peft_opens_a_saved_adapter_and_merged_it_is_the_same(model, folder, tmp
         adapted = model(ids)
 
     adapters.merge(1)
-    base = AutoModelForCausalLM.from_pretrained(folder).eval()
+    base = AutoModelForCausalLM.from_pretrained(peer[0]).eval()
     reference = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
 
     torch.testing.assert_close(model(ids), adapted, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(adapted, reference(ids).logits, atol=1e-4, rtol=0)
     config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
-    assert config.base_model_name_or_path == str(folder)
+    assert config.base_model_name_or_path == str(peer[0])
     assert (config.r, config.lora_alpha, config.target_modules) == (4, 8, set(ALL))
 
 
