@@ -265,14 +265,12 @@ OF_ANOTHER_KIND = [
     ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
     ({"head_dim": 7}, "head_dim must be even"),
     ({"hidden_size": 1, "head_dim": None}, "head_dim must be a whole number from 2"),
-    ({"rms_norm_eps": 0}, "rms_norm_eps must be a number"),
-    ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number"),
-    ({"rope_parameters": {"rope_theta": 0}}, "rope_theta must be a number"),
+    *[({"rms_norm_eps": number}, "rms_norm_eps must be a number") for number in (0, float("nan"))],
     ({"rope_theta": "1e4", "rope_parameters": {}}, "rope_theta must be a number"),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
-    ({"rope_parameters": LLAMA3_ROPE | {"factor": None}}, "'factor' is missing"),
-    ({"rope_parameters": LLAMA3_ROPE | {"factor": "8"}}, "factor must be a number"),
-    ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "must be below high_freq_")]
+    *[({"rope_parameters": LLAMA3_ROPE | changes}, words) for changes, words in (
+        ({"factor": None}, "'factor' is missing"), ({"factor": "8"}, "factor must be a number"),
+        ({"low_freq_factor": 4.0}, "must be below high_freq_"))]]
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -280,7 +278,6 @@ OF_ANOTHER_KIND = [
     *[(changes, f"/config.json: .*{words}") for changes, words in OF_ANOTHER_KIND],
     # The weights don't fit.
     ({"num_hidden_layers": 1}, "unexpected tensor .model.layers.1"),
-    ({"num_hidden_layers": 3}, "tensor model.layers.2.* is missing"),
     ({"intermediate_size": 128}, "has shape")])
 def test_a_config_that_can_not_be_used(changes, words, folder):
     change_config(folder, changes)
@@ -290,8 +287,7 @@ def test_a_config_that_can_not_be_used(changes, words, folder):
 def test_layers_are_counted_before_a_model_is_built(folder, monkeypatch):
     change_config(folder, {"num_hidden_layers": 1000})
     monkeypatch.setattr(program, "Transformer", None)
-    (line,) = refusals(folder)
-    assert "tensor model.layers.2.* is missing: num_hidden_layers is 1000" in line
+    assert "tensor model.layers.2.* is missing: num_hidden_layers is 1000" in refusals(folder)[0]
 
 
 OPTIONAL = ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
@@ -366,61 +362,45 @@ def first_as(change):
     return tensors_as(damage)
 
 
-def with_value(value, dtype):
-    return first_as(lambda t: t.to(dtype).index_fill(0, torch.tensor([5]), value))
-
-
 def renamed(old, new):
     return tensors_as(lambda all: {name.replace(old, new): t for name, t in all.items()})
 
 
-def header(text, data=b"\0" * 64):
-    return bytes_as(lambda _: struct.pack("<Q", len(text)) + text + data)
+def header(text):
+    return bytes_as(lambda data: struct.pack("<Q", len(text)) + text + b"\0" * 64)
 
 
-def entry(dtype, shape, offsets, **more):
-    text = f'{{"model.layers.0.x": {{"dtype": "{dtype}", "shape": {shape}, ' \
-           f'"data_offsets": {offsets}}}}}'
-    return header(text.encode(), **more)
-
-
-def in_its_place(make):
-    """A damage: no file, but what `make` makes of its path."""
-    def damage(path):
-        path.unlink()
-        make(path)
-    return damage
+def folder_instead(path):
+    path.unlink()
+    path.mkdir()
 
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DAMAGED = {
     "half": bytes_as(lambda data: data[:len(data) // 2]), "cut": bytes_as(lambda data: data[:-1]),
-    "empty": bytes_as(lambda data: b""), "zeros": bytes_as(lambda data: b"\0" * 1000),
-    "pickle": bytes_as(lambda data: b"PK\x03\x04" + RANDOM),
-    "oversized": bytes_as(lambda data: data + b"\0"),
-    "huge header": bytes_as(lambda data: b"\xff" * 8 + RANDOM), "no header": header(b""),
-    "header of another kind": header(b"[]"), "header with a null": header(b'{"a": null}'),
-    "header of brackets": header(b"[" * 50_000), "unknown type": entry("X\\n9", "[2]", "[0, 8]"),
-    "negative shape": entry("F32", "[-2]", "[0, 8]"),
-    "huge shape": entry("F32", "[9999999999999999999]", "[0, 64]"),
-    "beyond the end": entry("F32", "[2000]", "[0, 8000]")}
+    "empty": bytes_as(lambda data: b""), "pickle": bytes_as(lambda data: b"PK\x03\x04" + RANDOM),
+    "oversized": bytes_as(lambda data: data + b"\0"), "no header": header(b""),
+    "huge header": bytes_as(lambda data: b"\xff" * 8 + RANDOM), "list": header(b"[]"),
+    "null": header(b'{"a": null}'), "brackets": header(b"[" * 50_000),
+    "unknown": header(b'{"model.x": {"dtype": "X\\n9", "shape": [2], "data_offsets": [0, 8]}}'),
+    "beyond": header(b'{"model.x": {"dtype": "F32", "shape": [20], "data_offsets": [0, 80]}}')}
 OTHER_SHAPE_OR_TYPE = {
     **{f"{dtype}": first_as(lambda t, dtype=dtype: t.to(dtype))
        for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn)},
     "another shape": first_as(lambda t: t[1:].clone()), "a scalar": first_as(lambda t: t.sum()),
     "no numbers": first_as(lambda t: t[:0].clone())}
 NOT_FINITE = {
-    "nan": with_value(float("nan"), torch.float16), "inf": with_value(torch.inf, torch.bfloat16),
-    "-inf": with_value(-torch.inf, torch.float32), "nan64": with_value(torch.nan, torch.float64),
-    "too large for float32": with_value(1e300, torch.float64)}
+    f"{value} {dtype}": first_as(
+        lambda t, value=value, dtype=dtype: t.to(dtype).index_fill(0, torch.tensor([5]), value))
+    for value, dtype in [(torch.nan, torch.float16), (torch.inf, torch.bfloat16),
+                         (-torch.inf, torch.float32), (torch.nan, torch.float64),
+                         (1e300, torch.float64)]}     # the last is too large for float32
 OTHER_LAYERS = {
     "three layers": renamed("layers.1.mlp", "layers.2.mlp"),
     "far layer": renamed("layers.1.", "layers.%s." % ("9" * 5000))}
 TOO_FEW_LAYERS = {
-    "other names": renamed("model.", "a\nb."), "one layer": renamed("layers.1.", "layers.0.x."),
-    "six bits": entry("F6_E2M3", "[64]", "[0, 48]", data=b"\0" * 48)}
-MISSING = {"a folder": in_its_place(Path.mkdir), "missing": Path.unlink,
-           "a broken link": in_its_place(lambda path: path.symlink_to("nowhere"))}
+    "other names": renamed("model.", "a\nb."), "one layer": renamed("layers.1.", "layers.0.x.")}
+MISSING = {"a folder": folder_instead, "missing": Path.unlink}
 REFUSED = []
 for words, kind in [
         ("/model.safetensors is damaged .*; download the checkpoint again", DAMAGED),
@@ -448,8 +428,8 @@ def test_floating_point_weights_are_read(dtype, folder):
 
 
 @pytest.mark.parametrize("file", [
-    "../other.safetensors", "/etc/passwd", "a/b.safetensors", "a.bin", "..", "", "a\0.safetensors",
-    "x" * 5000 + ".safetensors", 1, None, []], ids=range(11))
+    "../other.safetensors", "/etc/passwd", "a/b.safetensors", "a.bin", "", "a\0.safetensors",
+    "x" * 5000 + ".safetensors", None, []], ids=range(9))
 def test_an_index_that_leads_elsewhere(file, folder):
     shutil.copy(folder / "model.safetensors", folder.parent / "other.safetensors")
     names = read_json(folder / INDEX)["weight_map"]

@@ -54,19 +54,16 @@ def test_a_passage_is_shown_when_a_self_edit_is_asked_for_and_not_to_the_questio
 
 
 def test_the_prompt_and_the_judge_may_be_others(passages):
-    def none_is_right(triples):
-        return [False] * len(triples)
-
-    other = knowledge.load(passages, prompt="self-qa", judge=none_is_right)[0]
+    judge = judges.RULES["gist"]
+    other = knowledge.load(passages, prompt="self-qa", judge=judge)[0]
     assert other.prompt.endswith(f"Passage:\n{PASSAGE}\n\nQuestion 1: ")
-    assert other.judge is none_is_right
+    assert other.judge is judge
     assert knowledge.load(passages)[0].judge is judges.RULES["rule"]
 
 
 @pytest.mark.parametrize("text, max_documents, documents, note", [
-    (" a\nb ", 0, ["Town 0\na", "Town 0\nb", PASSAGE], ""),
-    ("a\nb\nc\nd", 2, ["Town 0\na", "Town 0\nb", PASSAGE], ""),
-    (" \n ", 0, [], EMPTY)])
+    (" a\nb ", 0, ["Town 0\na", "Town 0\nb", PASSAGE], ""), (" \n ", 0, [], EMPTY),
+    ("a\nb\nc\nd", 2, ["Town 0\na", "Town 0\nb", PASSAGE], "")])
 def test_documents_are_the_pieces_under_the_title_and_the_passage(
         text, max_documents, documents, note, passages):
     edit = read_self_edit(knowledge.load(passages, max_documents=max_documents)[0], text)

@@ -55,9 +55,7 @@ def test_sequences_are_unrolled_in_groups_of_like_lengths():
     assert view.data_ptr() == tokens.data_ptr()
     assert torch.equal(ribbon.roll([view]), tokens)
 
-
-def test_like_lengths_are_within_a_factor_of_four():
-    # Up to 32, up to 128, up to 512.
+    # Like lengths are within a factor of four: up to 32, up to 128, up to 512.
     assert like_lengths([5, 100, 32, 33, 128, 129, 1]) == [[0, 2, 6], [1, 3, 4], [5]]
     lengths = list(range(33, 2100))
     groups = like_lengths(lengths)

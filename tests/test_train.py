@@ -193,9 +193,7 @@ def test_schedules_are_those_of_transformers(name, warmup, steps):
     theirs = SCHEDULES[name](optimizer, warmup, steps)
     recipe = replace(RECIPE, lr=0.3, epochs=1, batch=1, schedule=name, warmup=warmup)
     job = Job([([1], [True])] * steps, seed=0, recipe=recipe)
-
-    assert job.steps == steps
-    for step in range(steps):
+    for step in range(job.steps):
         assert job.lr_at(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         theirs.step()
@@ -207,7 +205,7 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own():
 
     batches = list(job.micro_batches())
 
-    assert len(batches) == job.steps == 9
+    assert job.steps == 9
     assert [len(batch) for batch in batches] == [4, 4, 2] * 3
     epochs = [sum(batches[i:i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -283,10 +281,9 @@ def test_a_step_of_many_adapters_is_torchs_of_each_and_writes_the_copy_that_prod
 def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
     """Two adapters of rank 4 lie side by side in one of rank 8. The second is trained beside the
     first, which is fixed; that is as if the first had been merged into the weights before."""
-    narrow = Lora(rank=4, alpha=8, targets=ALL)
-    wide = Lora(rank=8, alpha=16, targets=ALL)
+    narrow = replace(RECIPE.lora, rank=4, alpha=8)
     merged = load_pretrained(tiny_folder, "cpu", torch.float64)
-    stack = Adapters(model64, wide, n=1)
+    stack = Adapters(model64, RECIPE.lora, n=1)
     for k, job in enumerate(mixed_jobs(n=2)):
         alone = Adapters(merged, narrow, n=1)
         alone.init(0, job.seed)
@@ -301,9 +298,7 @@ def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
         assert not stack.flat[0][free].any()
 
         start = (stack.flat + fresh)[0]
-        recipe = replace(job.recipe, lora=wide)
-        beside = replace(job, recipe=recipe, start=start, free=free)
-        trained = train(model64, [beside])[0]
+        trained = train(model64, [replace(job, start=start, free=free)])[0]
         assert torch.equal(trained.weights[~free], stack.flat[0][~free])
         assert difference(trained.weights[free], start[free]) > 5e-4
         stack.flat[0] = trained.weights
@@ -311,11 +306,9 @@ def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
         recipe = replace(job.recipe, lora=narrow)
         alone.flat[0] = train(merged, [replace(job, recipe=recipe)])[0].weights
         alone.merge(0)
-
         ids = torch.randint(0, 256, (1, 30))
         with stack.route([30]):
-            beside_logits = model64(ids)
-        torch.testing.assert_close(beside_logits, merged(ids), atol=1e-9, rtol=0)
+            torch.testing.assert_close(model64(ids), merged(ids), atol=1e-9, rtol=0)
 
 
 # ------------------------------------------------------------------------------- graphs
@@ -355,20 +348,21 @@ def test_only_jobs_of_fixed_shapes_are_recorded(model32, monkeypatch):
     jobs = mixed_jobs(n=2)
     assert not engine.can_record(adapters, jobs)     # a CPU has no flash attention
     monkeypatch.setattr(engine, "has_flash", lambda x: True)
-
     assert engine.can_record(adapters, jobs)
-    padded = replace(jobs[0], recipe=replace(RECIPE, pad_to=64))
-    assert not engine.can_record(adapters, [*jobs, padded])
-    partly_free = replace(jobs[0], free=torch.ones(adapters.flat.shape[1], dtype=torch.bool))
-    assert not engine.can_record(adapters, [*jobs, partly_free])
+    for changes in ({"recipe": replace(RECIPE, pad_to=64)},
+                    {"free": torch.ones(adapters.flat.shape[1], dtype=torch.bool)}):
+        assert not engine.can_record(adapters, [*jobs, replace(jobs[0], **changes)])
 
 
 def test_a_trainer_that_ends_leaves_no_memory_behind(model32, monkeypatch):
     """Its graphs hold memory of the device, so it must not wait for the garbage collector."""
     engines = []
     take_jobs = engine.Engine.take_jobs
-    monkeypatch.setattr(engine.Engine, "take_jobs", lambda self, *args: (
-        engines.append(weakref.ref(self)), take_jobs(self, *args)))
+
+    def watched(self, *args):
+        engines.append(weakref.ref(self))
+        return take_jobs(self, *args)
+    monkeypatch.setattr(engine.Engine, "take_jobs", watched)
     gc.disable()
     try:
         train(model32, mixed_jobs(n=2))
@@ -392,18 +386,17 @@ def test_out_of_memory_goes_on_with_less_and_changes_nothing(is_full, error, lin
     expected = weights(train(model64, jobs, slots=4))
     pack, heard = engine.pack, []
 
-    def in_little(running, device, dtype, room):
+    def in_little(running, *where):
         if is_full([run.step for run in running if run], model64):
             raise error
-        return pack(running, device, dtype, room)
+        return pack(running, *where)
     monkeypatch.setattr(engine, "pack", in_little)
 
     trained = dict(sft(model64, jobs, lambda *counts: heard.append(counts)))
 
     assert line in capsys.readouterr().out.splitlines()[-1]
     assert difference(weights(trained), expected) <= 1e-12
-    steps = sum(job.steps for job in jobs)
-    assert heard[-1] == (steps, steps)
+    assert heard[-1] == (sum(job.steps for job in jobs),) * 2
     assert model64.recompute is False       # as before
 
 
@@ -412,7 +405,7 @@ def test_out_of_memory_goes_on_with_less_and_changes_nothing(is_full, error, lin
     (RuntimeError("shapes differ"), RuntimeError, "shapes differ")])
 def test_what_neither_slots_nor_recomputing_mend_is_raised(error, kind, words, model64,
                                                            monkeypatch):
-    def broken(running, device, dtype, room):
+    def broken(*_):
         raise error
     monkeypatch.setattr(engine, "pack", broken)
 
