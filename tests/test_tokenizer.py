@@ -34,7 +34,7 @@ PIECES = [
 CODE_POINTS = [range(32, 127), range(160, 0x3000), range(0x10000, 0x1ffff)]
 
 
-def varied_strings(n=1200, seed=0):
+def varied_strings(n=2400, seed=0):
     """Three of four are made of the pieces above, the fourth of random code points."""
     rng = random.Random(seed)
     strings = []
