@@ -21,7 +21,7 @@ from data.judges import each  # noqa: E402
 from model import load_pretrained  # noqa: E402
 from support.checkpoint import EMBEDDED  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
-from tests.helpers import SMALL, even_length  # noqa: E402
+from tests.helpers import CASES, SMALL, even_length  # noqa: E402
 from tests.make_checkpoint import make_checkpoint  # noqa: E402
 from tests.strict import StrictPatch  # noqa: E402
 
@@ -61,6 +61,21 @@ def monkeypatch():
 def tiny_folder(tmp_path_factory):
     """A random two-layer Llama with a byte vocabulary."""
     return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session", params=CASES)
+def peer(request, tmp_path_factory):
+    """A random model of every kind that transformers wrote, in several shards: (folder, itself).
+
+    Biases begin as 0 and norms as 1: here they matter."""
+    torch.manual_seed(1)
+    reference = CASES[request.param]().eval()
+    for p in reference.parameters():
+        if p.dim() == 1:
+            p.data += 0.3 * torch.randn_like(p)
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    reference.save_pretrained(folder, max_shard_size="120KB")
+    return folder, reference
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,9 @@ from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCa
                           Qwen3ForCausalLM)
 
 from data.tasks import load_data
-from lora import Job, Lora, Recipe
+from engine import decode
+from engine.decode import Sampling, in_groups
+from lora import Adapters, Job, Lora, Recipe
 from model import load_pretrained
 from outer_loop import rest_em
 from support.config import add_flags, read_flags
@@ -64,6 +66,34 @@ def mixed_jobs(seed=0, n=7, shortest=3, recipe=RECIPE):
     return jobs
 
 
+# ------------------------------------------------------------------------------- decoding
+
+def random_adapters(model, n, lora=Lora(rank=8, alpha=16, targets=["q_proj", "up_proj"]), std=0.1):
+    adapters = Adapters(model, lora, n)
+    generator = torch.Generator(model.device).manual_seed(0)
+    adapters.flat.normal_(std=std, generator=generator)
+    return adapters
+
+
+def generate(model, groups, *args, **settings):
+    """All that decode.generate yields, in groups."""
+    return in_groups(decode.generate(model, groups, *args, **settings), groups)
+
+
+STOP = frozenset(range(0, 264, 12))     # one id in twelve: rows end at different times
+
+
+def work(model, case):
+    """Arguments for `generate`: groups, sampling, seeds, adapters."""
+    prompts = [[i, i + 1] for i in range(9)]
+    prompts.append([7] * 250)   # the cache has 256 tokens at first
+    if case == "sampled":
+        sampling = Sampling(50, n=2, temperature=1.0, top_p=0.9, max_rows=8, stop=STOP)
+        return [prompts], sampling, range(20), None
+    sampling = Sampling(50, max_rows=6, stop=STOP)
+    return [prompts[:5], prompts[5:]], sampling, None, random_adapters(model, 2)
+
+
 # ------------------------------------------------------------------------------- runs
 
 SMALL = ("--preset knowledge --iterations 2 --tasks 2 --edits 3 --seeds 2 --eval-tasks 2 "
@@ -104,3 +134,39 @@ def read_lines(path):
 def even_length(question, gold, prediction):
     """A rule whose rewards differ on a random model: is the number of letters even?"""
     return len(prediction) % 2 == 0
+
+
+# ------------------------------------------------------------------------------- damaged JSON
+
+DELETED = "deleted"
+# What may stand in place of a value in a file that comes from outside.
+WRONG = [None, True, False, -1, 0, 0.5, 2 ** 31, 10 ** 40, float("inf"), float("nan"),
+         "", "x", "12", "a\nb", "!!!", "\ud800", "\0\x1b[2J\n", [], {}, ["x"], [-1], [[]],
+         [[1] * 31], [[[1]]], {"content": 1}, DELETED]
+
+
+def places(value, path=()):
+    """The path of every value in a JSON document; of long lists and objects, of the first few."""
+    keys = []
+    if isinstance(value, dict):
+        keys = list(value)[:40]
+        if len(value) > 40:
+            keys = keys[:2]
+    if isinstance(value, list):
+        keys = range(min(len(value), 2))
+    for key in keys:
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def changed(document, path, value):
+    """A copy of a JSON document with another value at a path."""
+    document = json.loads(json.dumps(document))
+    parent = document
+    for key in path[:-1]:
+        parent = parent[key]
+    if value is DELETED:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = value
+    return document

@@ -12,8 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import ModelConfig, Transformer  # noqa: E402
-from support.files import UserError
-from support.files import cli  # noqa: E402
+from support.files import UserError, cli  # noqa: E402
 from support.tokenizer import byte_alphabet  # noqa: E402
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 264,
@@ -29,10 +28,10 @@ def tokenizer_files(end):
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     if end == "<|eot_id|>":
         special += ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>"]
+    plain = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
     added = []
     for i, text in enumerate(special, 256):
-        added.append({"id": i, "content": text, "special": True, "single_word": False,
-                      "lstrip": False, "rstrip": False, "normalized": False})
+        added.append(plain | {"id": i, "content": text, "special": True})
     tokenizer = {
         "version": "1.0", "normalizer": None, "post_processor": None, "added_tokens": added,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,

@@ -25,12 +25,9 @@ from engine.ribbon import PaddedRibbon, Ribbon
 from engine.train import adamw_, sft
 from lora import Adapters, Job, Lora, PROJECTIONS, Recipe
 from model import load_pretrained
-from tests.helpers import ALL, CASES, mixed_jobs
+from tests.helpers import ALL, CASES, STOP, generate, mixed_jobs, random_adapters, work
 from tests.make_checkpoint import make_checkpoint
 from tests.strict import may_stay_unused
-
-STOP = frozenset(range(0, 264, 8))
-
 
 def train(model, jobs, slots=3):
     """{number: Trained} of jobs, so many side by side."""
@@ -61,8 +58,9 @@ def trace(monkeypatch):
 
 # ------------------------------------------------------------------------------- compiled pieces
 
-def test_nothing_is_compiled_on_a_cpu():
+def test_nothing_is_compiled_on_a_cpu_and_it_has_no_flash_attention():
     assert fused(torch.relu, torch.zeros(1)) is torch.relu
+    assert not has_flash(torch.zeros(3, 2, 64, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype, grouped", [("bfloat16", True), ("float32", False)])
@@ -82,25 +80,20 @@ def test_four_graphs_serve_all_layers(tiny_folder, trace, monkeypatch, dtype, gr
 
 
 def test_few_graphs_serve_all_grids_of_a_decoding(tiny, trace):
-    adapters = Adapters(tiny, Lora(4, 8, ALL), 4)       # of rank 4: padded, not grouped
-    adapters.flat.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    adapters = random_adapters(tiny, 4, Lora(4, 8, ALL), std=0.05)      # rank 4: padded products
     groups = [[[i, i + j + 1] * (j + 1) for j in range(6)] for i in range(4)]
-    sampling = Sampling(40, stop=STOP, max_rows=16)
-    expected = in_groups(
-        decode.generate(tiny, groups, sampling, adapters=adapters), groups)
+    how = (groups, Sampling(40, stop=STOP, max_rows=16), None, adapters)
+    expected = generate(tiny, *how)
 
     counter = trace()
 
-    assert in_groups(
-        decode.generate(tiny, groups, sampling, adapters=adapters), groups) == expected
+    assert generate(tiny, *how) == expected
     # rotate and swiglu, of one row and of many.
     assert counter.frame_count <= 6
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_kind_of_model_can_be_traced(case, tmp_path, trace):
-    CASES[case]().save_pretrained(tmp_path / "base")
-    model = load_pretrained(tmp_path / "base", "cpu")
+def test_every_kind_of_model_can_be_traced(peer, trace):
+    model = load_pretrained(peer[0], "cpu")
     ids = torch.randint(0, 320, (2, 11))
     expected = model(ids)
 
@@ -108,22 +101,6 @@ def test_every_kind_of_model_can_be_traced(case, tmp_path, trace):
 
     torch.testing.assert_close(model(ids), expected, atol=1e-4, rtol=1e-3)
     assert counter.frame_count == 2
-
-
-def test_the_update_is_one_graph():
-    p, g, m, v = (torch.randn(3, 50) for _ in range(4))
-    state = (p, g, m, v.abs())
-    lr = torch.tensor([[0.1], [0.0], [0.3]])
-    t = torch.tensor([[1.0], [5.0], [9.0]])
-    graph = torch.compile(adamw_, backend="aot_eager", fullgraph=True, dynamic=True)
-
-    plain, traced = [x.clone() for x in state], [x.clone() for x in state]
-    adamw_(*plain, lr, t, plain[0], clip=1.0, weight_decay=0.01)
-    graph(*traced, lr, t, traced[0], clip=1.0, weight_decay=0.01)
-
-    for a, b, before in zip(plain, traced, state):
-        torch.testing.assert_close(a, b)
-        assert not torch.equal(a, before)
 
 
 # ------------------------------------------------------------------------------- flash attention
@@ -145,7 +122,7 @@ def by_sequence(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, caus
     return torch.cat(outputs), None, None, None, None
 
 
-def test_flash_attention_takes_the_ribbon_as_it_lies(tiny, monkeypatch):
+def test_flash_attention_takes_the_ribbon_as_it_lies_but_for_imitated_pads(tiny, monkeypatch):
     lengths = [5, 40, 1, 17]
     ids = torch.randint(0, 256, (sum(lengths),))
     ribbon = Ribbon(lengths, "cpu")
@@ -162,6 +139,10 @@ def test_flash_attention_takes_the_ribbon_as_it_lies(tiny, monkeypatch):
 
     assert len(called) == tiny.config.n_layer
     torch.testing.assert_close(h, expected, atol=1e-5, rtol=1e-4)
+    # Those are masked.
+    ribbon = PaddedRibbon([5, 7], [2, 0], torch.arange(12), "cpu")
+    tiny.hidden(ids[:12], ribbon.position, ribbon.attend)
+    assert len(called) == tiny.config.n_layer
 
 
 def test_torch_knows_this_flash_attention_and_its_gradient():
@@ -177,24 +158,13 @@ def test_torch_knows_this_flash_attention_and_its_gradient():
     assert [x.grad.shape for x in (q, k, v)] == [q.shape, k.shape, v.shape]
 
 
-def test_a_cpu_has_no_flash_attention():
-    assert not has_flash(torch.zeros(3, 2, 64, dtype=torch.bfloat16))
-
-
-def test_imitated_pads_are_masked_and_no_flash_attention(tiny, monkeypatch):
-    monkeypatch.setattr(ribbon_file, "has_flash", lambda x: True)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", None)
-    ribbon = PaddedRibbon([5, 7], [2, 0], torch.arange(12), "cpu")
-    tiny.hidden(torch.randint(0, 256, (12,)), ribbon.position, ribbon.attend)
-
-
 # ------------------------------------------------------------------------------- fewer kernels
 
 @pytest.fixture()
 def fewer(monkeypatch):
     """A function: from then on there are as few kernels as on CUDA, each of which is plain."""
     def start():
-        for file in (device, lora):
+        for file in (device, ribbon_file):
             monkeypatch.setattr(file, "few_kernels", may_stay_unused(lambda x: True))
         monkeypatch.setattr(device, "compiled", lambda function: function)
     return start
@@ -324,24 +294,22 @@ def all_losses(trained):
     return torch.tensor(losses)
 
 
-def random_adapters(model, n, lora=RECIPE.lora, std=0.1):
-    adapters = Adapters(model, lora, n)
-    adapters.flat.normal_(std=std, generator=torch.Generator("cuda").manual_seed(0))
-    return adapters
+@pytest.fixture()
+def alike():
+    """Jobs of like lengths: all their steps have a few shapes."""
+    return [Job([([5 + i + k] * 30, [True] * 30) for k in range(4)], i, RECIPE) for i in range(12)]
 
 
 def test_a_new_shape_costs_no_plan(model):
     """cuDNN's attention would build a plan of a second for each new shape."""
     seconds = []
     for n in (33, 34, 35, 36, 37, 38):
-        ids = torch.randint(0, 256, (3 * n,), device="cuda")
         ribbon = Ribbon([n, n + 1, n - 1], "cuda")
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        model.hidden(ids, ribbon.position, ribbon.attend)
+        model.hidden(torch.zeros_like(ribbon.position), ribbon.position, ribbon.attend)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-
     assert sorted(seconds)[3] < 0.05
 
 
@@ -372,16 +340,14 @@ def test_many_at_once_as_one_at_a_time(model):
     assert (packed - alone).abs().max() < 0.1
 
 
-def test_graphs_train_the_same(model, monkeypatch):
-    """All steps of jobs of like lengths have a few shapes."""
-    jobs = [Job([([5 + i + k] * 30, [True] * 30) for k in range(4)], i, RECIPE) for i in range(12)]
+def test_graphs_train_the_same(model, alike, monkeypatch):
     replays = []
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: (replays.append(g), replay(g)))
-    with_graphs = train(model, jobs, slots=5)
+    with_graphs = train(model, alike, slots=5)
     monkeypatch.setenv("NANOSEAL_NO_GRAPHS", "1")
 
-    without = train(model, jobs, slots=5)
+    without = train(model, alike, slots=5)
 
     assert len(replays) > 5
     assert (all_losses(with_graphs) - all_losses(without)).abs().max() < 0.1
@@ -390,16 +356,14 @@ def test_graphs_train_the_same(model, monkeypatch):
         assert moved < 0.1 * without[i].weights.norm()
 
 
-def test_answers_between_the_yields_of_a_training_change_nothing(model):
+def test_answers_between_the_yields_of_a_training_change_nothing(model, alike):
     """Decoding records and drops graphs while those of training wait (pytorch#193402)."""
-    jobs = [Job([([5 + i + k] * 30, [True] * 30) for k in range(4)], i, RECIPE) for i in range(12)]
-    alone = train(model, jobs, slots=3)
+    alone = train(model, alike)
 
     beside = {}
-    for i, trained in sft(model, [replace(job, recipe=replace(RECIPE, slots=3)) for job in jobs]):
+    for i, trained in sft(model, [replace(job, recipe=replace(RECIPE, slots=3)) for job in alike]):
         beside[i] = trained
-        adapters = random_adapters(model, 2)
-        list(decode.generate(model, [[[1, 2]], [[3]]], Sampling(40), adapters=adapters))
+        generate(model, [[[1, 2]], [[3]]], Sampling(40), None, random_adapters(model, 2))
 
     for i in alone:
         assert torch.equal(beside[i].weights, alone[i].weights)
@@ -415,9 +379,8 @@ def test_the_compiled_update_is_the_plain_one(n, P):
     plain = [x.clone() for x in state]
     fast = [x.clone() for x in state]
 
-    settings = dict(clip=1.0, weight_decay=0.01)
-    adamw_(*plain, lr, t, plain[0], **settings)
-    compiled(adamw_)(*fast, lr, t, fast[0], **settings)
+    for update, x in [(adamw_, plain), (compiled(adamw_), fast)]:
+        update(*x, lr, t, x[0], clip=1.0, weight_decay=0.01)
 
     for ours, theirs in zip(fast, plain):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -434,10 +397,8 @@ def test_a_step_waits_for_nothing(model):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    places = set()
-    for warning in heard:
-        if "synchron" in str(warning.message):
-            places.add(f"{warning.filename.rsplit('/', 1)[-1]}:{warning.lineno}")
+    places = {(warning.filename, warning.lineno) for warning in heard
+              if "synchron" in str(warning.message)}
     print("waits at", sorted(places))
     assert len(places) <= 3
 
@@ -452,8 +413,8 @@ def test_memory_is_as_reckoned_and_running_out_halves_the_slots(model, capsys):
     train(model, jobs, slots=16)
 
     peak = torch.cuda.max_memory_allocated() - before
-    print(f"peak {peak / 2 ** 20:.0f} MiB, formula "
-          f"{step_memory(model, RECIPE.lora, 16, 16 * 400) / 2 ** 20:.0f} MiB")
+    formula = step_memory(model, RECIPE.lora, 16, 16 * 400)
+    print(f"peak {peak / 2 ** 20:.0f} MiB, formula {formula / 2 ** 20:.0f} MiB")
 
     # The same with half of that memory.
     torch.cuda.empty_cache()
@@ -461,33 +422,21 @@ def test_memory_is_as_reckoned_and_running_out_halves_the_slots(model, capsys):
     allowed = torch.cuda.memory_reserved() + 0.5 * peak
     torch.cuda.set_per_process_memory_fraction(allowed / total)
     try:
-        trained = train(model, jobs, slots=16)
+        assert len(train(model, jobs, slots=16)) == 16
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert len(trained) == 16
     assert "out of memory: going on with" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------- decoding (GPU)
 
-PROMPTS = [[i, i + 1] for i in range(9)] + [[7] * 300]
-
-
 @pytest.mark.parametrize("case", ["sampled", "adapters"])
 def test_graphs_change_nothing(model, monkeypatch, case):
-    if case == "sampled":
-        groups, adapters = [PROMPTS], None
-        sampling = Sampling(60, n=2, temperature=1.0, top_p=0.9, stop=STOP, max_rows=8)
-    else:
-        groups, adapters = [PROMPTS[:5], PROMPTS[5:]], random_adapters(model, 2)
-        sampling = Sampling(60, stop=STOP, max_rows=6)
-    with_graphs = in_groups(
-        decode.generate(model, groups, sampling, range(20), adapters), groups)
-
+    how = work(model, case)
+    with_graphs = generate(model, *how)
     monkeypatch.setattr(decode, "has_graphs", lambda device: False)
+    assert generate(model, *how) == with_graphs
 
-    assert in_groups(
-        decode.generate(model, groups, sampling, range(20), adapters), groups) == with_graphs
 
 
 def test_flash_attention_over_the_cache_is_the_masked_one(model, monkeypatch):

@@ -18,6 +18,7 @@ from data.arc import write_json_edit
 from data.knowledge import read_edits
 from selfedit import EMPTY, TOOLS, read_json_edit, read_self_edit, split_documents
 from support.files import UserError, cli
+from tests.helpers import WRONG, changed, places
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "data"
 # The first passage of the fixture `passages`.
@@ -45,30 +46,24 @@ def test_a_passage_is_shown_when_a_self_edit_is_asked_for_and_not_to_the_questio
     assert task.prompt.endswith(f"Passage:\n{PASSAGE}\n\nImplications:\n")
     assert task.questions == ["Which river?", "Who founded it?"]
     assert task.answers == ["Ob0", "Ana0 Reis"]
-    assert task.queries == [
-        "Let's answer a question directly and concisely.\n"
-        "Question: Topic: Town 0\nWhich river?\nAnswer:\n",
-        "Let's answer a question directly and concisely.\n"
-        "Question: Topic: Town 0\nWho founded it?\nAnswer:\n"]
+    begin = "Let's answer a question directly and concisely.\nQuestion: Topic: Town 0\n"
+    assert task.queries == [begin + "Which river?\nAnswer:\n", begin + "Who founded it?\nAnswer:\n"]
     # The passage alone is there to compare with.
     assert task.references.keys() == {"passage only"}
     assert task.references["passage only"].documents == [PASSAGE]
 
 
 def test_the_prompt_and_the_judge_may_be_others(passages):
-    def none_is_right(triples):
-        return [False] * len(triples)
-
-    other = knowledge.load(passages, prompt="self-qa", judge=none_is_right)[0]
+    judge = judges.RULES["gist"]
+    other = knowledge.load(passages, prompt="self-qa", judge=judge)[0]
     assert other.prompt.endswith(f"Passage:\n{PASSAGE}\n\nQuestion 1: ")
-    assert other.judge is none_is_right
+    assert other.judge is judge
     assert knowledge.load(passages)[0].judge is judges.RULES["rule"]
 
 
 @pytest.mark.parametrize("text, max_documents, documents, note", [
-    (" a\nb ", 0, ["Town 0\na", "Town 0\nb", PASSAGE], ""),
-    ("a\nb\nc\nd", 2, ["Town 0\na", "Town 0\nb", PASSAGE], ""),
-    (" \n ", 0, [], EMPTY)])
+    (" a\nb ", 0, ["Town 0\na", "Town 0\nb", PASSAGE], ""), (" \n ", 0, [], EMPTY),
+    ("a\nb\nc\nd", 2, ["Town 0\na", "Town 0\nb", PASSAGE], "")])
 def test_documents_are_the_pieces_under_the_title_and_the_passage(
         text, max_documents, documents, note, passages):
     edit = read_self_edit(knowledge.load(passages, max_documents=max_documents)[0], text)
@@ -76,11 +71,10 @@ def test_documents_are_the_pieces_under_the_title_and_the_passage(
     assert edit.note == note
 
 
-@pytest.mark.parametrize("name", ["train", "eval"])
-def test_example_passages_hold_their_answers(name):
-    tasks = knowledge.load(EXAMPLES / f"example_{name}.json")
-    assert len(tasks) > 1
-    for task in tasks:
+def test_example_passages_hold_their_answers():
+    tasks = [knowledge.load(EXAMPLES / f"example_{name}.json") for name in ("train", "eval")]
+    assert min(map(len, tasks)) > 1
+    for task in sum(tasks, []):
         assert len(task.questions) == 3
         for answer in task.answers:
             assert judges.substring("", answer, task.context[0])
@@ -100,147 +94,117 @@ def article(title, *paragraphs):
                                            for context, qas in paragraphs]}
 
 
+IMPOSSIBLE = asked("Who never died?", is_impossible=True,
+                   plausible_answers=[{"text": "He", "answer_start": 0}])
+# SQuAD is made by hand: a blank does not make all the rest unreadable.
 ARTICLES = [
     article("Nikola_Tesla",
             ("He was born in Smiljan.", [asked("Where was he born?", "Smiljan", "in Smiljan")]),
-            ("He died in 1943.", [asked(" When did he die? ", "1943"), asked("Who?", "He")])),
-    article("Ob", ("The Ob is a river.", [asked("What is the Ob?", "a river")]))]
-IMPOSSIBLE = asked("Who never died?", is_impossible=True,
-                   plausible_answers=[{"text": "He", "answer_start": 0}])
+            ("He died in 1943.", [IMPOSSIBLE, asked(" When did he die? ", "1943"),
+                                  asked(" ", "He"), asked("Who lived?"), asked("Who?", "He")])),
+    article("Ob", ("The Ob is a river.", [asked("What is the Ob?", "a river")])),
+    article("None_left", ("He died.", [IMPOSSIBLE]))]
 QUESTION = asked("Q?", "A")
 PARAGRAPH = {"context": "C", "qas": [QUESTION]}
-
-
-def asking(*questions):
-    """A whole file of SQuAD's with these questions."""
-    return {"version": "1.1", "data": [article("T", ("C", questions))]}
-
-
 GOOD = {"title": "T", "context": "C", "questions": [{"question": "Q?", "answer": "Ob"}]}
-# what is said -> the content of a file
-MALFORMED = {
-    "not readable as JSON": ["", json.dumps([GOOD | {"title": "a\ud800"}])],
-    "not a JSON list": [{}, []],
-    # The second record is number 1.
-    "record 0: not an object": [[3]],
-    'record 1: "title"': [[GOOD, GOOD | {"title": 5}]],
-    'record 0: "context"': [[GOOD | {"context": " "}]],
-    'record 1: "context" .* 1,000,000 characters': [[GOOD, GOOD | {"context": "a " * 500_001}]],
-    'record 0: "title" .* 1,000,000 characters': [[GOOD | {"title": "a" * 1_000_001}]],
-    'record 0: "questions"': [[{"title": "T", "context": "C"}]],
-    "record 0: question 0 must have": [
-        [GOOD | {"questions": [question]}] for question in (
-            "Q?", {"question": "Q?"}, {"question": "Q?", "answer": 5},
-            {"question": "", "answer": "A"})],
-    "no passage has questions": [[GOOD | {"questions": []}], {"data": []}],
-    # SQuAD's own JSON.
-    '"data" must be a list': [{"data": 3}, {"data": {"title": "T"}}],
-    'data 0: "paragraphs" must be a list': [{"data": [3]}],
-    'data 1: "paragraphs" must be a list': [{"data": [ARTICLES[0], {"title": "T"}]}],
-    'data 0: paragraphs 0: "qas" must be a list': [{"data": [{"title": "T", "paragraphs": [3]}]}],
-    'data 0: paragraphs 1: "qas" must be a list': [
-        {"data": [{"title": "T", "paragraphs": [PARAGRAPH, {"context": "C", "qas": {}}]}]}],
-    'data 0: paragraphs 0: "title" must be': [{"data": [{"title": 5, "paragraphs": [PARAGRAPH]}]}],
-    'data 0: paragraphs 0: "context" must be': [
-        {"data": [{"title": "T", "paragraphs": [PARAGRAPH | {"context": " "}]}]}],
-    'data 0: paragraphs 0: qas 0: "answers" must be a list': [
-        asking("Q?"), asking(QUESTION | {"answers": "A"})],
-    # A question that is left out counts.
-    'data 0: paragraphs 0: qas 1: "question" and "text"': [asking(IMPOSSIBLE, asked(None, "A"))],
-    'data 0: paragraphs 0: qas 0: "question" and "text"': [
-        asking(asked("Q?", 5)), asking(QUESTION | {"answers": ["A"]})]}
 
 
-@pytest.mark.parametrize("said", MALFORMED)
-def test_what_is_wrong_with_a_data_file_is_one_line(said, path):
-    for content in MALFORMED[said]:
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-        with pytest.raises(UserError, match=said) as error:
-            loaded(path)
-        assert str(path) in str(error.value)
-        assert "\n" not in str(error.value)
+def squad(*paragraphs, title="T"):
+    return {"data": [{"title": title, "paragraphs": list(paragraphs)}]}
+
+
+# The second record is number 1. A question of SQuAD's that is left out counts.
+@pytest.mark.parametrize("content, words", [
+    ("{", "not readable as JSON"), ({}, "not a JSON list"), ([], "not a JSON list"),
+    ([3], "record 0: not an object"),
+    ([GOOD, GOOD | {"title": 5}], 'record 1: "title"'),
+    ([GOOD | {"context": " "}], 'record 0: "context"'),
+    ([GOOD, GOOD | {"context": "a " * 500_001}], 'record 1: "context" .* 1,000,000 characters'),
+    ([{"title": "T", "context": "C"}], 'record 0: "questions"'),
+    *[([GOOD | {"questions": [question]}], "record 0: question 0 must have")
+      for question in ("Q?", {"question": "Q?"}, {"question": "", "answer": "A"})],
+    ([GOOD | {"questions": []}], "no passage has questions"),
+    ({"data": []}, "no passage has questions"),
+    ({"data": 3}, '"data" must be a list'), ({"data": [3]}, 'data 0: "paragraphs" must be a list'),
+    ({"data": [ARTICLES[0], {"title": "T"}]}, 'data 1: "paragraphs" must be a list'),
+    (squad(3), 'paragraphs 0: "qas" must be'),
+    (squad(PARAGRAPH, {"context": "C", "qas": {}}), 'paragraphs 1: "qas" must be'),
+    (squad(PARAGRAPH, title=5), 'data 0: paragraphs 0: "title" must be'),
+    (squad(PARAGRAPH | {"context": " "}), 'data 0: paragraphs 0: "context" must be'),
+    (squad(PARAGRAPH | {"qas": ["Q?"]}), 'qas 0: "answers" must be'),
+    (squad(PARAGRAPH | {"qas": [QUESTION | {"answers": "A"}]}), 'qas 0: "answers" must be'),
+    (squad(PARAGRAPH | {"qas": [IMPOSSIBLE, asked(None, "A")]}), 'qas 1: "question" and "text"'),
+    (squad(PARAGRAPH | {"qas": [asked("Q?", 5)]}), 'qas 0: "question" and "text"'),
+    (squad(PARAGRAPH | {"qas": [QUESTION | {"answers": ["A"]}]}), 'qas 0: "question" and "text"')
+], ids=range(25))
+def test_what_is_wrong_with_a_data_file_is_one_line(content, words, path):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=f"^{path}.*{words}.*$"):
+        loaded(path)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "NOTES.MD"])
 def test_plain_text_is_for_another_program_and_what_is_not_there_is_said(name, tmp_path):
     path = tmp_path / name
-    path.write_text("The Ob is a river.\n")
-    with pytest.raises(UserError, match="no questions") as error:
-        knowledge.load(path)
-    assert f"python -m tools.learn {path}" in str(error.value)
-    path.unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
         knowledge.load(path)
+    path.write_text("The Ob is a river.\n")
+    with pytest.raises(UserError, match=f"no questions.*python -m tools.learn {path}"):
+        knowledge.load(path)
 
 
-def test_a_passage_without_questions_is_skipped_and_said(path):
+def test_a_passage_without_questions_is_skipped_and_said_as_far_as_it_can_be_printed(path):
     title = "\x1b[2J\n" + "long " * 1000
     path.write_text(json.dumps([GOOD | {"title": title, "questions": []}, GOOD]))
     tasks, (line,) = loaded(path)
     assert len(tasks) == 1
-    assert "record 0" in line
-    assert "no questions" in line
-    # The title is shown as far as it can be printed.
+    assert line.startswith(f"skipped: {path}: record 0 ")
     assert line.isprintable()
     assert len(line) < 200 + len(str(path))
 
 
-@pytest.mark.parametrize("answer", ["the", "A", "!!!", "$", "a - an"])
+@pytest.mark.parametrize("answer", ["the", "!!!", "a - an"])
 def test_a_gold_answer_that_no_rule_can_find_is_said(answer, path):
-    questions = [{"question": "Q?", "answer": gold} for gold in ("Ob", answer)]
-    path.write_text(json.dumps([GOOD, GOOD | {"questions": questions}]))
-    tasks, lines = loaded(path)
+    question = {"question": "Q?", "answer": answer}
+    path.write_text(json.dumps([GOOD, GOOD | {"questions": [question]}]))
+    tasks, (line,) = loaded(path)
     assert len(tasks) == 2
-    assert lines == [f"note: {path}: record 1, question 1: gold answer {answer!r} has no word in "
-                     "it: no answer can be right"]
+    assert line.startswith(f"note: {path}: record 1, question 0: gold answer {answer!r} has no")
     assert judges.RULES["rule"]([("Q?", answer, answer)]) == [False]
     # A model that judges may find it.
     assert loaded(path, judge=lambda triples: [True] * len(triples))[1] == []
 
 
-def test_squads_own_json_is_read_as_it_is(path):
-    path.write_text(json.dumps({"version": "1.1", "data": ARTICLES}))
-    (born, died, river), _ = loaded(path)
+def test_squads_own_json_is_read_as_it_is_and_what_has_no_answer_is_not_asked(path):
+    path.write_text(json.dumps({"version": "2.0", "data": ARTICLES}))
+    (born, died, river), lines = loaded(path)
     assert [born.name, died.name, river.name] == ["Nikola Tesla", "Nikola Tesla", "Ob"]
     assert died.context == ["Nikola Tesla\nHe died in 1943."]
     assert died.questions == ["When did he die?", "Who?"]
     assert died.answers == ["1943", "He"]
     assert born.answers == ["Smiljan"]
+    assert lines == [f"skipped: {path}: data 2: paragraphs 0 ('None left') has no questions"]
     # So is a file of the official release.
     path.write_text(json.dumps([GOOD | {"released_edits": [{"text": "1. x"}], "released_pick": 0}]))
     assert loaded(path)[0][0].answers == ["Ob"]
 
 
-def test_what_a_passage_does_not_answer_is_not_asked(path):
-    # SQuAD is made by hand: a blank would not make all the rest unreadable.
-    articles = [article("Mixed", ("He died.", [IMPOSSIBLE, asked("Who died?", "He"),
-                                               asked(" ", "He"), asked("Who lived?")])),
-                article("None_left", ("He died.", [IMPOSSIBLE]))]
-    path.write_text(json.dumps({"version": "2.0", "data": articles}))
-    (task,), lines = loaded(path)
-    assert task.questions == ["Who died?"]
-    assert lines == [f"skipped: {path}: data 1: paragraphs 0 ('None left') has no questions"]
-
-
 # ------------------------------------------------------------------------------- to fetch SQuAD
 
-def publish(folder, split, articles):
-    """A file on the site: (its name, the hash that is known)."""
-    path = folder / f"{split}.json"
-    path.write_text(json.dumps({"version": "1.1", "data": articles}))
-    return path.name, hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-
-
 @pytest.fixture()
-def site(monkeypatch, tmp_path):
-    """A folder in place of SQuAD's site. What is in it is what is known."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    squad = {"train": publish(folder, "train", ARTICLES),
-             "validation": publish(folder, "validation", ARTICLES[1:])}
-    monkeypatch.setattr(knowledge, "SITE", folder.as_uri())
-    monkeypatch.setattr(knowledge, "SQUAD", squad)
-    return folder
+def publish(monkeypatch, tmp_path):
+    """A function that puts a split on a folder in place of SQuAD's site, and makes it known."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.setattr(knowledge, "SITE", site.as_uri())
+
+    def put(split, articles):
+        path = site / f"{split}.json"
+        path.write_text(json.dumps({"version": "1.1", "data": articles}))
+        known = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+        monkeypatch.setitem(knowledge.SQUAD, split, (path.name, known))
+        return path
+    return put
 
 
 @pytest.fixture()
@@ -253,11 +217,9 @@ def fetch(monkeypatch, tmp_path):
     return call
 
 
-def nothing_new(folder):
-    return [path.name for path in folder.iterdir()] == ["site"]
-
-
-def test_fetched_passages_are_a_data_file(site, fetch, tmp_path, capsys):
+def test_fetched_passages_are_a_data_file(publish, fetch, tmp_path, capsys):
+    publish("train", ARTICLES)
+    publish("validation", ARTICLES[1:])
     fetch()
 
     path = tmp_path / "squad_train.json"
@@ -266,27 +228,23 @@ def test_fetched_passages_are_a_data_file(site, fetch, tmp_path, capsys):
         "questions": [{"question": "When did he die?", "answer": "1943"},
                       {"question": "Who?", "answer": "He"}]}
     assert len(knowledge.load(path)) == 3
-    assert capsys.readouterr().out == (
-        "squad_train.json: 3 of 3 passages (SQuAD v1.1, CC BY-SA 4.0)\n")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["site", "squad_train.json"]
+    assert "squad_train.json: 3 of 3 passages (SQuAD v1.1, CC" in capsys.readouterr().out
     # The other split.
     fetch("--split", "validation", "--out", "mine.json")
     assert [task.name for task in knowledge.load(tmp_path / "mine.json")] == ["Ob"]
 
 
-def test_a_passage_that_is_there_twice_is_one(site, fetch, tmp_path, monkeypatch):
-    twice = [article("T", ("C", [asked("One?", "1")]), ("D", [asked("Two?", "2")]),
-                     ("C", [asked("Three?", "3")]))]
-    monkeypatch.setitem(knowledge.SQUAD, "train", publish(site, "train", twice))
+def test_a_passage_that_is_there_twice_is_one(publish, fetch):
+    publish("train", [article("T", ("C", [asked("One?", "1")]), ("D", [asked("Two?", "2")]),
+                              ("C", [asked("Three?", "3")]))])
     fetch("--out", "mine.json")
-    first, second = knowledge.load(tmp_path / "mine.json")
+    first, second = knowledge.load("mine.json")
     assert first.questions == ["One?", "Three?"]
     assert second.questions == ["Two?"]
 
 
-def test_passages_are_drawn_by_the_seed_and_stay_in_order(site, fetch, monkeypatch):
-    many = [article("T", *((f"{i}.", [asked("Q?", "A")]) for i in range(100)))]
-    monkeypatch.setitem(knowledge.SQUAD, "train", publish(site, "train", many))
+def test_passages_are_drawn_by_the_seed_and_stay_in_order(publish, fetch):
+    publish("train", [article("T", *((f"{i}.", [asked("Q?", "A")]) for i in range(100)))])
 
     def drawn(seed, name):
         fetch("--passages", 20, "--seed", seed, "--out", name)
@@ -298,48 +256,43 @@ def test_passages_are_drawn_by_the_seed_and_stay_in_order(site, fetch, monkeypat
     assert len(one) == 20
 
 
-def test_a_file_that_can_not_be_had_is_said(site, fetch, tmp_path):
+def test_a_file_that_can_not_be_had_is_said(publish, fetch, tmp_path, monkeypatch):
+    path = publish("train", ARTICLES)
     with pytest.raises(UserError, match="--passages 4: there are 3"):
         fetch("--passages", 4)
-    (site / "train.json").write_text("<html>Please log in to this network</html>")
+    path.write_text("<html>Please log in to this network</html>")
     with pytest.raises(UserError, match="its SHA-256 is not the known one"):
         fetch()
-    (site / "train.json").unlink()
+    path.unlink()
     with pytest.raises(UserError, match="could not be fetched .URLError"):
         fetch()
-    assert nothing_new(tmp_path)
-
-
-@pytest.mark.parametrize("out, said", [("mine.json", "mine.json exists already"),
-                                       ("none/squad.json", "none: no such folder")])
-def test_what_can_not_be_written_is_said_before_anything_is_downloaded(
-        out, said, site, fetch, tmp_path, monkeypatch):
-    (tmp_path / "mine.json").write_text("mine")
+    # What can't be written is said before anything is downloaded.
     monkeypatch.setattr(urllib.request, "urlopen", None)
-    with pytest.raises(UserError, match=said):
-        fetch("--out", out)
-    assert (tmp_path / "mine.json").read_text() == "mine"
+    with pytest.raises(UserError, match="none: no such folder"):
+        fetch("--out", "none/squad.json")
+    (tmp_path / "mine.json").touch()
+    with pytest.raises(UserError, match="mine.json exists already"):
+        fetch("--out", "mine.json")
+    assert not (tmp_path / "squad_train.json").exists()
 
 
 @pytest.mark.parametrize("problem", [
-    OSError("no network\nat all"), TimeoutError("timed out"), IncompleteRead(b"{"),
-    ValueError("bad proxy" * 1000)], ids=lambda problem: type(problem).__name__)
+    OSError("no network\nat all"), IncompleteRead(b"{"), ValueError("bad proxy" * 1000)],
+    ids=lambda problem: type(problem).__name__)
 def test_without_a_network_it_says_what_to_do(problem, fetch, tmp_path, monkeypatch):
     def urlopen(url, timeout):
         raise problem
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    with pytest.raises(UserError, match="pass it as --train-data") as error:
+    with pytest.raises(UserError, match=f"^https.*{type(problem).__name__}.* --train-data.*$") as e:
         fetch()
-    line = str(error.value)
+    line = str(e.value)
     assert line.startswith("https://rajpurkar.github.io/SQuAD-explorer/dataset/train-v1.1.json ")
-    assert type(problem).__name__ in line
-    assert "\n" not in line
     assert len(line) < 500
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [[], ["fetch"], ["fetch", "arc"], ["get", "squad"],
+@pytest.mark.parametrize("words", [["fetch"], ["fetch", "arc"], ["get", "squad"],
                                    ["fetch", "squad", "--split", "test"],
                                    ["fetch", "squad", "--passages", "0"]])
 def test_a_wrong_command_is_one_line(words, monkeypatch, capsys):
@@ -366,49 +319,23 @@ def load_edits(folder):
     read_edits([folder / "edits.json"], [SimpleNamespace(name="A", context=["A\nAbout a."])])
 
 
-def load_kaggle(folder):
-    arc.load(str(folder / "arc_challenges.json"))
-
-
 KAGGLE = {"arc_challenges": CHALLENGES, "arc_solutions": SOLUTIONS}
 # the file that is damaged -> (what reads it, the whole files)
 KINDS = {
     "passages": (lambda folder: loaded(folder / "passages.json"), {"passages": PASSAGES}),
     "edits": (load_edits, {"edits": EDITS}),
     "aa": (lambda folder: arc.load(str(folder)), {"aa": PUZZLE}),
-    "arc_challenges": (load_kaggle, KAGGLE),
-    "arc_solutions": (load_kaggle, KAGGLE)}
+    "arc_challenges": (lambda folder: arc.load(f"{folder}/arc_challenges.json"), KAGGLE),
+    "arc_solutions": (lambda folder: arc.load(f"{folder}/arc_challenges.json"), KAGGLE)}
 # In place of a whole file.
 CONTENTS = ["", "{", "null", "3", "[]", "{}", "[null]", '"text"', "[" * 100_000, "1" * 5000,
             '["\\ud800"]', b"\xff\xfe[]"]
-# In place of a value anywhere in it.
-VALUES = [None, True, -1, 10 ** 40, 0.5, float("nan"), "", " ", "\ud800", "\0\x1b[2J\n", "!!!",
-          "x" * 2_000_000, [], {}, [[]], [[1] * 31], [[[1]]], {"a": 1}, [0] * 1_000_000]
-
-
-def places_in(value):
-    """Every value inside a JSON value, as (what holds it, its key)."""
-    keys = value.keys() if isinstance(value, dict) else range(len(value))
-    found = []
-    for key in keys:
-        found.append((value, key))
-        if isinstance(value[key], (dict, list)):
-            found += places_in(value[key])
-    return found
 
 
 def damaged(value, rng):
-    """A copy of a JSON value with one thing in it replaced, lost or too often there."""
-    value = json.loads(json.dumps(value))
-    holder, key = rng.choice(places_in(value))
-    way = rng.randrange(6)
-    if way == 0:
-        del holder[key]
-    elif way == 1 and isinstance(holder, list):
-        holder += holder[key:] * 40
-    else:
-        holder[key] = rng.choice(VALUES)
-    return json.dumps(value)
+    """A copy of a JSON value, as text, with one thing in it replaced or lost."""
+    other = rng.choice([*WRONG, "x" * 2_000_000, [0] * 1_000_000])
+    return json.dumps(changed(value, rng.choice(list(places(value))), other))
 
 
 # What is damaged, and its content or the seed of a damage; None leaves it whole.
@@ -444,20 +371,15 @@ A = {"title": "A", "context": "About a."}
 
 
 @pytest.mark.parametrize("record, words", [
-    (3, "not an object"),
-    ({"edits": {"x": "y"}}, '"title" must be'),
+    (3, "not an object"), ({"edits": {"x": "y"}}, '"title" must be'),
     ({"title": "A", "edits": {"x": "y"}}, '"context" must be'),
-    (A | {"edits": {"x": None}}, '"edits" must be'),
-    (A | {"edits": {"x": ["y"]}}, '"edits" must be'),
-    (A | {"edits": None}, '"edits" must be'),
+    (A | {"edits": {"x": ["y"]}}, '"edits" must be'), (A | {"edits": None}, '"edits" must be'),
     (A | {"edits": {"\x1b[2J": "y"}}, "can be printed"),
     (A | {"released": {"x": "y"}}, '"released" must be'),
-    (A | {"released": {"x": {"edit": 5}}}, '"edits" must be'),
-])
-def test_what_is_wrong_with_an_exchanged_self_edit_is_said(record, words, tmp_path):
-    path = tmp_path / "edits.json"
+    (A | {"released": {"x": {"edit": 5}}}, '"edits" must be')])
+def test_what_is_wrong_with_an_exchanged_self_edit_is_said(record, words, path):
     path.write_text(json.dumps([A | {"edits": {"x": "y"}}, record]))
-    with pytest.raises(UserError, match=f"edits.json: record 1: .*{words}"):
+    with pytest.raises(UserError, match=f"data.json: record 1: .*{words}"):
         read_edits([path], [])
 
 
@@ -501,7 +423,7 @@ def garbled(text, rng):
 def test_whatever_a_model_writes_is_understood_or_refused(reader):
     rng = random.Random(0)
     understood = 0
-    for _ in range(10_000):
+    for _ in range(3000):
         text = garbled(rng.choice(READERS[reader]), rng)
         try:
             understood += reader(text) is not None

@@ -18,7 +18,7 @@ from engine.train import Engine, sft
 from lora import Adapters, Job, Lora
 from model import ModelConfig, Transformer, load_pretrained
 from support.files import UserError
-from tests.helpers import ALL, CASES, RECIPE, mixed_jobs
+from tests.helpers import ALL, RECIPE, mixed_jobs
 from tools.plan import write_shape
 
 CPU = torch.device("cpu")
@@ -41,20 +41,16 @@ def half(tiny_folder):
 
 # ------------------------------------------------------------------------------- the formula
 
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("targets, counts, expected, for_qwen3", [
     # The formula is right for an adapter on every layer, and on few.
     (ALL, [500], 1.0, 1.0),
     (SOME, [500], 0.97, 0.97),
     # Segments of two adapters differ in length: attention unrolls and pads them, and keeps that.
     (ALL, [300, 200], 0.8, 0.74)])
-def test_the_memory_formula_counts_what_autograd_keeps(case, targets, counts, expected, for_qwen3,
-                                                       tmp_path):
+def test_the_memory_formula_counts_what_autograd_keeps(targets, counts, expected, for_qwen3, peer):
     """Within 5 % of estimate / kept as expected here. auto_slots counts on twice the tokens and
     1/1.4 of the free memory: it is safe down to a third."""
-    torch.manual_seed(4)
-    CASES[case]().save_pretrained(tmp_path / "base")
-    model = load_pretrained(tmp_path / "base", "cpu")
+    model = load_pretrained(peer[0], "cpu")
     lora = Lora(rank=8, alpha=16, targets=targets)
     adapters = Adapters(model, lora, n=len(counts))
     adapters.flat.requires_grad_()
@@ -75,10 +71,10 @@ def test_the_memory_formula_counts_what_autograd_keeps(case, targets, counts, ex
     for weight in [*model.parameters(), adapters.flat]:
         kept.pop(weight.untyped_storage().data_ptr(), None)
     ratio = activation_memory(model, lora, sum(counts)) / sum(x.nbytes() for x in kept.values())
-    assert ratio == pytest.approx(for_qwen3 if case == "qwen3" else expected, abs=0.05)
+    assert ratio == pytest.approx(for_qwen3 if model.config.qk_norm else expected, abs=0.05)
 
 
-def test_the_memory_formula_counts_the_adapters_state(half):
+def test_the_memory_formula_counts_the_adapters_state_and_what_is_recomputed(half, monkeypatch):
     """Value and two moments in float32, copy and gradient in bfloat16."""
     trainer = Engine(half, RECIPE, n=2)
     trainer.take_jobs(mixed_jobs(n=2), [0, 1])
@@ -87,16 +83,12 @@ def test_the_memory_formula_counts_the_adapters_state(half):
     assert [tensor.element_size() for tensor in state] == [4, 2, 2, 4, 4]
     assert sum(tensor.nbytes for tensor in state) == step_memory(half, RECIPE.lora, 2, tokens=0)
 
-
-def test_recomputed_activations_are_a_block_and_the_inputs_of_all(half):
-    c = half.config
+    # Recomputed activations are those of a block, and the inputs of all.
     usual = activation_memory(half, RECIPE.lora, tokens=1000)
-    half.recompute = True
+    monkeypatch.setattr(half, "recompute", True)
+    inputs = 1000 * half.config.n_layer * half.config.dim * 2
     recomputed = activation_memory(half, RECIPE.lora, tokens=1000)
-    half.recompute = False
-
-    inputs = 1000 * c.n_layer * c.dim * 2
-    assert recomputed == usual / c.n_layer + inputs
+    assert recomputed == usual / half.config.n_layer + inputs
 
 
 def meta_model(shape, recompute=False):
@@ -113,18 +105,11 @@ INNER, OUTER, PUZZLES = Lora(32, 64, SOME), Lora(64, 128, ALL), Lora(128, 16, FI
 
 
 @pytest.mark.parametrize("shape, lora, slots, tokens, recompute, peak", [
-    # The inner loop of the paper's knowledge domain.
-    ("qwen2.5-7b", INNER, 42, 2800, False, 18.8),
-    ("qwen2.5-7b", INNER, 64, 4000, False, 27.2),
-    ("qwen2.5-7b", INNER, 128, 7400, False, 50.1),
-    # Its M-step: 10 self-edits of 420, 900, 1500 and 2248 tokens.
+    # The paper's inner loop on passages, its M-step, and its inner loop on puzzles.
+    ("qwen2.5-7b", INNER, 42, 2800, False, 18.8), ("qwen2.5-7b", INNER, 128, 7400, False, 50.1),
     ("qwen2.5-7b", OUTER, 1, 4200, False, 25.9), ("qwen2.5-7b", OUTER, 1, 4200, True, 5.0),
-    ("qwen2.5-7b", OUTER, 1, 9000, False, 50.7), ("qwen2.5-7b", OUTER, 1, 9000, True, 6.7),
-    ("qwen2.5-7b", OUTER, 1, 15000, False, 81.6), ("qwen2.5-7b", OUTER, 1, 15000, True, 9.4),
-    ("qwen2.5-7b", OUTER, 1, 22480, True, 12.8),
-    # The inner loop of the puzzles: two examples of 600 tokens a slot.
+    ("qwen2.5-7b", OUTER, 1, 15000, False, 81.6), ("qwen2.5-7b", OUTER, 1, 22480, True, 12.8),
     ("llama-3.2-1b", PUZZLES, 3, 3600, False, 10.2),
-    ("llama-3.2-1b", PUZZLES, 8, 9600, False, 24.6),
     ("llama-3.2-1b", PUZZLES, 16, 19200, False, 47.7)])
 def test_the_memory_formula_against_simulated_peaks(shape, lora, slots, tokens, recompute, peak):
     """Peaks in GiB beside the weights, simulated from the lifetimes of all storages of a step."""
@@ -166,25 +151,19 @@ def test_slots_fill_a_step_and_are_no_more_than_the_jobs(tiny, set_free):
     assert auto_slots(tiny, jobs_of(3, length=100)) == 3
     assert auto_slots(tiny, jobs_of(5, length=1000)) == 1
     assert 1 <= auto_slots(tiny, mixed_jobs()) <= 7
-
     set_free(0)
     assert auto_slots(tiny, mixed_jobs()) == 0      # not even one
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])
-def test_slots_fit_in_the_free_memory(tiny, set_free, n):
-    jobs = jobs_of(40, length=20, batch=1)
+def test_as_many_slots_are_taken_as_fit_in_the_free_memory(tiny, set_free, monkeypatch, n):
+    jobs = jobs_of(40, length=20, batch=1, epochs=1)
     # Twice 20 tokens for each, as a step may be longer than the mean.
     needed = 1.4 * bytes_of_slots(tiny, n, tokens=2 * 20 * n)
-    set_free(needed * 1.001)
-    assert auto_slots(tiny, jobs) == n
     set_free(needed * 0.999)
     assert auto_slots(tiny, jobs) == n - 1
-
-
-def test_the_engine_takes_as_many_slots_as_fit(tiny, set_free, monkeypatch):
-    jobs = jobs_of(5, length=20, batch=1)
-    set_free(1.4001 * bytes_of_slots(tiny, 3, tokens=2 * 20 * 3))
+    set_free(needed * 1.001)
+    assert auto_slots(tiny, jobs) == n
     made = []
 
     class Spy(Engine):
@@ -193,28 +172,28 @@ def test_the_engine_takes_as_many_slots_as_fit(tiny, set_free, monkeypatch):
             super().__init__(model, recipe, n)
     monkeypatch.setattr(engine, "Engine", Spy)
 
-    assert len(list(sft(tiny, jobs))) == 5
-    assert made == [3]
+    assert len(list(sft(tiny, jobs))) == 40
+    assert made == [n]
 
 
 def test_a_job_that_would_not_fit_is_trained_with_recomputed_activations(tiny, set_free, capsys,
                                                                          monkeypatch):
     """A system that runs out of memory kills the process: nothing would be raised."""
     jobs = jobs_of(1, length=20, batch=1)
-    set_free(1.41 * bytes_of_slots(tiny, 1, tokens=2 * 20))
-    ((_, usual),) = sft(tiny, jobs)
-    assert capsys.readouterr().out == ""
-
-    set_free(1.39 * bytes_of_slots(tiny, 1, tokens=2 * 20))
+    needed = bytes_of_slots(tiny, 1, tokens=2 * 20)
     seen = []
     step = Engine.step
     monkeypatch.setattr(Engine, "step", lambda self: (seen.append(tiny.recompute), step(self)))
-    ((_, short),) = sft(tiny, jobs)
-
-    assert seen == [True] * jobs[0].steps
-    assert not tiny.recompute
-    assert torch.allclose(usual.weights, short.weights)
-    assert capsys.readouterr().out == "memory is short: activations are recomputed\n"
+    found = []
+    for share, recomputed, said in [
+            (1.41, False, ""), (1.39, True, "memory is short: activations are recomputed\n")]:
+        set_free(share * needed)
+        ((_, trained),) = sft(tiny, jobs)
+        found.append(trained.weights)
+        assert seen[-jobs[0].steps:] == [recomputed] * jobs[0].steps
+        assert not tiny.recompute
+        assert capsys.readouterr().out == said
+    assert torch.allclose(*found)
 
 
 # ------------------------------------------------------------------------------- rows, answering
@@ -254,45 +233,40 @@ def test_as_many_as_fit_in_a_share_of_the_free_memory(how_many, weigh, free, sha
 
 # ------------------------------------------------------------------------------- the device
 
-def test_what_only_caches_files_is_free(tmp_path, monkeypatch):
+CAN_BE_HAD = "MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable:   700 kB\nCached: 600 kB\n"
+
+
+# What only caches files is free. Kernels before 3.14, and systems other than Linux, do not say what
+# is available. A container may have a limit.
+@pytest.mark.parametrize("meminfo, limit, used, free", [
+    (CAN_BE_HAD, None, None, 700 * 1024), ("MemFree: 100 kB\n", None, None, 100 * 1024),
+    (None, None, None, 100 * 1024), (None, "1000", "300", 700), (None, "max", "300", 100 * 1024),
+    (None, "100", "300", 0), (None, "x", "y", 100 * 1024)])
+def test_what_the_system_and_a_container_s_limit_leave_is_free(meminfo, limit, used, free,
+                                                               tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1024}.get(name, 100))
-    file, nowhere = tmp_path / "meminfo", tmp_path / "nowhere"
-    file.write_text("MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable:   700 kB\nCached: 600 kB\n")
-    assert free_memory(CPU, file, nowhere) == 700 * 1024
-    # Kernels before 3.14, and systems other than Linux.
-    file.write_text("MemTotal: 900 kB\nMemFree: 100 kB\n")
-    assert free_memory(CPU, file, nowhere) == free_memory(CPU, nowhere, nowhere) == 100 * 1024
+    for name, text in [("meminfo", meminfo), ("memory.max", limit), ("memory.current", used)]:
+        if text:
+            (tmp_path / name).write_text(text + "\n")
+    assert free_memory(CPU, tmp_path / "meminfo", tmp_path) == free
 
 
-def test_free_memory_is_part_of_what_there_is(monkeypatch):
+def test_free_memory_is_part_of_what_there_is_and_a_gpu_is_asked_itself(monkeypatch):
     there_is = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < free_memory(CPU) < there_is
     # Where the system does not say what is free, all of it counts, as on macOS.
     monkeypatch.setattr(os, "sysconf_names", {"SC_PHYS_PAGES": 0})
     assert free_memory(CPU) == there_is
 
-
-def test_a_gpu_is_asked_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (123, 456))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
     assert free_memory(torch.device("cuda")) == 123 + 30    # what torch holds and does not use
 
 
-@pytest.mark.parametrize("limit, used, free", [("1000", "300", 700), ("max", "300", 5000),
-                                               ("100", "300", 0), ("x", "y", 5000)])
-def test_a_containers_limit_counts(limit, used, free, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 50}.get(name, 100))
-    (tmp_path / "memory.max").write_text(limit + "\n")
-    (tmp_path / "memory.current").write_text(used + "\n")
-    assert free_memory(CPU, tmp_path / "nowhere", tmp_path) == free
-    assert free_memory(CPU, tmp_path / "nowhere", tmp_path / "nowhere") == 5000
-
-
 # ------------------------------------------------------------------------------- running out
 
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-          RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
           RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")]
 
 
@@ -300,7 +274,6 @@ def test_an_error_of_torch_s_own_is_known_as_a_lack_of_memory_and_others_are_not
     with pytest.raises(RuntimeError) as ended:
         torch.empty(2 ** 55, dtype=torch.uint8)
     assert device.is_out_of_memory(ended.value)
-    assert not device.is_out_of_memory(RuntimeError("shapes differ"))
     assert not device.is_out_of_memory(ValueError("out of memory"))
 
 
@@ -319,18 +292,13 @@ def test_halves_of_what_does_not_fit(error, capsys):
     assert capsys.readouterr().out.count("out of memory: going on with") == 2
 
 
-def test_one_that_does_not_fit_is_one_line():
-    def never(items):
+def test_one_that_does_not_fit_is_one_line_and_told_apart_from_what_is_returned():
+    def full(*_):
         raise MemoryError
     with pytest.raises(UserError, match="out of memory with a single"):
-        in_halves(never, [1, 2])
-
-
-def test_what_ran_out_of_memory_is_told_apart_from_what_it_returned():
-    def full():
-        raise MemoryError
-    assert try_memory(lambda: None) == (True, None)
+        in_halves(full, [1, 2])
     assert try_memory(full) == (False, None)
+    assert try_memory(lambda: None) == (True, None)
 
 
 @pytest.mark.parametrize("call", [lambda f: in_halves(lambda items: f(), [1, 2]), try_memory])

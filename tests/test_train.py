@@ -89,21 +89,18 @@ def test_many_at_once_equal_one_at_a_time(which, targets, tolerance, request):
 def a_large_eps():
     """Both trainers with AdamW's eps at 1e-3 in place of 1e-8.
 
-    How a gradient is rounded depends on what else is in the ribbon: it is off by 1e-16 or so. At
-    first AdamW's step is lr g / (|g| + eps); where g is near 0 an error becomes lr / eps = 3e5
-    times as large. Seed 43: one entry of 12288 has a gradient of 1.8e-8 and is off by 1e-12, or by
-    more on another processor. Seed 162: a text begins with the same token twice, so its first q and
-    k have a gradient of 0 but for rounding, and the weights are off by 4e-7. No bound would hold
-    for every seed. With the large eps all are within 3e-16, and everything but eps is tested; the
-    tests with fixed jobs have eps as it is."""
+    A gradient's rounding depends on what else is in the ribbon: it is off by 1e-16 or so. At first
+    AdamW's step is lr g / (|g| + eps): where g is near 0 an error becomes lr / eps = 3e5 times as
+    large, and no bound would hold for every seed (43 and 162 were such). With the large eps all are
+    within 3e-16; the tests with fixed jobs have eps as it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "adamw_", partial(engine.adamw_, eps=1e-3))
         patch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-3))
         yield
 
 
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10 ** 6), slots=st.integers(1, 6), n=st.integers(1, 6))
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 10 ** 6), slots=st.integers(1, 5), n=st.integers(1, 5))
 @example(seed=43, slots=2, n=2)
 @example(seed=162, slots=3, n=3)
 def test_any_mixture_equals_one_at_a_time(model64, model32, seed, slots, n):
@@ -113,10 +110,6 @@ def test_any_mixture_equals_one_at_a_time(model64, model32, seed, slots, n):
             packed = weights(train(model, jobs, slots))
             naive = train_naively(model, jobs)
         assert difference(packed, naive) <= tolerance
-
-
-def test_no_jobs_have_no_results(model64):
-    assert list(sft(model64, [])) == []
 
 
 @pytest.mark.parametrize("which, lr, tolerance", [("model64", 1e200, 1e-12),
@@ -133,6 +126,7 @@ def test_a_diverging_adapter_harms_no_other(which, lr, tolerance, request):
 
     assert packed[1].diverged
     assert not packed[1].weights.isfinite().all()
+    assert list(sft(model, [])) == []
     del packed[1], alone[1]
     assert not any(trained.diverged for trained in packed.values())
     assert difference(weights(packed), weights(alone)) <= tolerance
@@ -164,8 +158,8 @@ def train_by_peft(reference, job):
     return loss.item()
 
 
-@pytest.mark.parametrize("targets", [SOME, ALL])
-@pytest.mark.parametrize("case", ["llama3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("case, targets", [("llama3", ALL), ("qwen2", ALL), ("qwen3", SOME),
+                                           ("qwen3", ALL)])
 def test_engine_equals_peft_and_torch_optim(case, targets, tmp_path):
     torch.manual_seed(4)
     CASES[case]().save_pretrained(tmp_path / "base")
@@ -199,9 +193,7 @@ def test_schedules_are_those_of_transformers(name, warmup, steps):
     theirs = SCHEDULES[name](optimizer, warmup, steps)
     recipe = replace(RECIPE, lr=0.3, epochs=1, batch=1, schedule=name, warmup=warmup)
     job = Job([([1], [True])] * steps, seed=0, recipe=recipe)
-
-    assert job.steps == steps
-    for step in range(steps):
+    for step in range(job.steps):
         assert job.lr_at(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         theirs.step()
@@ -213,7 +205,7 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own():
 
     batches = list(job.micro_batches())
 
-    assert len(batches) == job.steps == 9
+    assert job.steps == 9
     assert [len(batch) for batch in batches] == [4, 4, 2] * 3
     epochs = [sum(batches[i:i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -227,8 +219,8 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own():
 
 def test_frozen_head_loss_is_cross_entropy():
     vocab = 2 ** 19     # so large that its logits are made 32 tokens at a time: 50 are two chunks
-    h = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(vocab, 12, dtype=torch.float64)
+    h = torch.randn(50, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(vocab, 4, dtype=torch.float64)
     labels = torch.randint(0, vocab, (50,))
     scale = torch.rand(50, dtype=torch.float64)
 
@@ -251,50 +243,37 @@ def test_bf16_agrees_with_float32(model32, tiny_folder):
     # bfloat16 rounds by up to 0.2 %. Measured with six seeds: losses agree to 0.7 % at every step.
     for i in expected:
         assert rounded[i].losses == pytest.approx(expected[i].losses, rel=0.01)
-    # That says something, as training moves a loss by much more: from the first epoch to the last
-    # of three the first job's falls by a fifth.
+    # Training moves a loss by much more: by a fifth from the first job's first epoch to its last.
     losses = expected[0].losses
     epoch = len(losses) // 3
     assert sum(losses[-epoch:]) < 0.9 * sum(losses[:epoch])
 
 
-def test_a_step_of_many_adapters_is_torchs_of_each():
+def test_a_step_of_many_adapters_is_torchs_of_each_and_writes_the_copy_that_products_read():
     """On a GPU one call updates all adapters: with a norm, a rate and a step number of each."""
     values = torch.randn(3, 50, dtype=torch.float64)
     scale = torch.tensor([[0.01], [1.0], [9.0]])     # the first gradient is too short to be clipped
-    gradients = [scale * torch.randn(3, 50, dtype=torch.float64) for _ in range(4)]
-    rates = [0.1, 0.01, 0.03]
-    first = [0, 1, 2]       # the step at which an adapter begins
+    gradients = [(scale * torch.randn(3, 50)).bfloat16() for _ in range(4)]
+    rates = torch.tensor([[0.1], [0.01], [0.03]], dtype=torch.float64)
+    first = torch.tensor([[0], [1], [2]])       # the step at which an adapter begins
 
     ours, m, v = values.clone(), torch.zeros(3, 50).double(), torch.zeros(3, 50).double()
+    copy = torch.zeros(3, 50, dtype=torch.bfloat16)
     for step, gradient in enumerate(gradients):
-        started = torch.tensor([[float(step >= begin)] for begin in first], dtype=torch.float64)
-        lr = started * torch.tensor(rates, dtype=torch.float64)[:, None]
-        t = torch.tensor([[max(1.0, step + 1 - begin)] for begin in first], dtype=torch.float64)
-        adamw_(ours, gradient * started, m, v, lr, t, ours, clip=1.0, weight_decay=0.1)
+        started = (step >= first).double()
+        t = (step + 1 - first).clamp(min=1).double()
+        adamw_(ours, gradient * started.bfloat16(), m, v, rates * started, t, copy, clip=1.0,
+               weight_decay=0.1)
 
     for i in range(3):
         parameter = values[i].clone().requires_grad_()
-        optimizer = torch.optim.AdamW([parameter], lr=rates[i], weight_decay=0.1)
-        for gradient in gradients[first[i]:]:
-            parameter.grad = gradient[i].clone()
+        optimizer = torch.optim.AdamW([parameter], lr=rates[i].item(), weight_decay=0.1)
+        for gradient in gradients[i:]:
+            parameter.grad = gradient[i].double()
             torch.nn.utils.clip_grad_norm_([parameter], 1.0)
             optimizer.step()
         torch.testing.assert_close(ours[i], parameter.detach(), atol=1e-12, rtol=0)
-
-
-def test_the_update_writes_the_copy_that_the_products_read():
-    p, m, v = torch.randn(3, 50), torch.randn(3, 50), torch.rand(3, 50)
-    g = torch.randn(3, 50).bfloat16()
-    lr, t = torch.full((3, 1), 0.1), torch.full((3, 1), 4.0)
-    plain = [x.clone() for x in (p, g.float(), m, v)]
-    adamw_(*plain, lr, t, plain[0], clip=1.0, weight_decay=0.01)
-    copy = torch.zeros(3, 50, dtype=torch.bfloat16)
-
-    adamw_(p, g, m, v, lr, t, copy, clip=1.0, weight_decay=0.01)
-
-    assert torch.equal(p, plain[0])
-    assert torch.equal(copy, p.bfloat16())
+    assert torch.equal(copy, ours.bfloat16())
 
 
 # ------------------------------------------------------------------------------- start and free
@@ -302,10 +281,9 @@ def test_the_update_writes_the_copy_that_the_products_read():
 def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
     """Two adapters of rank 4 lie side by side in one of rank 8. The second is trained beside the
     first, which is fixed; that is as if the first had been merged into the weights before."""
-    narrow = Lora(rank=4, alpha=8, targets=ALL)
-    wide = Lora(rank=8, alpha=16, targets=ALL)
+    narrow = replace(RECIPE.lora, rank=4, alpha=8)
     merged = load_pretrained(tiny_folder, "cpu", torch.float64)
-    stack = Adapters(model64, wide, n=1)
+    stack = Adapters(model64, RECIPE.lora, n=1)
     for k, job in enumerate(mixed_jobs(n=2)):
         alone = Adapters(merged, narrow, n=1)
         alone.init(0, job.seed)
@@ -320,9 +298,7 @@ def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
         assert not stack.flat[0][free].any()
 
         start = (stack.flat + fresh)[0]
-        recipe = replace(job.recipe, lora=wide)
-        beside = replace(job, recipe=recipe, start=start, free=free)
-        trained = train(model64, [beside])[0]
+        trained = train(model64, [replace(job, start=start, free=free)])[0]
         assert torch.equal(trained.weights[~free], stack.flat[0][~free])
         assert difference(trained.weights[free], start[free]) > 5e-4
         stack.flat[0] = trained.weights
@@ -330,11 +306,9 @@ def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
         recipe = replace(job.recipe, lora=narrow)
         alone.flat[0] = train(merged, [replace(job, recipe=recipe)])[0].weights
         alone.merge(0)
-
         ids = torch.randint(0, 256, (1, 30))
         with stack.route([30]):
-            beside_logits = model64(ids)
-        torch.testing.assert_close(beside_logits, merged(ids), atol=1e-9, rtol=0)
+            torch.testing.assert_close(model64(ids), merged(ids), atol=1e-9, rtol=0)
 
 
 # ------------------------------------------------------------------------------- graphs
@@ -374,20 +348,21 @@ def test_only_jobs_of_fixed_shapes_are_recorded(model32, monkeypatch):
     jobs = mixed_jobs(n=2)
     assert not engine.can_record(adapters, jobs)     # a CPU has no flash attention
     monkeypatch.setattr(engine, "has_flash", lambda x: True)
-
     assert engine.can_record(adapters, jobs)
-    padded = replace(jobs[0], recipe=replace(RECIPE, pad_to=64))
-    assert not engine.can_record(adapters, [*jobs, padded])
-    partly_free = replace(jobs[0], free=torch.ones(adapters.flat.shape[1], dtype=torch.bool))
-    assert not engine.can_record(adapters, [*jobs, partly_free])
+    for changes in ({"recipe": replace(RECIPE, pad_to=64)},
+                    {"free": torch.ones(adapters.flat.shape[1], dtype=torch.bool)}):
+        assert not engine.can_record(adapters, [*jobs, replace(jobs[0], **changes)])
 
 
 def test_a_trainer_that_ends_leaves_no_memory_behind(model32, monkeypatch):
     """Its graphs hold memory of the device, so it must not wait for the garbage collector."""
     engines = []
     take_jobs = engine.Engine.take_jobs
-    monkeypatch.setattr(engine.Engine, "take_jobs", lambda self, *args: (
-        engines.append(weakref.ref(self)), take_jobs(self, *args)))
+
+    def watched(self, *args):
+        engines.append(weakref.ref(self))
+        return take_jobs(self, *args)
+    monkeypatch.setattr(engine.Engine, "take_jobs", watched)
     gc.disable()
     try:
         train(model32, mixed_jobs(n=2))
@@ -411,18 +386,17 @@ def test_out_of_memory_goes_on_with_less_and_changes_nothing(is_full, error, lin
     expected = weights(train(model64, jobs, slots=4))
     pack, heard = engine.pack, []
 
-    def in_little(running, device, dtype, room):
+    def in_little(running, *where):
         if is_full([run.step for run in running if run], model64):
             raise error
-        return pack(running, device, dtype, room)
+        return pack(running, *where)
     monkeypatch.setattr(engine, "pack", in_little)
 
     trained = dict(sft(model64, jobs, lambda *counts: heard.append(counts)))
 
     assert line in capsys.readouterr().out.splitlines()[-1]
     assert difference(weights(trained), expected) <= 1e-12
-    steps = sum(job.steps for job in jobs)
-    assert heard[-1] == (steps, steps)
+    assert heard[-1] == (sum(job.steps for job in jobs),) * 2
     assert model64.recompute is False       # as before
 
 
@@ -431,18 +405,10 @@ def test_out_of_memory_goes_on_with_less_and_changes_nothing(is_full, error, lin
     (RuntimeError("shapes differ"), RuntimeError, "shapes differ")])
 def test_what_neither_slots_nor_recomputing_mend_is_raised(error, kind, words, model64,
                                                            monkeypatch):
-    def broken(running, device, dtype, room):
+    def broken(*_):
         raise error
     monkeypatch.setattr(engine, "pack", broken)
 
     with pytest.raises(kind, match=words):
         train(model64, mixed_jobs(), slots=4)
     assert model64.recompute is False
-
-
-def test_recomputed_activations_train_the_same(model64, monkeypatch):
-    jobs = mixed_jobs()
-    expected = weights(train(model64, jobs, slots=3))
-    monkeypatch.setattr(model64, "recompute", True)
-    recomputed = weights(train(model64, jobs, slots=3))
-    assert difference(recomputed, expected) <= 1e-12
