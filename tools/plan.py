@@ -23,6 +23,7 @@ from support.config import Config
 from support.files import Parser, UserError, cli
 
 GIB = 2 ** 30
+LENGTHS = json.loads(EMBEDDED.with_name("lengths.json").read_text())    # documents' of 250 edits
 
 # From the models' config.json: layers, dim, heads, kv heads, head_dim, hidden_dim, vocabulary, tied
 SHAPES = {"smollm2-135m": ("Llama", 30, 576, 9, 3, 64, 1536, 49152, True),
@@ -64,6 +65,10 @@ class Card:
     flops: float            # a second
     bandwidth: float        # bytes a second
 
+    def least_ms(self, flops, nbytes):
+        """The time of the FLOPs or that of the bytes, whichever is longer."""
+        return 1000 * max(flops / self.flops, nbytes / self.bandwidth)
+
 
 # NVIDIA's white papers and data sheets.
 CARDS = {8: Card("RTX 3070", 8, 40.6e12, 448e9),
@@ -93,10 +98,9 @@ class Texts:
 def texts_of(cfg: Config) -> Texts:
     """knowledge: SQuAD's passages and the 250 self-edits that the authors released for their first
     round. Others: measured on runs with the presets."""
-    released = json.loads(EMBEDDED.with_name("lengths.json").read_text())
-    mean = round(sum(map(sum, released)) / len(released))
+    mean = round(sum(map(sum, LENGTHS)) / len(LENGTHS))
     if cfg.domain == "knowledge":
-        return Texts(prompt=240, edit=min(mean, cfg.max_edit_tokens), documents=released,
+        return Texts(prompt=240, edit=min(mean, cfg.max_edit_tokens), documents=LENGTHS,
                      questions=4.9, question=45, answer=min(12, cfg.max_answer_tokens))
     if cfg.domain == "arc":
         return Texts(prompt=1500, edit=110, documents=[[600] * 200], questions=32, question=1500,
@@ -106,6 +110,12 @@ def texts_of(cfg: Config) -> Texts:
                      question=60, answer=12)
     # tinyworld
     return Texts(prompt=80, edit=70, documents=[[11] * 6], questions=11, question=14, answer=6)
+
+
+def passed_by(model):
+    """How many weights a token passes through: the layers' and the output's."""
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    return layers + model.lm_head.weight.numel()
 
 
 def token_flops(weights, parameters):
@@ -133,9 +143,7 @@ class Planner:
         self.texts = texts_of(cfg)
         self.weights = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize
         self.free = card.gib * GIB - CONTEXT - self.weights
-        # What a token passes through: the layers and the output.
-        layers = sum(p.numel() for p in model.model.layers.parameters())
-        self.passed = layers + model.lm_head.weight.numel()
+        self.passed = passed_by(model)
 
     def training(self, name, lora: Lora, jobs: list[Job]) -> Phase:
         """SFT of these jobs, as many side by side as a run would take."""
