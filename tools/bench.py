@@ -10,10 +10,9 @@ of the 250 self-edits that the authors released for their first round (data/leng
 tokens, EOS included; each is trained three times there: 65,490 steps). Their tokens are random.
 
 Every step is timed by itself and counts as what it is: plain, recorded as a CUDA graph, or a replay
-of one. The steady state is the median of the replays; on a CPU all steps are plain. A floor is the
-time of the FLOPs or of the bytes, whichever is longer, at the rates of the card's data sheet; of an
-unknown card and of a CPU, at rates measured first. --gpu asks first what matters most: a part that
-fails is one line, and a part whose time is over says what it has.
+of one. The replays are the steady state; on a CPU all steps are plain. A floor is the longer time of
+two, for the FLOPs and for the bytes, at the rates of the card's data sheet, else at measured ones.
+--gpu asks first what matters most. A part that fails is one line; out of time, it says what it has.
 """
 import gc
 import math
@@ -111,8 +110,8 @@ def peft_loop(model, jobs, progress=lambda ids: None):
 
 def train_arm(arm, model, jobs, slots, progress):
     """Train as this arm does. progress(ids) is called after the peer's steps."""
-    if arm == PEFT:
-        peft_loop(model, jobs, progress)
+    if arm == PEFT:     # an epoch of each, so that a few steps see the texts of many
+        peft_loop(model, [replace(x, recipe=replace(x.recipe, epochs=1)) for x in jobs], progress)
     elif arm == ROUND:
         list(sft(model, [replace(x, recipe=replace(x.recipe, slots=slots)) for x in jobs]))
     elif arm == ONE:
@@ -171,11 +170,11 @@ class Steps:
     """Watches what trains or decodes: (kind, ms, tokens) of every step."""
 
     def __init__(self, bench, most=math.inf, traced=False):
-        self.bench, self.most, self.traced, self.found, self.profiler = bench, most, traced, [], None
+        self.bench, self.most, self.traced, self.found = bench, most, traced, []
 
     def watch(self, run):
         """run(), until `most` steps or the part's time are over."""
-        self.kind, self.kinds, self.tokens = "replayed", [], []
+        self.kind, self.kinds, self.tokens, self.profiler = "replayed", [], [], None
         self.marks = [mark(self.bench.device)]
         with suppress(Enough), followed(train, "pack", self.packed), \
                 followed(Engine, "compute", self.computed), followed(Engine, "step", self.ended), \
