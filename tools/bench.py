@@ -11,7 +11,7 @@ tokens, EOS included; each is trained three times there: 65,490 steps). Their to
 
 Every step is timed by itself and counts as what it is: plain, recorded as a CUDA graph, or a replay
 of one. The replays are the steady state; on a CPU all steps are plain. A floor is the longer of two
-times, for the FLOPs and for the bytes, at the rates of the card's data sheet, else at measured ones.
+times, for the FLOPs and the bytes, at the rates of the card's data sheet, else at measured ones.
 --gpu asks first what matters most. A part that fails is one line; out of time, it says what it has.
 """
 import gc
