@@ -170,7 +170,7 @@ class Steps:
     """Watches what trains or decodes: (kind, ms, tokens) of every step."""
 
     def __init__(self, bench, most=math.inf, traced=False):
-        self.bench, self.most, self.traced, self.found = bench, most, traced, []
+        self.bench, self.most, self.traced, self.found = bench, most + 3 * traced, traced, []
 
     def watch(self, run):
         """run(), until `most` steps or the part's time are over."""
@@ -317,7 +317,7 @@ def training(bench, name, arm=OURS, n=750, slots=0, most=60, traced=False):
 def decoding(bench, name, rows, n_adapters=0, temperature=0.0, traced=False):
     """Steps of rows under adapters, or from the nucleus, and a token in all."""
     rng, n_new, adapters, model = random.Random(2), bench.args.n_new, None, bench.model(name)
-    steps = Steps(bench, n_new - 1, traced)
+    steps = Steps(bench, n_new - 1 - 3 * traced, traced)
     vocabulary, per = range(10, model.config.vocab_size), rows // (n_adapters or 1)
     prompts = [rng.choices(vocabulary, k=rng.randint(20, 46)) for _ in range(rows)]
     groups = [prompts[i:i + per] for i in range(0, rows, per)]
