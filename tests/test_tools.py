@@ -1,10 +1,14 @@
 """tools/plan.py plans from a config.json alone, by the formulas with which a run chooses.
-tools/bench.py: its work is the paper's, all arms do the same, and a missing peer is named."""
+tools/bench.py: all arms do the paper's work, and every step counts as what it is."""
 import json
+import math
 import re
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,16 +16,15 @@ import torch
 import outer_loop
 from engine import device
 from inner_loop import inner_recipe
-from lora import Adapters
 from support.config import Config
 from support.files import UserError
 from tests.conftest import ROOT
+from tests.strict import must_not_be_called
 from tools import bench
 from tools import plan as program
 from tools.plan import CARDS, GIB, hardware_table, plan, planner
 
 LENGTHS = json.loads((ROOT / "data/lengths.json").read_text())
-CPU = torch.device("cpu")
 
 # ------------------------------------------------------------------------------- the plan
 
@@ -61,8 +64,9 @@ def test_a_run_chooses_what_the_plan_says(monkeypatch):
 def test_a_smaller_card_takes_longer_and_recomputes_what_does_not_fit():
     minutes = [planner(Config(model="qwen2.5-1.5b"), gib).run()[2] for gib in (8, 24, 80)]
     assert minutes == sorted(minutes, reverse=True)
-    assert "recomputed" in planner(KNOWLEDGE, 24).m_step().side_by_side
-    assert "recomputed" not in planner(KNOWLEDGE, 80).m_step().side_by_side
+    large = replace(KNOWLEDGE, slots=64)
+    assert "recomputed" in planner(large, 24).phases(50, 5, 3)[1].side_by_side
+    assert "recomputed" not in planner(large, 80).phases(50, 5, 3)[1].side_by_side
     assert plan(KNOWLEDGE, 8).endswith("the weights do not fit")
     with pytest.raises(UserError, match="--card 12: choose among 8, 16, 24"):
         plan(KNOWLEDGE, 12)
@@ -112,6 +116,38 @@ def test_cards_are_called_by_their_memory():
         assert card.flops > 1e12 and card.bandwidth > 1e11
 
 
+def test_the_longest_job_and_the_longest_text_bound_the_steps():
+    a_round, held_out, *_ = planner(Config(model="qwen2.5-0.5b"), 141).run()
+    for sampling, inner, *_ in (a_round, held_out):
+        assert sampling.steps == 2048       # one text may be as long
+        assert inner.steps == 10 * max(map(len, LENGTHS))       # 670
+        assert inner.seconds >= 670 * program.RECORDED * 24
+    # Where few fit side by side, all steps count.
+    assert planner(Config(model="qwen2.5-0.5b"), 8).run()[0][1].steps == -(-65490 // 33)
+
+
+def test_the_share_of_the_flops_grows_with_the_model():
+    shares = []
+    for model in ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b"):
+        p = planner(Config(model=model), 80)
+        shares.append(p.flops / p.card.flops)
+    assert shares == pytest.approx([0.15, 0.15, 0.275, 0.44], abs=0.01)
+
+
+def test_a_plan_says_what_was_measured_where_and_what_is_an_estimate():
+    said = plan(Config(model="qwen2.5-0.5b"), 80)
+    assert re.search(r"estimates: 15% of 989 TFLOP/s, .*; measured \(H200, 2026-11-27\): 4.2", said)
+
+
+def test_a_trillion_self_edits_are_planned_at_once():
+    begin = time.process_time()
+    p = planner(Config(model="qwen2.5-0.5b", tasks=10 ** 9, edits=1000), 80)
+    inner = p.run()[0][1]
+    assert time.process_time() - begin < 20
+    assert inner.tokens == 3 * 10 * sum(chain(*LENGTHS)) * 10 ** 12 // 250
+    assert inner.side_by_side.startswith("165 ")
+
+
 # ------------------------------------------------------------------------------- the bench's work
 
 def test_the_lengths_are_those_of_the_paper():
@@ -121,13 +157,16 @@ def test_the_lengths_are_those_of_the_paper():
     assert 49 < sum(flat) / len(flat) < 50
     assert min(flat) == 6
     assert max(flat) == 392
+    assert bench.RECIPE.epochs == 10
 
 
-def test_jobs_have_documents_of_the_given_lengths(tiny):
-    jobs = bench.make_jobs(tiny, [[5, 9], [30]])
-    assert [[len(ids) for ids, _ in job.examples] for job in jobs] == [[5, 9], [30]]
-    for ids, learn in chain(*(job.examples for job in jobs)):
-        assert max(ids) < tiny.config.vocab_size
+def test_jobs_have_the_released_documents_lengths_and_random_tokens(tiny):
+    jobs = bench.make_jobs(tiny, 251)
+    lengths = [[len(ids) for ids, _ in job.examples] for job in jobs]
+    assert sorted(lengths[:250]) == sorted(bench.LENGTHS)
+    assert lengths[250] == lengths[0]
+    for ids, learn in chain(*(job.examples for job in jobs[:9])):
+        assert 10 <= min(ids) and max(ids) < tiny.config.vocab_size
         assert learn == [True] * len(ids)
 
 
@@ -152,187 +191,156 @@ def test_a_shapes_weights_are_random(tmp_path):
 # ------------------------------------------------------------------------------- the arms
 
 @pytest.fixture()
-def peer(tiny):
-    return bench.Peer(tiny, pretrained=True)
+def run():
+    """A Bench, but without flags."""
+    args = SimpleNamespace(device="cpu", dtype="", gpu=False, out="")
+    return bench.Bench(args)
 
 
-def test_all_arms_train_the_same_tokens(tiny, peer, monkeypatch):
-    """Counted in each forward pass of our model and of the peer's."""
-    jobs = bench.make_jobs(tiny, [[5, 9, 30], [12], [7, 7]])
-    ours, theirs = [], []
-    hidden = tiny.hidden
-
-    def spy(ids, position, attend):
-        ours.append(ids.numel())
-        return hidden(ids, position, attend)
-
-    def their_spy(module, args, kwargs):
-        theirs.append(kwargs["input_ids"].numel())
-
-    monkeypatch.setattr(tiny, "hidden", spy)
-    peer.model.register_forward_pre_hook(their_spy, with_kwargs=True)
-
-    bench.train(jobs, tiny, slots=3)
-    packed = list(ours)
-    ours.clear()
-    bench.train(jobs, tiny, slots=1)
-    peer.bare_loop(jobs)
-
-    documents = [5, 7, 7, 9, 12, 30]
-    assert sum(packed) == sum(documents)
-    assert len(packed) == 3         # as many steps as the longest job has
-    assert sorted(ours) == documents
-    assert sorted(theirs) == documents
+@pytest.fixture()
+def few_jobs(tiny):
+    """A step of an epoch for each document of three self-edits."""
+    return bench.make_jobs(tiny, 3, replace(bench.RECIPE, epochs=1))
 
 
-def test_the_peers_adapters_learn(tiny, peer):
-    """The arm to compare with is a training, too."""
-    before = [p.clone() for p in peer.weights]
-    peer.bare_loop(bench.make_jobs(tiny, [[5, 9, 30]]))
-    assert all(p.dtype == torch.float32 for p in peer.weights)
-    assert not any(torch.equal(old, new) for old, new in zip(before, peer.weights))
+@pytest.mark.parametrize("arm", [bench.OURS, bench.ROUND, bench.ONE, bench.PEFT])
+def test_every_arm_trains_the_same_tokens_in_its_own_number_of_steps(tiny, run, few_jobs, arm):
+    steps = bench.Steps(run)
+    run.deadline = math.inf
+    steps.watch(lambda: bench.train_arm(arm, tiny, few_jobs, 3, steps.peer_ended))
+
+    documents = [len(job.examples) for job in few_jobs]
+    assert sum(map(int, steps.tokens)) == sum(job.tokens for job in few_jobs)
+    assert set(steps.kinds) == {"plain"}
+    assert len(steps.kinds) == {bench.ONE: -(-sum(documents) // 3),
+                                bench.PEFT: sum(documents)}.get(arm, max(documents))
+    assert len(steps.found) == len(steps.kinds) - 2
+    assert all(ms > 0 for _, ms, _ in steps.found)
 
 
-def test_both_arms_answer_the_same_questions_with_the_same_tokens(tiny, peer, monkeypatch):
-    """Adapters that are new change nothing, so that the texts must be equal."""
-    questions = bench.make_questions(tiny)
-    adapters = Adapters(tiny, bench.RECIPE.lora, bench.N_ADAPTERS)
-    ours, theirs = [], []
-    generate, their_generate = bench.generate, peer.model.generate
-
-    def spy(*args, **kwargs):
-        found = list(generate(*args, **kwargs))
-        for _, rows in sorted(found):
-            ours.extend(rows)
-        return found
-
-    def their_spy(**kwargs):
-        rows = their_generate(**kwargs)
-        theirs.extend(rows[:, kwargs["input_ids"].shape[1]:].tolist())
-
-    monkeypatch.setattr(bench, "generate", spy)
-    monkeypatch.setattr(peer.model, "generate", their_spy)
-    # With an EOS the peer would shun it before the last token; ours has none here.
-    peer.model.get_base_model().generation_config.eos_token_id = None
-    for i in range(adapters.n):
-        adapters.init(i, i)
-    bench.answer(tiny, adapters, questions, n_new=3)
-    peer.answer(adapters.n, questions, n_new=3)
-
-    assert len(ours) == 32
-    assert ours == theirs
+def test_the_peers_adapters_learn(tiny, few_jobs):
+    weights = bench.peft_loop(tiny, few_jobs[:1])
+    assert all(p.dtype == torch.float32 for p in weights)
+    assert all(B.abs().sum() > 0 for B in weights[1::2])        # they began at 0
 
 
-def test_arms_run_in_turn_after_a_warm_up():
-    calls = []
+class FakeEngine:
+    """Step 1 and 2 are plain, step 3 is recorded and the others are replayed."""
+    done = 0
+    capturing = False
 
-    timings = bench.compare(CPU, {name: lambda name=name: calls.append(name) for name in "ABC"},
-                            repeats=2)
+    def step(self):
+        self.done += 1
+        FakeEngine.capturing = self.done == 3
+        if self.done <= 3:
+            self.compute()
 
-    assert "".join(calls) == "ABC" + "ABCABC"
-    assert list(timings) == ["A", "B", "C"]
-    for timing in timings.values():
-        assert len(timing.seconds) == 2
-        assert len(timing.peaks) == 2
-
-
-def test_peak_memory_is_that_of_each_arm():
-    """Not of the process so far."""
-    _, peak = bench.timed(CPU, lambda: torch.ones(300 * 2 ** 20, dtype=torch.uint8).sum())
-    _, peak_after = bench.timed(CPU, int)
-    assert peak - peak_after > 250 * 2 ** 20
+    def compute(self):
+        pass
 
 
-def test_the_floor_by_hand():
-    """4 FLOPs a weight and 6 a parameter of an adapter, for each token."""
-    floor = bench.Floor(weights=10, parameters=3, rate=580)
-    assert floor.flops == 4 * 10 + 6 * 3
-    assert floor.tokens_per_second == 10
+@pytest.mark.parametrize("owner, step", [("Engine", "compute"), ("Rows", "forward")])
+def test_a_step_is_plain_recorded_or_a_replay(run, monkeypatch, owner, step):
+    """Told by whether Python is called, and whether the stream is being captured then."""
+    fake = type("Fake", (FakeEngine,), {step: FakeEngine.compute})
+    if step == "forward":
+        fake.compute = lambda self: self.forward()
+    monkeypatch.setattr(bench, owner, fake)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: FakeEngine.capturing)
+    run.cuda, run.deadline = True, math.inf
+    engine, steps = fake(), bench.Steps(run, most=9)
+
+    def forever():
+        while True:
+            engine.step()
+
+    steps.watch(forever)
+    assert steps.kinds == ["plain"] * 2 + ["recorded"] + ["replayed"] * 6
+    values, steady = steps.by_kind()
+    assert values["recorded"] == 1 and values["replayed"] == 6 and "plain" not in values
+    assert [kind for kind, *_ in steady] == ["replayed"] * 6
+
+
+def test_the_floor_is_the_longer_of_two_times():
+    card = program.Card("a card", 1, flops=100, bandwidth=10)
+    assert card.least_ms(200, 5) == 2000
+    assert card.least_ms(200, 50) == 5000
 
 
 # ------------------------------------------------------------------------------- its program
 
-FEW = "--jobs 2 --repeats 1 --scaling 2 8 --n-new 2".split()
-SMALL_SUITE = "--suite --device cpu --shape small --peer-jobs 1".split()
+FEW = "--jobs 2 --steps 4 --repeats 1 --n-new 8 --device cpu".split()
 
 
 @pytest.fixture()
 def call(monkeypatch, capsys):
-    """bench.py with these words: what it prints."""
+    """bench.py with these words: what it prints, and the error it ends with."""
     def run(*words):
-        monkeypatch.setattr("sys.argv", ["bench.py", *words, *FEW])
-        bench.main()
-        return capsys.readouterr().out
+        monkeypatch.setattr("sys.argv", ["bench.py", *FEW, *words])
+        error = None
+        try:
+            bench.main()
+        except UserError as e:
+            error = str(e)
+        return capsys.readouterr().out, error
     return run
 
 
-def assert_timed(out, *arms):
-    """The table has a line for each of these."""
-    for arm in arms:
-        assert re.search(rf"{arm}.* [\d.]+ s \[", out), out
-
-
-def test_without_the_peers_it_says_which_is_missing(tiny_folder, monkeypatch, call):
+def test_on_a_cpu_without_the_peer_it_says_which_is_missing(monkeypatch, tmp_path, call):
     monkeypatch.setitem(sys.modules, "peft", None)
-    out = call("--model", str(tiny_folder), "--device", "cpu")
-    assert re.search("no peers: .*peft", out)
-    assert_timed(out, "ours, packed", "ours, one slot", "ours, together")
-    assert "ours over" not in out
-    assert "PEFT" not in out
+    out, error = call("--model", "small", "--out", str(tmp_path / "figures.md"))
+    assert error is None
+    assert re.search("left out: .*peft", out)
+    for arm in (bench.OURS, bench.ONE, bench.ROUND):
+        assert re.search(rf"- {arm}, 2 slots: plain .*share_of_the_floor 0", out)
+    assert "8 rows" not in out and "32 rows, 8 adapters: plain" in out
+    assert (tmp_path / "figures.md").read_text() == out
 
 
-def test_a_model_and_a_shape_are_one_too_many(call):
-    with pytest.raises(UserError, match="--model or --shape, not both"):
-        call("--model", "m", "--shape", "smollm2-135m")
+def test_a_part_that_fails_is_a_line_and_the_next_one_runs(monkeypatch, call):
+    def broken(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    def passed(run, *words):
+        run.say("- tests passed")
+
+    monkeypatch.setattr(bench, "train_arm", broken)
+    monkeypatch.setattr(bench, "command", passed)
+    monkeypatch.setattr(bench, "generate", broken)
+
+    out, error = call("--gpu", "--model", "small")
+
+    parts = re.findall("## (.*)", out)
+    assert parts[:3] == ["the card", "tests", "0.5B, steady"]
+    assert "- tests passed" in out
+    failed = out.count("- failed: OutOfMemoryError: CUDA out of memory. Tried to allocate")
+    assert failed == len(parts) - 2
+    assert error == "failed: " + ", ".join(parts[2:])
+
+
+def test_a_part_without_time_is_left_out_and_one_whose_time_is_over_says_what_it_has(run, tiny):
+    run.end = time.time() + 60
+    run.part("long", 61, must_not_be_called)
+    steps = bench.Steps(run)
+
+    def train(run):
+        run.deadline = 0        # over at the third step, as before it there is nothing to say
+        jobs = bench.make_jobs(tiny, 2)
+        steps.watch(lambda: bench.train_arm(bench.OURS, tiny, jobs, 2, None))
+
+    run.part("short", 30, train)
+    assert len(steps.kinds) == 1
+    assert run.failed == []
 
 
 @pytest.mark.slow
-def test_bench_prints_a_table():
-    done = subprocess.run([sys.executable, "-m", "tools.bench", *FEW], capture_output=True,
-                          text=True)
+@pytest.mark.parametrize("words", [(), ("--gpu", "--model", "small")])
+def test_bench_prints_its_figures(words):
+    done = subprocess.run([sys.executable, "-m", "tools.bench", *FEW, *words],
+                          capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
-    assert_timed(done.stdout, "ours, packed", "ours, one slot", "the fair peer", "ours, together",
-                 "one by one")
-    for words in ("floor", "ours over the fair peer", "extrapolated", "   8 self-edits"):
-        assert words in done.stdout
-
-
-def test_the_suite_trains_and_decodes_with_graphs_and_without(monkeypatch, call):
-    asks = {}       # how often an arm asks whether the device has graphs
-    asked, compare = [], bench.compare
-
-    def spy(device, arms, repeats):
-        for name, arm in arms.items():
-            before = len(asked)
-            arm()
-            asks[name] = len(asked) - before
-        return compare(device, arms, repeats)
-
-    monkeypatch.setattr(bench.decode, "has_graphs", lambda device: asked.append(device))
-    monkeypatch.setattr(bench, "compare", spy)
-
-    out = call(*SMALL_SUITE)
-
-    assert_timed(out, "ours, packed", "the fair peer", "ours, one slot", "one by one")
-    for arm in ("ours, together", "ours, from the nucleus"):
-        without = f"{arm}, without graphs"
-        assert_timed(out, f"{arm} ", without)
-        assert asks[arm] > 0
-        assert asks[without] == 0
-    for words in ("formula", "ours over the fair peer", "ours over the peer", "ms a token"):
-        assert words in out
-    assert "failed" not in out
-    assert "a round" not in out
-
-
-def test_a_part_of_the_suite_that_fails_is_named_and_the_next_one_runs(monkeypatch, call):
-    def broken(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-
-    monkeypatch.setattr(bench, "compare", broken)
-
-    out = call(*SMALL_SUITE)
-
-    for part in ("bench_training", "bench_answering"):
-        assert f"{part} failed: OutOfMemoryError: CUDA out of memory. Tried to allocate" in out
+    for arm in (bench.OURS, bench.ONE, bench.PEFT, bench.ROUND):
+        assert re.search(rf"- {arm}, \d+ slots: plain ", done.stdout)
+    assert done.stdout.count("- ours over it: x ") >= 2
+    assert "ms_a_token_in_all" in done.stdout

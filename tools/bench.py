@@ -1,42 +1,50 @@
 """How fast the engine is, beside what one would use instead, in one run.
 
     python -m tools.bench                           # the embedded checkpoint, minutes on a CPU
-    python -m tools.bench --model DIR_OR_HUB_ID --dtype bfloat16
-    python -m tools.bench --shape qwen2.5-7b --jobs 256       # random weights of a known shape
-    python -m tools.bench --suite --jobs 750 --epochs 3 --slots 64 --peer-jobs 8 --repeats 1
+    python -m tools.bench --model DIR_OR_HUB_ID --dtype bfloat16 --steps 10
+    python -m tools.bench --model qwen2.5-7b        # random weights of a known shape
+    python -m tools.bench --gpu --out FILE          # eight minutes of a GPU, in three shapes
 
-Training is of the paper's inner loops. The documents' lengths are those of the 250 self-edits that
-the authors released for their first round (data/lengths.json, in Qwen2.5 tokens, EOS included; each
-is trained three times in the paper, which makes its 65,490 steps). The tokens are random, and LoRA
-is r 32 on q and v. Every arm does the same work in turn, A B C A B C; medians are shown. An arm
-whose library is missing is left out. --suite is for a GPU: training and decoding in three shapes,
-256 rows under 64 adapters, with graphs and without; a part that fails is named, the next one runs.
+Training is of the paper's inner loops, ten epochs, r 32 on q and v. Documents are as long as those
+of the 250 self-edits that the authors released for their first round (data/lengths.json, in Qwen2.5
+tokens, EOS included; each is trained three times there: 65,490 steps). Their tokens are random.
+
+Every step is timed by itself and counts as what it is: plain, recorded as a CUDA graph, or a replay
+of one. The replays are the steady state; on a CPU all steps are plain. A floor is the longer of two
+times, for the FLOPs and the bytes, at the rates of the card's data sheet, else at measured ones.
+--gpu asks first what matters most. A part that fails is one line; out of time, it says what it has.
 """
-import json
+import gc
+import math
+import os
 import random
-import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from statistics import mean, median
 from unittest import mock
 
 import torch
 
-from engine import decode
-from engine.decode import Sampling, generate, in_groups
-from engine.device import auto_slots, give_back_memory, peak_memory, step_memory
-from engine.train import batched, sft
+from engine import train
+from engine.decode import Rows, Sampling, generate
+from engine.device import auto_slots, give_back_memory, peak_memory, row_memory
+from engine.train import Engine, fill_slots, sft
 from lora import Adapters, Job, Lora, Recipe
 from model import ModelConfig, Transformer, load_pretrained
 from support.checkpoint import EMBEDDED
-from support.files import Parser, UserError, at_least, cli, positive
-from tools.plan import SHAPES, token_flops, write_shape
+from support.files import Parser, UserError, cli, positive
+from tools.plan import CARDS, LENGTHS, SHAPES, Card, passed_by, token_flops, write_shape
 
-LENGTHS = json.loads(EMBEDDED.with_name("lengths.json").read_text())   # per self-edit
-RECIPE = Recipe(Lora(rank=32, alpha=64, targets=["q_proj", "v_proj"]), lr=1e-3, epochs=1, batch=1)
-N_ADAPTERS, N_QUESTIONS = 8, 32     # of the arms that answer
-SUITE = ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b"]
+RECIPE = Recipe(Lora(rank=32, alpha=64, targets=["q_proj", "v_proj"]), lr=1e-3, epochs=10, batch=1)
+# The arms of a training. The last tells what it costs that there are many adapters.
+OURS, ROUND = "ours, all slots full", "ours, all jobs to their end"
+PEFT, ONE = "PEFT, one document a step", "one adapter, as many documents a step"
 
 # ------------------------------------------------------------------------------- the work
 
@@ -51,348 +59,340 @@ def shaped(name, folder, device, dtype):
     return model.requires_grad_(False)
 
 
-def lengths_of(n, model, most=None):
-    """Document lengths of n self-edits, in an order of chance, cut to the model's window."""
-    rng = random.Random(1)
-    edits = []
-    for documents in rng.sample(LENGTHS, len(LENGTHS)):
-        chosen = rng.sample(documents, len(documents))[:most]
-        edits.append([min(length, model.config.max_len) for length in chosen])
-    return [edits[i % len(edits)] for i in range(n)]
-
-
-def random_ids(rng, model, n):
-    return [rng.randrange(10, model.config.vocab_size) for _ in range(n)]
-
-
-def make_jobs(model, lengths, recipe=RECIPE):
-    """Inner loops over random tokens, in documents of the given lengths."""
-    rng = random.Random(0)
-    jobs = []
-    for seed, documents in enumerate(lengths):
-        examples = [(random_ids(rng, model, n), [True] * n) for n in documents]
+def make_jobs(model, n, recipe=RECIPE):
+    """n inner loops, whose documents are cut to the model's window, in an order of chance."""
+    rng, jobs = random.Random(0), []
+    edits = rng.sample(LENGTHS, len(LENGTHS))
+    for seed in range(n):
+        examples = []
+        for length in edits[seed % len(edits)]:
+            n_ids = min(length, model.config.max_len)
+            ids = rng.choices(range(10, model.config.vocab_size), k=n_ids)
+            examples.append((ids, [True] * len(ids)))
         jobs.append(Job(examples, seed, recipe))
     return jobs
 
 
-def make_questions(model, n=N_QUESTIONS):
-    rng = random.Random(2)
-    return [random_ids(rng, model, rng.randint(20, 46)) for _ in range(n)]
+def peft_loop(model, jobs, progress=lambda ids: None):
+    """The fair peer, transformers + PEFT on a model of the same shape: one adapter after the other,
+    one document after the other, nothing padded. Returns the last adapter's weights."""
+    import peft
+    import transformers
+    transformers.logging.set_verbosity_error()
+    device, lora = model.device, RECIPE.lora
+    config = transformers.AutoConfig.from_pretrained(model.folder)
+    with torch.device(device):      # on one CPU thread 7B parameters take minutes
+        base = transformers.AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    peer = peft.get_peft_model(base, peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM"))
+    # PEFT keeps adapters in float32 over a bfloat16 model, as we do.
+    weights = [p for p in peer.parameters() if p.requires_grad]
+    for job in jobs:
+        torch.manual_seed(job.seed)
+        for A, B in zip(weights[0::2], weights[1::2]):      # a fresh adapter
+            torch.nn.init.kaiming_uniform_(A, a=5 ** .5)
+            torch.nn.init.zeros_(B)
+        opt = torch.optim.AdamW(weights, lr=job.recipe.lr, weight_decay=0,
+                                fused=device.type == "cuda")
+        schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, job.steps)
+        texts = [torch.tensor([ids], device=device) for ids, _ in job.examples]
+        for (e,) in job.micro_batches():
+            with torch.autocast(device.type, torch.bfloat16, model.dtype == torch.bfloat16):
+                loss = peer(input_ids=texts[e], labels=texts[e], use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            opt.step()
+            schedule.step()
+            opt.zero_grad()
+            progress(texts[e])
+    return weights
 
 
-def train(jobs, model, slots):
-    """Our training: all jobs, `slots` of them side by side."""
-    list(sft(model, [replace(job, recipe=replace(job.recipe, slots=slots)) for job in jobs]))
-
-
-def answer(model, adapters, questions, n_new):
-    """Our answering: as many questions under each adapter, all together."""
-    per = len(questions) // adapters.n
-    groups = [questions[i * per:(i + 1) * per] for i in range(adapters.n)]
-    list(generate(model, groups, Sampling(n_new), adapters=adapters))
-
-
-def one_round(model, jobs, questions):
-    """8 self-edits of 64 tokens a prompt; the jobs' SFT; 4 answers of 8 tokens under each."""
-    contexts = [questions[i % len(questions)] for i in range(-(-len(jobs) // 8))]
-    writing = Sampling(64, n=8, temperature=1.0, top_p=0.95)
-    list(generate(model, [contexts], writing, seeds=range(8 * len(contexts))))
-    for finished in batched(sft(model, jobs), 8):
-        weights = [trained.weights for _, trained in finished]
-        adapters = Adapters.stack(model, RECIPE.lora, weights)
-        answer(model, adapters, questions[:4 * len(weights)], 8)
-
-
-# ------------------------------------------------------------------------------- peers
-
-class Peer:
-    """transformers + PEFT, on the same weights or the same shape."""
-
-    def __init__(self, model, pretrained):
-        import peft
-        import transformers
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        auto = transformers.AutoModelForCausalLM
-        if pretrained:
-            base = auto.from_pretrained(model.folder, dtype=model.dtype)
-        else:
-            config = transformers.AutoConfig.from_pretrained(model.folder)
-            with torch.device(model.device):    # on one CPU thread 7B parameters take minutes
-                base = auto.from_config(config, dtype=model.dtype)
-        lora = RECIPE.lora
-        self.lora = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0,
-                                    target_modules=lora.targets, task_type="CAUSAL_LM")
-        self.device = model.device
-        self.model = peft.get_peft_model(base.to(model.device), self.lora)
-        # PEFT keeps adapters in float32 over a bfloat16 model, as we do.
-        self.weights = [p for p in self.model.parameters() if p.requires_grad]
-
-    def bare_loop(self, jobs):
-        """One adapter after the other, one document after the other, nothing padded."""
-        for job in jobs:
-            torch.manual_seed(job.seed)
-            for A, B in zip(self.weights[0::2], self.weights[1::2]):    # a fresh adapter
-                torch.nn.init.kaiming_uniform_(A, a=5 ** .5)
-                torch.nn.init.zeros_(B)
-            opt = torch.optim.AdamW(self.weights, lr=job.recipe.lr, weight_decay=0,
-                                    fused=self.device.type == "cuda")
-            schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, job.steps)
-            texts = [torch.tensor([ids], device=self.device) for ids, _ in job.examples]
-            for (e,) in job.micro_batches():
-                with torch.autocast(self.device.type, torch.bfloat16,
-                                    enabled=self.model.dtype == torch.bfloat16):
-                    loss = self.model(input_ids=texts[e], labels=texts[e], use_cache=False).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
-                opt.step()
-                schedule.step()
-                opt.zero_grad()
-
-    def trainer(self, jobs, pad_to, steps):
-        """The official way, a few steps of it: Trainer, rows padded and learned to `pad_to`."""
-        import transformers
-        texts = []
-        for job in jobs:
-            texts += [(ids + [0] * pad_to)[:pad_to] for ids, _ in job.examples]
-        rows = [{"input_ids": ids, "labels": ids} for ids in texts[:steps]]
-        with tempfile.TemporaryDirectory() as out:
-            trainer = transformers.Trainer(self.model, transformers.TrainingArguments(
-                out, per_device_train_batch_size=1, max_steps=steps, learning_rate=RECIPE.lr,
-                report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                use_cpu=self.device.type == "cpu", dataloader_pin_memory=False,
-                bf16=self.model.dtype == torch.bfloat16), train_dataset=rows)
-            trainer.remove_callback(transformers.PrinterCallback)
-            trainer.train()
-
-    def answer(self, n, questions, n_new):
-        """Adapter after adapter, the questions of each in one left-padded batch."""
-        for name in range(n - len(self.model.peft_config)):
-            self.model.add_adapter(f"extra{name}", self.lora)
-        per, longest = len(questions) // n, max(map(len, questions))
-        self.model.eval()
-        for i, name in enumerate(list(self.model.peft_config)[:n]):
-            self.model.set_adapter(name)
-            rows = questions[i * per:(i + 1) * per]
-            ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-            with torch.inference_mode():
-                self.model.generate(input_ids=ids.to(self.device), do_sample=False, pad_token_id=0,
-                                    attention_mask=mask.to(self.device), max_new_tokens=n_new,
-                                    min_new_tokens=n_new)
-        self.model.set_adapter("default")
-        self.model.train()
+def train_arm(arm, model, jobs, slots, progress):
+    """Train as this arm does. progress(ids) is called after the peer's steps."""
+    if arm == PEFT:     # an epoch of each, so that a few steps see the texts of many
+        peft_loop(model, [replace(x, recipe=replace(x.recipe, epochs=1)) for x in jobs], progress)
+    elif arm == ROUND:
+        list(sft(model, [replace(x, recipe=replace(x.recipe, slots=slots)) for x in jobs]))
+    elif arm == ONE:
+        examples = [example for job in jobs for example in job.examples]
+        list(sft(model, [Job(examples, 0, replace(jobs[0].recipe, batch=slots, slots=1))]))
+    else:
+        # In an order of chance, where sft begins with the longest: a whole round's mix of texts.
+        list(fill_slots(model, jobs, list(range(len(jobs))), slots, lambda left: None))
 
 
 # ------------------------------------------------------------------------------- measuring
 
-def timed(device, f):
-    """(seconds, peak bytes: of the process on a CPU, of the allocator on CUDA)."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():        # the process's peak begins anew (Linux)
-        Path("/proc/self/clear_refs").write_text("5")
-    begin = time.perf_counter()
+class Enough(Exception):
+    """The steps or the time of an arm are over."""
+
+
+def mark(device):
+    """A moment, on the device's own time line if it has one."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def ms_between(marks):
+    """Milliseconds from each of these moments to the next."""
+    if isinstance(marks[0], float):
+        return [1000 * (b - a) for a, b in zip(marks, marks[1:])]
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
+
+
+def ms_of(device, f, n=10):
+    """The median of n calls. What they return is dropped at once, as fresh memory takes time."""
     f()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter() - begin, torch.cuda.max_memory_allocated()
-    seconds = time.perf_counter() - begin
-    if not Path("/proc/self/status").exists():
-        return seconds, peak_memory()
-    status = Path("/proc/self/status").read_text()
-    return seconds, 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-@dataclass
-class Timing:
-    seconds: list[float]
-    peaks: list[int]
-
-    median = property(lambda self: statistics.median(self.seconds))
-
-
-def compare(device, arms, repeats):
-    """Run all arms in turn, `repeats` times after a warm-up: {name: Timing}."""
-    for f in arms.values():
+    marks = [mark(device)]
+    for _ in range(n):
         f()
-    timings = {name: Timing([], []) for name in arms}
-    for _ in range(repeats):
-        for name, f in arms.items():
-            seconds, peak = timed(device, f)
-            timings[name].seconds.append(seconds)
-            timings[name].peaks.append(peak)
-    return timings
+        marks.append(mark(device))
+    return median(ms_between(marks))
 
 
-def show(name, timing, tokens, more=""):
-    low, high = min(timing.seconds), max(timing.seconds)
-    peak = statistics.median(timing.peaks) / 2 ** 30
-    print(f"  {name:<44} {timing.median:8.2f} s [{low:.2f}, {high:.2f}] "
-          f"{tokens / timing.median:9.0f} tokens/s  {peak:6.2f} GiB  {more}", flush=True)
+def followed(owner, name, after):
+    """While entered, after(its result) follows each call of a function."""
+    function = getattr(owner, name)
+
+    def call(*args):
+        result = function(*args)
+        after(result)
+        return result
+    return mock.patch.object(owner, name, call)
 
 
-def matmul_rate(device, dtype):
-    """FLOP/s of a large square matrix product: what the floor is reckoned with."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n ** 3 / min(timed(device, lambda: a @ b.T)[0] for _ in range(8))
+class Steps:
+    """Watches what trains or decodes: (kind, ms, tokens) of every step."""
+
+    def __init__(self, bench, most=math.inf, traced=False):
+        self.bench, self.most, self.traced, self.found = bench, most + 3 * traced, traced, []
+
+    def watch(self, run):
+        """run(), until `most` steps or the part's time are over."""
+        self.kind, self.kinds, self.tokens, self.profiler = "replayed", [], [], None
+        self.marks = [mark(self.bench.device)]
+        with suppress(Enough), followed(train, "pack", self.packed), \
+                followed(Engine, "compute", self.computed), followed(Engine, "step", self.ended), \
+                followed(Rows, "forward", self.computed), followed(Rows, "step", self.ended):
+            run()
+        tokens = [int(n) for n in self.tokens] or [1] * len(self.kinds)
+        steps = list(zip(self.kinds, ms_between(self.marks), tokens))
+        # The first two load kernels and compile. The last three are slower while they are traced.
+        self.found += steps[2:-3] if self.traced else steps[2:]
+        if self.profiler:
+            self.profiler.stop()
+            self.bench.say(self.profiler.key_averages().table(
+                f"self_{self.bench.device.type}_time_total", row_limit=40))
+
+    def packed(self, step):
+        self.tokens.append((step.ids != 0).sum())       # what fills a step up is 0
+
+    def computed(self, result):
+        """A step's Python was called, as in a replay it is not."""
+        graph = self.bench.cuda and torch.cuda.is_current_stream_capturing()
+        self.kind = "recorded" if graph else "plain"
+
+    def ended(self, result):
+        self.kinds.append(self.kind)
+        self.marks.append(mark(self.bench.device))
+        self.kind = "replayed"
+        if self.traced and len(self.kinds) == self.most - 3:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        if len(self.kinds) >= self.most or time.time() > self.bench.deadline:
+            raise Enough
+
+    def peer_ended(self, ids):
+        self.tokens.append(ids.numel())
+        self.computed(ids)
+        self.ended(ids)
+
+    def by_kind(self):
+        """{what: figure} of each kind; (kind, ms, tokens) of the steady ones."""
+        values, steady = {}, []
+        for kind in ("recorded", "plain", "replayed"):
+            own = [step for step in self.found if step[0] == kind]
+            if own:
+                values[kind], values[f"{kind}_ms"] = len(own), median(ms for _, ms, _ in own)
+                steady = own        # in the end, of the last kind that there is
+        return values, steady
 
 
-@dataclass
-class Floor:
-    """The least time that training can take: its FLOPs at the rate of a large product."""
-    weights: int        # N, of the layers and the output
-    parameters: int     # P, of an adapter
-    rate: float         # FLOP/s of a large product
+class Bench:
+    """Where it runs, the time that is left, and where the figures go."""
 
-    flops = property(lambda self: token_flops(self.weights, self.parameters))
-    tokens_per_second = property(lambda self: self.rate / self.flops)
+    def __init__(self, args):
+        self.args, self.device = args, torch.device(args.device)
+        self.cuda = self.device.type == "cuda"
+        self.dtype = getattr(torch, args.dtype or ("bfloat16" if self.cuda else "float32"))
+        self.end = time.time() + (480 if args.gpu else math.inf)
+        self.failed, self.rates = [], defaultdict(list)
+        self.folder, self.out = tempfile.TemporaryDirectory(), open(args.out or os.devnull, "a")
 
-    @classmethod
-    def of(cls, model):
-        layers = sum(p.numel() for p in model.model.layers.parameters())
-        return cls(layers + model.lm_head.weight.numel(), RECIPE.lora.parameters(model),
-                   matmul_rate(model.device, model.dtype))
+    def say(self, text, **values):
+        """Print and write it now, as the machine may go away."""
+        text += ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        print(text, flush=True)
+        print(text, flush=True, file=self.out)
 
-
-def bench_training(args, model, peer, floor):
-    # One adapter after the other is as fast for few jobs as for many. Side by side takes many, as
-    # slots are empty when few are left. So the slow arms train the first ones only.
-    recipe = replace(RECIPE, epochs=args.epochs)
-    jobs = make_jobs(model, lengths_of(args.jobs, model, args.documents), recipe)
-    few = jobs[:args.peer_jobs]
-    steps, tokens = sum(job.steps for job in jobs), sum(job.tokens for job in jobs)
-    slots = args.slots or auto_slots(model, jobs) or 1
-    need = step_memory(model, RECIPE.lora, slots, slots * tokens / steps)
-    print(f"formula: a step of {slots} slots needs {need / 2 ** 30:.2f} GiB beside the weights")
-    if model.device.type == "cuda":
-        print(f"models hold {torch.cuda.memory_allocated() / 2 ** 30:.2f} GiB of each peak")
-
-    packed, fair = f"ours, packed, {slots} slots", "PEFT, bare loop, no padding (the fair peer)"
-    work = {packed: jobs, "ours, one slot": few, fair: few}
-    arms = {packed: lambda: train(jobs, model, slots),
-            "ours, one slot": lambda: train(few, model, 1)}
-    if peer:
-        arms[fair] = lambda: peer.bare_loop(few)
-    timings = compare(model.device, arms, args.repeats)
-
-    print(f"\ntraining {len(jobs)} adapters, {steps} steps, {tokens} tokens (slow arms: the first "
-          f"{len(few)}); median of {args.repeats}")
-    rate = {}       # tokens per second
-    for name, timing in timings.items():
-        own_tokens = sum(job.tokens for job in work[name])
-        rate[name] = own_tokens / timing.median
-        per_hour = 3600 * len(work[name]) / timing.median
-        share = rate[name] / floor.tokens_per_second
-        show(name, timing, own_tokens, f"{per_hour:.0f} adapters/h, {share:.1%} of the floor")
-    if not peer:
-        return
-    print(f"  ours over the fair peer, by tokens/s: {rate[packed] / rate[fair]:.2f} x")
-    n_steps, pad_to = 4, min(2048, model.config.max_len)
-    try:
-        seconds, _ = timed(model.device, lambda: peer.trainer(jobs, pad_to, n_steps))
-    except ImportError as e:
-        print(f"  no Trainer: {e}")
-        return
-    estimate = seconds / n_steps * steps
-    print(f"  Trainer + PEFT, rows padded to {pad_to}: {n_steps} steps in {seconds:.1f} s; "
-          f"extrapolated to all: {estimate:.0f} s, {estimate / timings[packed].median:.0f} x ours")
-
-
-def bench_answering(args, model, peer, floor):
-    n, rows = (64, 256) if args.suite else (N_ADAPTERS, N_QUESTIONS)
-    questions = make_questions(model, rows)
-    adapters = Adapters(model, RECIPE.lora, n)
-    for i in range(n):
-        adapters.init(i, i)
-    arms = {"ours, together": lambda: answer(model, adapters, questions, args.n_new)}
-    if args.suite:
-        nucleus, seeds = Sampling(args.n_new, temperature=1.0, top_p=0.95), range(rows)
-        arms["ours, from the nucleus"] = lambda: in_groups(
-            generate(model, [questions], nucleus, seeds=seeds), [questions])
-        without_graphs = mock.patch.object(decode, "has_graphs", lambda device: False)
-        for name, arm in list(arms.items()):
-            arms[name + ", without graphs"] = without_graphs(arm)
-    one_by_one = "transformers + PEFT, one by one"
-    if peer:
-        arms[one_by_one] = lambda: peer.answer(N_ADAPTERS, questions[:N_QUESTIONS], args.n_new)
-    timings = compare(model.device, arms, args.repeats)
-    print(f"\nanswering {rows} questions under {n} adapters, {args.n_new} tokens each; median of "
-          f"{args.repeats}")
-    rate = {}
-    for name, timing in timings.items():
-        tokens = (N_QUESTIONS if name == one_by_one else rows) * args.n_new
-        rate[name] = tokens / timing.median
-        show(name, timing, tokens, f"{1000 * timing.median / args.n_new:.2f} ms a token")
-    if peer:
-        print(f"  ours over the peer: {rate['ours, together'] / rate[one_by_one]:.2f} x")
-
-
-def bench_rounds(args, model, peer, floor):
-    print("\na round: 8 self-edits of 64 tokens a prompt; their SFT; 4 answers of 8 tokens each")
-    questions, four = make_questions(model), lengths_of(4, model, args.documents)
-    recipe = replace(RECIPE, slots=args.slots)
-    for n in args.scaling:      # the same four self-edits, again and again
-        jobs = make_jobs(model, [four[i % 4] for i in range(n)], recipe)
-        seconds, peak = timed(model.device, lambda: one_round(model, jobs, questions))
-        print(f"  {n:4} self-edits {seconds:8.2f} s, {seconds / n * 1000:7.1f} ms each, "
-              f"{peak / 2 ** 30:6.2f} GiB", flush=True)
-
-
-def bench(args, model):
-    floor = Floor.of(model)
-    device = f"CPU, {torch.get_num_threads()} threads"
-    if model.device.type == "cuda":
-        device = torch.cuda.get_device_name(model.device)
-    print(f"{args.shape or model.folder}, {model.dtype}, {device}, torch {torch.__version__}\n"
-          f"N {floor.weights / 1e6:.2f} M weights in products, P {floor.parameters / 1e6:.2f} M an "
-          f"adapter: 4 N + 6 P = {floor.flops / 1e6:.1f} MFLOP a token; a product runs at "
-          f"{floor.rate / 1e9:.0f} GFLOP/s: floor {floor.tokens_per_second:.0f} tokens/s")
-    try:
-        peer = Peer(model, pretrained=not args.shape)
-    except ImportError as e:
-        peer = None
-        print(f"no peers: {e} (requirements-dev.txt)")
-    parts = [bench_training, bench_answering]
-    for part in parts if args.suite else [*parts, bench_rounds]:
+    def part(self, name, seconds, function, *args, **kwargs):
+        """A part that may take so long, if that much is left. A failure is one line."""
+        begin = time.time()
+        if begin + seconds > self.end:
+            return self.say(f"\n## {name}: left out, too little time")
+        self.say(f"\n## {name}")
+        self.deadline = begin + seconds
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
         try:
-            part(args, model, peer, floor)
-        except Exception as e:      # in a suite the next part may run, whatever it is
-            if not args.suite:
-                raise
-            print(f"{part.__name__} failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
+            function(self, *args, **kwargs)
+        except ImportError as e:
+            self.say(f"- left out: {e} (requirements-dev.txt)")
+        except Exception as e:
+            self.failed.append(name)
+            self.say(f"- failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
+        self.say(f"- ({time.time() - begin:.1f} s; peak {peak_memory() / 2 ** 30:.2f} GiB)")
+        gc.collect()        # models of transformers hold on to themselves
         give_back_memory()
+
+    def model(self, name):
+        if name in SHAPES:
+            return shaped(name, self.folder.name, self.device, self.dtype)
+        return load_pretrained(name, self.device, self.dtype)
+
+
+# ------------------------------------------------------------------------------- the parts
+
+def the_card(bench, n):
+    """What a product of n x n, a copy and a launch take, and by whose rates floors go."""
+    a, b = (torch.randn(n, n, device=bench.device, dtype=bench.dtype) for _ in range(2))
+    x, little = (torch.zeros(size, device=bench.device) for size in (16 * n * n, 8))
+    y = torch.empty_like(x)
+    flops = 2000 * n ** 3 / ms_of(bench.device, lambda: a @ b.T)
+    bandwidth = 2000 * x.nbytes / ms_of(bench.device, lambda: y.copy_(x))
+    launches = ms_of(bench.device, lambda: [little.add_(1) for _ in range(1000)])
+    name = torch.cuda.get_device_name() if bench.cuda else f"CPU, {torch.get_num_threads()} threads"
+    bench.card = Card("what was measured here", 0, flops, bandwidth)
+    for card in CARDS.values():
+        if f" {card.name} " in f" {name} ".replace("-", " ") and bench.dtype == torch.bfloat16:
+            bench.card = card
+    bench.say(f"- {name}, torch {torch.__version__}, floors by {bench.card}: ",
+              tflop_s=flops / 1e12, copying_tb_s=bandwidth / 1e12, us_a_launch=launches)
+
+
+def command(bench, *words):
+    """Another program: its last line."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True,
+                          timeout=bench.deadline - time.time())
+    bench.say(f"- status {done.returncode}: {(done.stdout + done.stderr).strip().splitlines()[-1]}")
+
+
+def training(bench, name, arm=OURS, n=750, slots=0, most=60, traced=False):
+    """The steps of an arm: (kind, ms, tokens) by Steps, and what they say."""
+    args, model = bench.args, bench.model(name)
+    steps = Steps(bench, math.inf if arm == ROUND else args.steps or most, traced)
+    jobs = make_jobs(model, args.jobs or n)
+    slots = min(slots or args.slots or auto_slots(model, jobs) or 1, len(jobs))
+    steps.watch(partial(train_arm, arm, model, jobs, slots, steps.peer_ended))
+    values, steady = steps.by_kind()
+    ms, tokens = mean(ms for _, ms, _ in steady), mean(n for *_, n in steady)
+    P, N = RECIPE.lora.parameters(model), passed_by(model)
+    # The weights are read forward and backward. AdamW moves 28 bytes a parameter.
+    nbytes = 2 * N * model.dtype.itemsize + 28 * P * (1 if arm in (ONE, PEFT) else slots)
+    least = bench.card.least_ms(tokens * token_flops(N, P), nbytes)
+    in_all = sum(n for *_, n in steps.found) / sum(ms for _, ms, _ in steps.found)
+    bench.say(f"- {arm}, {slots} slots: ", **values, tokens=tokens, k_tokens_s=tokens / ms,
+              k_tokens_s_in_all=in_all, share_of_the_floor=least / ms)
+    bench.rates[arm, name, slots].append(tokens / ms)
+    ours = bench.rates[OURS, name, slots]
+    if arm in (ONE, PEFT) and ours:
+        bench.say("- ours over it: ", x=median(ours) / median(bench.rates[arm, name, slots]))
+
+
+def decoding(bench, name, rows, n_adapters=0, temperature=0.0, traced=False):
+    """Steps of rows under adapters, or from the nucleus, and a token in all."""
+    rng, n_new, adapters, model = random.Random(2), bench.args.n_new, None, bench.model(name)
+    steps = Steps(bench, n_new - 1 - 3 * traced, traced)
+    vocabulary, per = range(10, model.config.vocab_size), rows // (n_adapters or 1)
+    prompts = [rng.choices(vocabulary, k=rng.randint(20, 46)) for _ in range(rows)]
+    groups = [prompts[i:i + per] for i in range(0, rows, per)]
+    if n_adapters:
+        adapters = Adapters(model, RECIPE.lora, n_adapters)
+        adapters.flat.normal_(std=0.01)
+    sampling = Sampling(n_new, temperature=temperature, top_p=0.95, max_rows=rows)
+    begin = time.time()
+    steps.watch(lambda: list(generate(model, groups, sampling, range(rows), adapters)))
+    in_all = 1000 * (time.time() - begin) / n_new
+    values, steady = steps.by_kind()
+    N, P = passed_by(model), RECIPE.lora.parameters(model)
+    nbytes = model.dtype.itemsize * (N + n_adapters * P) + rows * row_memory(model, 33 + n_new // 2)
+    bench.say(f"- {rows} rows, {n_adapters} adapters: ", **values, ms_a_token_in_all=in_all,
+              share_of_the_floor=bench.card.least_ms(2 * rows * N, nbytes)
+              / median(ms for _, ms, _ in steady))
+
+
+def on_gpu(bench, half="qwen2.5-0.5b", one="qwen2.5-1.5b", seven="qwen2.5-7b"):
+    """What a GPU must answer, the most important first."""
+    part = bench.part
+    part("the card", 15, the_card, 1024 if half == "small" else 8192)
+    part("tests", 110, command, "-m", "pytest", "-q", "tests/test_gpu.py")
+    part("0.5B, steady", 30, training, half, slots=98, traced=True)
+    for slots in (64, 256, 9):
+        part(f"0.5B, {slots} slots", 15, training, half, slots=slots, most=40)
+    part("0.5B, one adapter", 15, training, half, ONE, slots=98)
+    part("0.5B, the peer", 15, training, half, PEFT, slots=98)
+    part("7B, steady", 30, training, seven, slots=64, most=30)
+    part("7B, 9 slots", 15, training, seven, slots=9, most=30)
+    part("0.5B, answers under adapters", 15, decoding, half, 256, 64, traced=True)
+    part("0.5B, texts from the nucleus", 15, decoding, half, 256, 0, 1.0, traced=True)
+    part("0.5B, more rows", 15, decoding, half, 1024, 128)
+    part("1.5B, steady", 25, training, one, slots=98, most=40)
+    part("7B, answers under adapters", 15, decoding, seven, 256, 64, traced=True)
+    part("7B, texts from the nucleus", 15, decoding, seven, 256, 0, 1.0)
+    part("7B, one adapter", 15, training, seven, ONE, slots=64, most=20)
+    part("7B, the peer", 20, training, seven, PEFT, slots=64)
+    part("0.5B, an evaluation of 60", 35, training, half, ROUND, 60)
+    part("0.5B, the paper's round", 60, training, half, ROUND)
+    with mock.patch.dict(os.environ, NANOSEAL_NO_GRAPHS="1"):
+        part("0.5B, steady, without graphs", 15, training, half, slots=98, most=15)
+        part("0.5B, answers without graphs", 15, decoding, half, 256, 64)
+
+
+def on_cpu(bench, model):
+    """Ours and the peers in turn, A B C A B C; then what stands alone."""
+    bench.part("the machine", 0, the_card, 1024)
+    for arm in [OURS, ONE, PEFT] * bench.args.repeats:
+        bench.part(arm, 600, training, model, arm, 24)
+    bench.part("a round of 24 inner loops", 3600, training, model, ROUND, 24)
+    bench.part("answers", 600, decoding, model, 32, 8)
+    bench.part("texts from the nucleus", 600, decoding, model, 32, 0, 1.0)
 
 
 def main():
     ap = Parser(description=__doc__.split("\n")[0])
-    ap.add_argument("--model", help="folder or hub id (default: the embedded checkpoint)")
-    ap.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
+    ap.add_argument("--model", help=f"a folder, a hub id, or a shape: {', '.join(SHAPES)}")
+    ap.add_argument("--gpu", action="store_true", help="eight minutes of a GPU")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda")
-    ap.add_argument("--jobs", type=positive, help="adapters to train (default: 24; cuda: 256)")
-    ap.add_argument("--peer-jobs", type=positive, default=24, help="of the slow arms (default: 24)")
-    ap.add_argument("--documents", type=positive, help="at most so many of a self-edit's")
-    ap.add_argument("--epochs", type=positive, default=1, help="passes (the paper: 10)")
-    ap.add_argument("--slots", type=at_least(0), default=0, help="side by side; 0: automatic")
-    ap.add_argument("--repeats", type=positive, default=5)
-    ap.add_argument("--n-new", type=positive, default=32, help="tokens of an answer (default: 32)")
-    ap.add_argument("--scaling", type=positive, nargs="*", default=[4, 16, 64, 256],
-                    help="self-edits of a growing round (default: 4 16 64 256)")
-    ap.add_argument("--suite", action="store_true", help="for a GPU: training and decoding")
+    ap.add_argument("--jobs", type=positive, help="adapters to train")
+    ap.add_argument("--slots", type=positive, help="side by side (default: automatic)")
+    ap.add_argument("--steps", type=positive, help="of an arm (default: 60)")
+    ap.add_argument("--n-new", type=positive, default=128, help="tokens of a text (default: 128)")
+    ap.add_argument("--repeats", type=positive, default=5, help="turns of the arms on a CPU")
+    ap.add_argument("--out", help="a file that the figures are added to")
     args = ap.parse_args()
-    if args.model and args.shape:
-        raise UserError("--model or --shape, not both")
-    device = torch.device(args.device)
-    args.jobs = args.jobs or (256 if device.type == "cuda" else 24)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    if args.model or not (args.shape or args.suite):
-        return bench(args, load_pretrained(args.model or EMBEDDED, device, dtype))
-    for args.shape in [args.shape] if args.shape else SUITE:
-        with tempfile.TemporaryDirectory() as folder:
-            bench(args, shaped(args.shape, folder, device, dtype))
+    bench = Bench(args)
+    if args.gpu:
+        on_gpu(bench, *[args.model] * 3 if args.model else [])
+    else:
+        on_cpu(bench, args.model or EMBEDDED)
+    if bench.failed:
+        raise UserError(f"failed: {', '.join(bench.failed)}")
 
 
 if __name__ == "__main__":
