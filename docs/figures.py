@@ -97,7 +97,7 @@ def ribbon(axes):
     write(axes, 7, 21, "Attention: a token sees its own\ndocument, up to itself", **BOLD)
     write(axes, 7, 24.8, "ribbon.Ribbon", "left", color=GREY, **CODE)
     write(axes, 54, 21, "A layer: W x + (α/r) B A x, with\nA and B of the token's adapter", **BOLD)
-    write(axes, 54, 24.8, "engine.ribbon: LowRank, Segments", "left", color=GREY, **CODE)
+    write(axes, 54, 24.8, "ribbon.LowRank, ribbon.Segments", "left", color=GREY, **CODE)
     ends = packed.segments.ends.tolist()
     for i, colour in enumerate((BLUE, ORANGE, GREEN)):
         # A stretch of the ribbon, its tokens 5 wide ...
