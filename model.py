@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.device import added, cpu_has_bfloat16, fused, together
 from engine.ribbon import Ribbon
-from support.checkpoint import (EMBEDDED, check_layers, fetch, read_adapter, read_config,
-                                read_weights, write_checkpoint)
+from support.checkpoint import (EMBEDDED, fetch, read_adapter, read_config, read_weights,
+                                weight_files, write_checkpoint)
 from support.files import Parser, UserError, cli, positive, printable
 from support.tokenizer import Tokenizer
 
@@ -212,14 +212,12 @@ def load_pretrained(name_or_path, device=None, dtype=None):
 
     folder = fetch(name_or_path)
     config = ModelConfig.from_folder(folder)
-    check_layers(folder, config.n_layer)
     # Shapes only: load_state_dict(assign=True) puts the tensors that are read in their place.
     with torch.device("meta"):
         model = Transformer(config, folder)
-    # named_parameters lists a tied lm_head once, as the embedding. Some files hold it twice.
+    # named_parameters lists a tied lm_head once, as the embedding.
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    unused = ["rotary_emb", "lm_head.weight"] if config.tied else ["rotary_emb"]
-    weights = read_weights(folder, shapes, device, dtype, unused)
+    weights = read_weights(weight_files(folder), shapes, device, dtype, config.tied)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
     return model.requires_grad_(False)
@@ -228,12 +226,9 @@ def load_pretrained(name_or_path, device=None, dtype=None):
 @torch.no_grad()
 def add_adapter(model, folder):
     """W <- W + (alpha / r) B A, for an adapter in PEFT's layout. UserError if it does not fit."""
-    rank, alpha, _, pairs = read_adapter(folder)
-    layers = dict(model.named_modules())
+    rank, alpha, pairs = read_adapter(folder, dict(model.named_parameters()))
     for name, (A, B) in pairs.items():
-        W = layers[name].weight if name in layers else torch.empty(0)
-        if W.shape != (len(B), A.shape[1]):
-            raise UserError(f"{folder}: its {name} does not fit this model")
+        W = model.get_parameter(f"{name}.weight")
         W.copy_(W.float() + (alpha / rank) * (B @ A).to(W.device))
 
 
@@ -269,7 +264,8 @@ PROMPT = ("The town of Bramora lies on the river Dorwen.\n\n"
 def main():
     ap = Parser(description="Complete a prompt.")
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
-    ap.add_argument("--adapter", metavar="DIR", help="a LoRA adapter, added to the weights")
+    ap.add_argument("--adapter", metavar="DIR",
+                    help="a LoRA adapter (folder or hub id), added to the weights")
     ap.add_argument("--prompt", default=PROMPT)
     ap.add_argument("--max-new", type=positive, default=48, help="tokens at most (default: 48)")
     args = ap.parse_args()

@@ -9,16 +9,20 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.files import UserError, read_json, sync
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "tiny"    # ships with the project
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+FAMILIES = ("llama", "qwen2", "qwen3")      # model_type of a config.json
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                    "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
-# The numbers of config.json: their kind, the smallest and the largest. The last four are RoPE's.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What PEFT calls a tensor of an adapter: base_model.model is its wrapper around the model.
+PEFT_NAME = "base_model.model.{}.lora_{}.weight"
+# Numbers: their kind, the smallest and the largest. The last six are RoPE's and adapters'.
 FIELDS = {
     "hidden_size": (int, 1, 2**20), "intermediate_size": (int, 1, 2**24),
     "num_hidden_layers": (int, 1, 1000), "num_attention_heads": (int, 1, 2**16),
@@ -26,10 +30,33 @@ FIELDS = {
     "vocab_size": (int, 1, 2**24), "max_position_embeddings": (int, 1, 2**24),
     "rms_norm_eps": (float, 1e-30, 1), "rope_theta": (float, 1e-30, 1e30),
     "factor": (float, 1e-6, 1e6), "low_freq_factor": (float, 1e-6, 1e6),
-    "high_freq_factor": (float, 1e-6, 1e6), "original_max_position_embeddings": (int, 1, 2**24)}
+    "high_freq_factor": (float, 1e-6, 1e6), "original_max_position_embeddings": (int, 1, 2**24),
+    "r": (int, 1, 2**16), "lora_alpha": (float, 0, 1e9)}
+
+# The fields that are known, for `refuse_unknown`: what they may say, or None where anything is
+# read, checked elsewhere, or without effect on what a model computes.
+ROPE = dict.fromkeys(["rope_theta", *list(FIELDS)[-6:-2]]) | {
+    "rope_type": ["default", "llama3"], "type": ["default", "llama3"], "partial_rotary_factor": [1]}
+CONFIG = dict.fromkeys([*list(FIELDS)[:-6], *"""
+    model_type architectures tie_word_embeddings bos_token_id eos_token_id pad_token_id dtype
+    torch_dtype transformers_version _name_or_path use_cache initializer_range pretraining_tp
+    output_attentions output_hidden_states id2label label2id problem_type max_window_layers
+    sliding_window max_sequence_length do_sample temperature top_p max_length is_llama_config
+    transformers.js_config unsloth_fixed unsloth_version
+    _attn_implementation_autoset""".split()]) | {
+        "hidden_act": ["silu"], "is_causal": [True], "return_dict": [True],
+        "layer_types": ["full_attention"], "partial_rotary_factor": [1],
+        "rope_parameters": ROPE, "rope_scaling": ROPE}
+ADAPTER = dict.fromkeys("""r lora_alpha use_rslora target_modules exclude_modules
+    layers_to_transform lora_dropout inference_mode auto_mapping base_model_name_or_path revision
+    peft_version megatron_core qalora_group_size""".split()) | {
+        "peft_type": ["LORA"], "task_type": ["CAUSAL_LM"], "bias": ["none"],
+        "init_lora_weights": [True, False, "gaussian", "orthogonal"],
+        "layers_pattern": ["layers"]}
 
 
-def fetch(name_or_path, wanted=("config.json", "model*.safetensors*", *TOKENIZER_FILES)):
+def fetch(name_or_path, wanted=("config.json", "model*.safetensors*", ADAPTER_FILES[0],
+                                *TOKENIZER_FILES)):
     """The local folder of a checkpoint; of a hub id (owner/name) the wanted files are downloaded
     first: by default the config, the tokenizer and the safetensors. UserError says what failed."""
     path = os.path.expanduser(name_or_path)     # pathlib's would raise for ~nobody
@@ -59,6 +86,8 @@ def remedy(folder):
     """What to do about a checkpoint that is not whole."""
     if re.fullmatch(r"iter_\d+", folder.name) and (folder.parent / "rollouts.jsonl").exists():
         return f"delete {folder} and repeat the command"    # a run wrote it, and can again
+    if (folder / ADAPTER_FILES[0]).exists():
+        return "is it an adapter? Name its base as --model, and it as --adapter"
     others = [*folder.glob("*.gguf"), *folder.glob("*.bin")]
     if others and not any(folder.glob("*.safetensors")):
         return f"{min(others).name!r} is no help: weights are read from safetensors only"
@@ -74,6 +103,21 @@ def read_object(path):
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object; {remedy(path.parent)}")
     return value
+
+
+def refuse_unknown(path, raw, known):
+    """Fail closed: UserError for a field that is not known, unless its value is empty, and for one
+    that says what is not done. known {field: a list of values, a table of its own, or None: any}.
+    """
+    empty = [False, "", [], {}]
+    for field, value in raw.items():
+        allowed = known.get(field, empty)
+        for item in value if isinstance(value, list) and field in known else [value]:
+            if isinstance(item, dict) and isinstance(allowed, dict):
+                refuse_unknown(f"{path}: {field}", item, allowed)
+            elif None not in (item, allowed) and \
+                    item not in (empty if isinstance(allowed, dict) else allowed):
+                raise UserError(f"{path}: {field} = {value!r:.80} is not implemented")
 
 
 def number(raw, path, key, default=None):
@@ -94,19 +138,16 @@ def read_config(folder):
     UserError if it is malformed or asks for what model.py does not implement."""
     path = Path(folder) / "config.json"
     raw = read_object(path)
-    names = raw.get("architectures") or ["?"]
-    architecture = names[0] if isinstance(names, list) else names
-    # transformers 5 writes rope_parameters, transformers 4 wrote rope_scaling and rope_theta.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if what := not_implemented(raw, architecture, rope_type):
-        raise UserError(f"{folder}: unsupported architecture: {what} is not implemented")
-    llama3 = None
-    if rope_type == "llama3":
-        llama3 = {key: number(rope, path, key) for key in list(FIELDS)[-4:]}
-        if llama3["low_freq_factor"] >= llama3["high_freq_factor"]:
-            raise UserError(f"{path}: low_freq_factor must be below high_freq_factor")
+    if (path.parent / ADAPTER_FILES[0]).exists():
+        raise UserError(f"{folder}: a model or an adapter? {ADAPTER_FILES[0]} lies in it, too")
+    names = raw.get("architectures") or []
+    names = [raw.get("model_type"), *(names if isinstance(names, list) else [names])]
+    names = sorted({str(name).removesuffix("ForCausalLM").lower() for name in names if name})
+    if len(names) != 1 or names[0] not in FAMILIES:
+        raise UserError(f"{path}: unsupported architecture: model_type and architectures say "
+                        f"{names!r:.80}; one of {', '.join(FAMILIES)} is implemented")
+    refuse_unknown(path, raw, CONFIG)
+    theta, llama3 = read_rope(raw, path)
     dim, n_head = number(raw, path, "hidden_size"), number(raw, path, "num_attention_heads")
     n_kv_head = number(raw, path, "num_key_value_heads", n_head)
     head_dim = number(raw, path, "head_dim", dim // n_head)
@@ -124,84 +165,91 @@ def read_config(folder):
         vocab_size=number(raw, path, "vocab_size"),
         max_len=number(raw, path, "max_position_embeddings", 2048),
         norm_eps=number(raw, path, "rms_norm_eps", 1e-6),
-        rope_theta=number(rope, path, "rope_theta", number(raw, path, "rope_theta", 10000.0)),
-        rope_scaling=llama3, qkv_bias=architecture.startswith("Qwen2"),
-        qk_norm=architecture.startswith("Qwen3"))
+        rope_theta=theta, rope_scaling=llama3, qkv_bias=names == ["qwen2"],
+        qk_norm=names == ["qwen3"])
 
 
-def not_implemented(raw, architecture, rope_type):
-    """What a config.json asks for that model.py does not implement, or None."""
-    if architecture not in ARCHITECTURES:
-        return f"{architecture!r} (Llama, Qwen2/2.5 and Qwen3 are)"
-    if rope_type not in ("default", "llama3"):
-        return f"RoPE type {rope_type!r}"
-    if raw.get("hidden_act", "silu") != "silu":
-        return f"{raw.get('hidden_act')!r}"
-    if raw.get("use_sliding_window"):
-        return "sliding-window attention"
-    if raw.get("attention_bias") or raw.get("mlp_bias"):
-        return "attention/mlp_bias"
-    if "quantization_config" in raw:
-        return "quantised weights"
-    return None
+def read_rope(raw, path):
+    """RoPE's theta, and the four numbers of 'llama3' or None."""
+    # transformers 5 writes rope_parameters; transformers 4 wrote rope_scaling and rope_theta. What
+    # stands in several places must be the same there: readers differ in where they look.
+    theta = raw.get("rope_theta")
+    places = [raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key)]
+    said = []
+    for place in places or [{}]:
+        given = {key: value for key, value in place.items() if value is not None}
+        said.append({"rope_theta": theta} | given)
+    rope = said[0]
+    if said[-1] != rope or theta not in (None, rope["rope_theta"]):
+        raise UserError(f"{path}: rope_parameters, rope_scaling and rope_theta contradict each "
+                        "other; delete what is wrong")
+    llama3 = None
+    if (rope.get("rope_type") or rope.get("type")) == "llama3":
+        llama3 = {key: number(rope, path, key) for key in list(FIELDS)[-6:-2]}
+        if llama3["low_freq_factor"] >= llama3["high_freq_factor"]:
+            raise UserError(f"{path}: low_freq_factor must be below high_freq_factor")
+    return number(rope, path, "rope_theta", 10000.0), llama3
 
 
-def shards(folder, device="cpu"):
-    """(path, open file) of each of a checkpoint's safetensors. UserError if one can't be read."""
-    index = folder / "model.safetensors.index.json"
-    weight_map = {"all": "model.safetensors"}
-    if index.exists():
-        weight_map = read_object(index).get("weight_map")
+def weight_files(folder):
+    """The paths of a checkpoint's safetensors: as in transformers one file comes before several."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.exists():
+        return [single]
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index}: no weight_map {{tensor: file}} in it")
-    for file in sorted({str(file) for file in weight_map.values()}):
+    files = sorted({str(file) for file in weight_map.values()})
+    for file in files:
         # A name, as a path could lead out of the folder.
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}\.safetensors", file):
             raise UserError(f"{index}: {file!r:.80} is no name of a safetensors file")
-        path = folder / file
+    return [folder / file for file in files]
+
+
+def opened(paths, device):
+    """(path, open file) of each of some safetensors. UserError if one can't be read."""
+    for path in paths:
         if not path.is_file():
-            raise UserError(f"{path} is missing; {remedy(folder)}")
+            raise UserError(f"{path} is missing; {remedy(path.parent)}")
         try:
-            with safe_open(path, "pt", device=str(device)) as shard:
-                yield path, shard
+            with safe_open(path, "pt", device=str(device)) as file:
+                yield path, file
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{path} is damaged ({str(e)!r:.200}); {remedy(folder)}") from None
+            raise UserError(f"{path} is damaged ({str(e)!r:.200}); {remedy(path.parent)}") from None
 
 
-def check_layers(folder, n_layer):
-    """UserError if the weights, by their headers, have fewer layers: none is built in vain."""
-    names = "\n".join(name for _, shard in shards(folder) for name in shard.keys())
-    found = len(set(re.findall(r"^model\.layers\.(\d+)\.", names, re.MULTILINE)))
-    if found < n_layer:
-        raise UserError(f"{folder}: tensor model.layers.{found}.* is missing: num_hidden_layers is "
-                        f"{n_layer} in config.json; {remedy(folder)}")
+def read_weights(paths, shapes, device, dtype, tied=False):
+    """The tensors of some safetensors, {name: tensor} on the device, as dtype.
 
-
-def read_weights(folder, shapes, device, dtype, unused=()):
-    """The tensors of a checkpoint, {name: tensor} on the device, as dtype.
-
-    shapes {name: shape} is what they must be; a name that contains a string of `unused` is skipped.
-    UserError: a tensor is missing, unexpected, of another shape or kind, or not finite."""
+    shapes {name: shape} is what they must be. tied: lm_head is the embedding. UserError: a tensor
+    is missing, unexpected, there twice, of another shape or kind, or not finite."""
     tensors = {}
-    for path, shard in shards(folder, device):
-        for name in shard.keys():
-            if any(part in name for part in unused):
+    for path, file in opened(paths, device):
+        for name in file.keys():
+            if name.endswith(".rotary_emb.inv_freq"):       # files of 2023; config.json tells it
                 continue
-            if name not in shapes:
-                raise UserError(f"{path}: unexpected tensor {name!r:.90}; wrong config.json?")
-            header = shard.get_slice(name)
+            # A tied head lies under either name, or under both.
+            key = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name
+            if key not in shapes:
+                raise UserError(f"{path}: unexpected tensor {name!r:.90}; wrong config?")
+            header = file.get_slice(name)
             shape, kind = header.get_shape(), header.get_dtype()
-            if shape != list(shapes[name]) or kind not in ("F16", "BF16", "F32", "F64"):
+            if shape != list(shapes[key]) or kind not in ("F16", "BF16", "F32", "F64"):
                 raise UserError(f"{path}: {name} has shape {shape} and type {kind}; it must be "
-                                f"{list(shapes[name])} by config.json, and F16, BF16, F32 or F64")
-            tensors[name] = shard.get_tensor(name).to(dtype)
+                                f"{list(shapes[key])} by the config, and F16, BF16, F32 or F64")
+            tensor = file.get_tensor(name).to(dtype)
             # Either end is NaN if any number is. Unlike isfinite() of them all it takes no memory.
-            if not all(end.isfinite() for end in tensors[name].aminmax()):
-                raise UserError(f"{path}: {name} holds NaN or infinity; {remedy(folder)}")
+            if not all(end.isfinite() for end in tensor.aminmax()):
+                raise UserError(f"{path}: {name} holds NaN or infinity; {remedy(path.parent)}")
+            other = tensors.setdefault(key, tensor)
+            if other is not tensor and not torch.equal(other, tensor):
+                raise UserError(f"{path}: {name} is there twice and differs (lm_head.weight is the "
+                                "embedding where tie_word_embeddings is true in config.json)")
     missing = shapes.keys() - tensors.keys()
     if missing:
-        raise UserError(f"{folder}: tensor {min(missing)} is missing ({len(missing)} in all); "
-                        f"{remedy(folder)}")
+        raise UserError(f"{path}: tensor {min(missing)} is missing ({len(missing)} in all); "
+                        f"{remedy(path.parent)}")
     return tensors
 
 
@@ -234,36 +282,48 @@ def write_checkpoint(folder, config, tensors, tokenizer_from=None):
     sync(folder.parent)
 
 
-def read_adapter(folder):
-    """A LoRA adapter in PEFT's layout: (rank, alpha, targets, {layer: (A (r, in), B (out, r))}).
+def read_adapter(name_or_path, weights):
+    """A LoRA adapter in PEFT's layout, from a folder or hub id, for a model of these weights
+    {name: W (out, in)}: (rank, alpha, {layer: (A (r, in), B (out, r))}).
 
-    UserError if it is none, or does what lora.py does not."""
-    folder = Path(folder)
-    config = read_object(folder / "adapter_config.json")
-    rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
-    plain = (config.get("peft_type") == "LORA" and not config.get("use_rslora")
-             and not config.get("use_dora") and not config.get("rank_pattern")
-             and not config.get("alpha_pattern") and config.get("bias", "none") == "none")
-    sound = (type(rank) is int and rank > 0 and type(alpha) in (int, float)
-             and isinstance(targets, list) and targets and all(type(t) is str for t in targets))
-    if not (plain and sound):
-        raise UserError(f"{folder}/adapter_config.json: not a plain LoRA adapter (r, lora_alpha, a "
-                        "list of target_modules; no biases, no variants)")
-    halves = {}
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; an adapter is read from safetensors only")
-    try:
-        with safe_open(path, "pt") as f:
-            for name in f.keys():
-                layer, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
-                halves.setdefault(layer, {})[half] = f.get_tensor(name).float()
-        layers = {layer: (half["A.weight"], half["B.weight"]) for layer, half in halves.items()}
-    except (SafetensorError, KeyError) as e:
-        raise UserError(f"{path} is damaged ({str(e)!r:.200})") from None
-    if not all(half.isfinite().all() for pair in layers.values() for half in pair):
-        raise UserError(f"{path} holds NaN or infinity")
-    return rank, alpha, targets, layers
+    UserError if it does not fit, or if it does what lora.py does not."""
+    folder = fetch(name_or_path, ADAPTER_FILES)
+    path = folder / ADAPTER_FILES[0]
+    config = read_object(path)
+    refuse_unknown(path, {"peft_type": "none"} | config, ADAPTER)
+    rank, alpha = number(config, path, "r"), number(config, path, "lora_alpha")
+    for key in ("target_modules", "exclude_modules"):
+        # An expression that others wrote could run for ever.
+        if not isinstance(config.get(key) or [], list):
+            raise UserError(f"{path}: {key} = {config[key]!r:.80} is not implemented: write the "
+                            "names of the layers out, as a list")
+    # What the config names must be what is in the file, as PEFT drops the rest.
+    layers, shapes = [], {}
+    for name, W in weights.items():
+        layer = name.removesuffix(".weight")
+        if ".layers." in name and W.dim() == 2 and is_adapted(layer, config):
+            layers.append(layer)
+            shapes[PEFT_NAME.format(layer, "A")] = (rank, W.shape[1])
+            shapes[PEFT_NAME.format(layer, "B")] = (W.shape[0], rank)
+    tensors = read_weights([folder / ADAPTER_FILES[1]], shapes, "cpu", torch.float32)
+    pairs = {}
+    for layer in layers:
+        pairs[layer] = [tensors[PEFT_NAME.format(layer, half)] for half in "AB"]
+    # rsLoRA scales by alpha / sqrt(r) in place of alpha / r.
+    return rank, alpha * rank**0.5 if config.get("use_rslora") else alpha, pairs
+
+
+def is_adapted(layer, config):
+    """Whether PEFT adapts the layer of this full name. A config has full names or ends of them."""
+    def named(names):
+        return any(f".{layer}".endswith(f".{name}") for name in names)
+
+    targets = config.get("target_modules") or []
+    numbers = config.get("layers_to_transform")
+    numbers = numbers if isinstance(numbers, list) else [numbers]
+    # A layer whose full name stands there is adapted whatever its number.
+    chosen = numbers in ([], [None]) or int(layer.split(".")[2]) in numbers or layer in targets
+    return chosen and named(targets) and not named(config.get("exclude_modules") or [])
 
 
 def write_adapter(folder, rank, alpha, targets, pairs, base):
@@ -274,13 +334,15 @@ def write_adapter(folder, rank, alpha, targets, pairs, base):
     if folder.exists():
         raise UserError(f"{folder} exists already; nothing was overwritten")
     folder.mkdir(parents=True)
-    # PEFT's names: base_model.model is its wrapper around the model.
     tensors = {}
     for name, (A, B) in pairs.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().clone()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().clone()
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps({
+        tensors[PEFT_NAME.format(name, "A")] = A.detach().clone()
+        tensors[PEFT_NAME.format(name, "B")] = B.detach().clone()
+    save_file(tensors, folder / ADAPTER_FILES[1], {"format": "pt"})
+    # Others must find the base: by its id if it lies in the hub's cache, else by its whole path.
+    cache = base.parent.parent.name if base.parent.name == "snapshots" else ""
+    found = "/".join(cache.split("--")[1:]) or str(base.absolute())
+    (folder / ADAPTER_FILES[0]).write_text(json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
         "lora_dropout": 0.0, "bias": "none", "target_modules": list(targets),
-        "base_model_name_or_path": str(base)}))
+        "base_model_name_or_path": found}))

@@ -2,18 +2,18 @@
 
 tiktoken merges the pair whose union has the lowest rank, and in these vocabularies a token's id
 *is* its rank: so the vocabulary {bytes: id} and the pre-tokenizer's regular expression are all we
-need; the list of merges is not. Text is always encoded as plain text: a special token's name
-inside a passage, or inside what a model wrote, stays text.
+need, and the list of merges is only compared. Text is always encoded as plain text: a special
+token's name inside a passage, or inside what a model wrote, stays text.
 """
 import base64
-import json
+import math
 import re
 import unicodedata
 
 import tiktoken
 import torch
 
-from support.checkpoint import fetch, number, read_object
+from support.checkpoint import fetch, number, read_object, refuse_unknown
 from support.files import UserError
 
 GPT2 = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
@@ -31,6 +31,18 @@ LLAMA3_SPECIAL = [  # Llama-3.1's; its rank file doesn't name them
 TURNS = {"chatml": ["<|im_start|>", "<|im_end|>"],
          "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], None: []}
 LONGEST = 10_000    # blanks in a row: a million overflow tiktoken's stack
+# The fields of a tokenizer.json and of its steps that are known, for `refuse_unknown`.
+STEP = dict.fromkeys(["type", "pattern", "trim_offsets", "use_regex"]) | {
+    "add_prefix_space": [False], "individual_digits": [True], "behavior": ["Isolated"]}
+KNOWN = {"version": None, "added_tokens": None, "post_processor": None,
+         "normalizer": {"type": ["NFC"]}, "pre_tokenizer": STEP | {"pretokenizers": STEP},
+         "model": dict.fromkeys(["vocab", "merges", "ignore_merges", "fuse_unk"])
+         | {"type": ["BPE"]},
+         "decoder": STEP | {"type": ["ByteLevel"], "add_prefix_space": None}}
+WORD = dict.fromkeys(["id", "content", "normalized"])       # an added token that is found in text
+# Each is one piece for every pre-tokenizer: by merges and by ranks they must have the same ids.
+WORDS = ["uncharacteristically", " Donaudampfschifffahrt", " thereinafter", "Übergrößenträger",
+         " непредсказуемость", "日本語入力", "안녕하세요", "مرحبا", "....----===", "\n\n\n\n\n", "     ", "7"]
 
 
 def byte_alphabet():
@@ -47,34 +59,99 @@ def byte_alphabet():
 def split_pattern(spec, where):
     """The regular expression of a tokenizer.json's pre_tokenizer; UserError if it is unknown."""
     # One step, or a sequence of them. ByteLevel splits by GPT-2's expression unless told not to.
-    parts = spec.get("pretokenizers", [spec]) if spec else [{"type": None}]
-    kinds = [part["type"] for part in parts]
-    first, last = parts[0], parts[-1]
-    own_regex = last.get("use_regex", True)
+    steps = spec.get("pretokenizers", [spec]) if spec else [{"type": None}]
+    kinds = [step["type"] for step in steps]
+    own_regex = steps[-1].get("use_regex", True)
     if kinds == ["ByteLevel"] and own_regex:
         return GPT2
-    if kinds == ["Digits", "ByteLevel"] and own_regex and first.get("individual_digits"):
+    if kinds == ["Digits", "ByteLevel"] and own_regex and steps[0].get("individual_digits"):
         return GPT2_DIGITS
     # Only known expressions: one that others wrote could run for ever.
-    if kinds == ["Split", "ByteLevel"] and not own_regex and first["behavior"] == "Isolated" \
-            and not first.get("invert") and first["pattern"].get("Regex") in (LLAMA3, QWEN2):
-        return first["pattern"]["Regex"]
-    raise UserError(f"{where}: pre-tokenizer {kinds} is not implemented, or its expression is not; "
-                    "use a Llama-3, Qwen2/2.5/3 or GPT-2 style tokenizer")
+    if kinds == ["Split", "ByteLevel"] and not own_regex \
+            and steps[0]["pattern"].get("Regex") in (LLAMA3, QWEN2):
+        return steps[0]["pattern"]["Regex"]
+    raise UserError(f"{where}: pre_tokenizer {kinds} with use_regex = {own_regex} is not "
+                    "implemented, or its pattern is not; use a Llama-3, Qwen2/2.5/3 or GPT-2 style "
+                    "tokenizer")
+
+
+def first_token(spec, special, end):
+    """The id that a post_processor puts before a text, or None. ValueError for all else that it
+    does, but for an end after the text: that is left to `document`."""
+    steps = spec.get("processors", [spec]) if spec else []
+    # A plain ByteLevel moves offsets only.
+    steps = [step for step in steps if step["type"] != "ByteLevel" or "single" in step]
+    kinds = [step["type"] for step in steps]
+    if kinds not in ([], ["TemplateProcessing"]):
+        raise ValueError(f"post_processor: {kinds}")
+    if not steps:
+        return None
+    names = [piece.get("SpecialToken", {"id": "A"})["id"] for piece in steps[0]["single"]]
+    first = None if names[0] == "A" else names[0]
+    if names not in (["A"], ["A", end], [first, "A"], [first, "A", end]) \
+            or first and steps[0]["special_tokens"][first]["ids"] != [special[first]]:
+        raise ValueError(f"post_processor: {names}")
+    return special.get(first)
+
+
+def added_tokens(spec, nfc, path):
+    """({text: id} of all added tokens, the words among them, a finder of words in a text)."""
+    special, words, vocab = {}, {}, spec["model"]["vocab"]
+    for token in spec.get("added_tokens") or []:
+        text = token["content"]
+        # tokenizers ignores the id that stands there, and a token without text.
+        expected = vocab.get(text, max([len(vocab) - 1, *special.values()]) + 1)
+        if token["id"] != expected or not text:
+            raise ValueError(f"added token {text!r:.40} has not the id that it gets, {expected}")
+        special[text] = expected
+        if not token.get("special"):
+            refuse_unknown(f"{path}: added token {text!r:.40}", token, WORD)
+            words[text] = bool(token.get("normalized"))
+    if len(set(words.values())) > 1 or nfc and True in words.values():
+        raise ValueError("added tokens that are `normalized`")
+    # The longest that begins first is found. A special token is found as well, and stays text.
+    alike = [t["content"] for t in spec.get("added_tokens") or []
+             if bool(t.get("normalized")) in words.values()]
+    longest_first = sorted(alike, key=len, reverse=True)
+    return special, set(words), re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def by_merges(token, order):
+    """The pieces of a word as tokenizers finds them. order {pair: its place in the merges}: of all
+    neighbours the pair that comes first is joined, until none is in it."""
+    pieces = list(token)
+    while len(pieces) > 1:
+        places = [order.get(pair, math.inf) for pair in zip(pieces, pieces[1:])]
+        i = places.index(min(places))
+        if places[i] == math.inf:
+            break
+        pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
+    return pieces
+
+
+def check_merges(tok, model):
+    """ValueError unless merging by ids, as tiktoken does, is merging by the list of merges."""
+    vocab, whole = model["vocab"], model.get("ignore_merges")
+    # "a b" in older files, ["a", "b"] in newer ones.
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges") or []]
+    order = {pair: i for i, pair in enumerate(merges)}
+    joined = [left + right for left, right in merges]
+    if joined != sorted(joined, key=vocab.get):
+        raise ValueError("ids are not in the order of merges")
+    long = {token for token in vocab if len(token) > 1 and token not in tok.special}
+    if odd := long.symmetric_difference(joined):
+        raise ValueError(f"merges do not fit token {min(odd)!r:.40}")
+    letter = {byte: letter for letter, byte in byte_alphabet().items()}
+    for word in WORDS:
+        token = "".join(letter[byte] for byte in word.encode())
+        pieces = [token] if whole and token in vocab else by_merges(token, order)
+        if tok.plain(word) != [vocab[piece] for piece in pieces if piece in vocab]:
+            raise ValueError(f"{word!r} has other ids by merges than by ranks")
 
 
 def read_optional(path):
     """The content of a JSON file, or {} if it is not there."""
     return read_object(path) if path.exists() else {}
-
-
-def text_of(settings, path, key):
-    """A special token's text or None: tokenizer_config.json writes it in either of two ways."""
-    token = settings.get(key)
-    text = token.get("content") if isinstance(token, dict) else token
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"{path}: {key} must be the text of a token, not {text!r:.80}")
-    return text
 
 
 class Tokenizer:
@@ -93,6 +170,8 @@ class Tokenizer:
         self.special = special
         self.nfc = nfc
         self.bos = self.eos = self.template = None
+        # Of `special`, words like any other, and what finds them in a text.
+        self.words, self.finder = set(), re.compile("(?!)")
         self.stop = set()
         self.no_think = False
         self.bytes = {i: b for b, i in ranks.items()}
@@ -110,20 +189,24 @@ class Tokenizer:
         folder = fetch(name_or_path)
         path = folder / "tokenizer_config.json"
         settings = read_optional(path)
-        bos, end = text_of(settings, path, "bos_token"), text_of(settings, path, "eos_token")
+        # Newer files hold all tokens; in older folders the other file goes before them.
+        if "added_tokens_decoder" not in settings:
+            settings |= read_optional(folder / "special_tokens_map.json")
+        end = settings.get("eos_token")
+        end = end.get("content") if isinstance(end, dict) else end
+        if end is not None and not isinstance(end, str):
+            raise UserError(f"{path}: eos_token must be the text of a token, not {end!r:.80}")
         path = folder / "tokenizer.json"
         try:
             if path.exists():
-                tok, adds_bos = cls.from_tokenizer_json(path, bos)
-                adds_bos |= bool(settings.get("add_bos_token"))
+                tok = cls.from_tokenizer_json(path, end)
             elif (path := folder / "tokenizer.model").exists():
-                tok, adds_bos, bos = cls.from_ranks(path), True, LLAMA3_SPECIAL[0]
+                tok = cls.from_ranks(path)
             else:
                 raise UserError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
         except (ValueError, TypeError, LookupError, AttributeError, OSError) as e:
-            raise UserError(f"{path}: no byte-level BPE vocabulary ({e!r:.80}); SentencePiece is "
+            raise UserError(f"{path}: no byte-level BPE vocabulary ({e!r:.160}); SentencePiece is "
                             "not implemented") from None
-        tok.bos = tok.special.get(bos) if adds_bos else None
 
         # What ends a text: the tokenizer's own end, and the ids that the model's files name.
         config = read_optional(folder / "config.json")
@@ -155,24 +238,24 @@ class Tokenizer:
         return tok
 
     @classmethod
-    def from_tokenizer_json(cls, path, bos):
-        """(Tokenizer, whether its post-processor adds a BOS)."""
+    def from_tokenizer_json(cls, path, end):
+        """What is not done as the library tokenizers does it is refused: UserError, ValueError."""
         spec, alphabet = read_object(path), byte_alphabet()
-        normaliser = spec.get("normalizer")
-        nfc = normaliser is None or normaliser["type"] == "NFC"
-        if spec["model"].get("type", "BPE") != "BPE" or not nfc:
-            raise UserError(f"{path}: only byte-level BPE with NFC or no normaliser is implemented")
-        special = {t["content"]: t["id"] for t in spec["added_tokens"]}
-        ranks, vocab = {}, spec["model"]["vocab"]
-        try:
-            for token, i in vocab.items():
-                if token not in special:
-                    ranks[bytes([alphabet[c] for c in token])] = i
-        except KeyError as e:
-            raise UserError(f"{path}: {e} is not in the byte-level alphabet; "
-                            "only byte-level BPE is implemented") from None
-        tok = cls(ranks, split_pattern(spec["pre_tokenizer"], path), special, nfc=bool(normaliser))
-        return tok, f'"{bos}"' in json.dumps(spec.get("post_processor"), ensure_ascii=False)
+        refuse_unknown(path, spec, KNOWN)
+        if not spec.get("decoder"):
+            raise ValueError("decoder is missing")
+        nfc = bool(spec.get("normalizer"))
+        special, words, finder = added_tokens(spec, nfc, path)
+        ranks = {}
+        for token, i in spec["model"]["vocab"].items():
+            if token not in special:
+                ranks[bytes(map(alphabet.__getitem__, token))] = i
+        tok = cls(ranks, split_pattern(spec["pre_tokenizer"], path), special, nfc)
+        tok.words, tok.finder = words, finder
+        tok.bytes |= {special[word]: word.encode() for word in words}
+        check_merges(tok, spec["model"])
+        tok.bos = first_token(spec.get("post_processor"), special, end)
+        return tok
 
     @classmethod
     def from_ranks(cls, path):
@@ -183,10 +266,21 @@ class Tokenizer:
                 token, rank = line.split()
                 ranks[base64.b64decode(token)] = int(rank)
         special = {text: len(ranks) + i for i, text in enumerate(LLAMA3_SPECIAL)}
-        return cls(ranks, LLAMA3, special)
+        tok = cls(ranks, LLAMA3, special)
+        tok.bos = special[LLAMA3_SPECIAL[0]]
+        return tok
 
     def encode(self, text):
         """Plain text to ids; special tokens' names are text like any other; no BOS is added."""
+        ids, end = [], 0
+        for found in self.finder.finditer(text):
+            if found[0] in self.words:
+                ids += [*self.plain(text[end:found.start()]), self.special[found[0]]]
+                end = found.end()
+        return ids + self.plain(text[end:])
+
+    def plain(self, text):
+        """The ids of a text without added words."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         # Cut within runs of more than LONGEST blanks: tiktoken's stack would overflow.
         cuts = [0]
