@@ -81,11 +81,10 @@ def first_token(spec, special, end):
     steps = spec.get("processors", [spec]) if spec else []
     # A plain ByteLevel moves offsets only.
     steps = [step for step in steps if step["type"] != "ByteLevel" or "single" in step]
-    kinds = [step["type"] for step in steps]
-    if kinds not in ([], ["TemplateProcessing"]):
-        raise ValueError(f"post_processor: {kinds}")
     if not steps:
         return None
+    if len(steps) > 1 or steps[0]["type"] != "TemplateProcessing":
+        raise ValueError(f"post_processor: {[step['type'] for step in steps]}")
     names = [piece.get("SpecialToken", {"id": "A"})["id"] for piece in steps[0]["single"]]
     first = None if names[0] == "A" else names[0]
     if names not in (["A"], ["A", end], [first, "A"], [first, "A", end]) \

@@ -32,14 +32,17 @@ def tokenizer_files(end):
     added = []
     for i, text in enumerate(special, 256):
         added.append(plain | {"id": i, "content": text, "special": True})
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    text, bos = {"Sequence": {"id": "A", "type_id": 0}}, special[-1]
+    template = {"type": "TemplateProcessing", "pair": [text],
+                "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, text],
+                "special_tokens": {bos: {"id": bos, "ids": [added[-1]["id"]], "tokens": [bos]}}}
     tokenizer = {
-        "version": "1.0", "normalizer": None, "post_processor": None, "added_tokens": added,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                          "use_regex": True},
-        "decoder": {"type": "ByteLevel"},
+        "version": "1.0", "normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level,
+        "post_processor": template if end == "<|eot_id|>" else None, "added_tokens": added,
         "model": {"type": "BPE", "vocab": byte_alphabet(), "merges": []}}
-    settings = {"eos_token": end, "bos_token": "<|begin_of_text|>",
-                "add_bos_token": end == "<|eot_id|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = {"eos_token": end, "tokenizer_class": "PreTrainedTokenizerFast"}
     return tokenizer, settings
 
 

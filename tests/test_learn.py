@@ -16,7 +16,6 @@ from data import text
 from inner_loop import inner_recipe
 from lora import Adapters, Lora
 from model import add_adapter, load_pretrained
-from support.checkpoint import read_adapter
 from support.config import PRESETS, Config
 from support.files import UserError
 from tests.helpers import ALL, CASES
@@ -183,16 +182,6 @@ def test_pefts_own_adapter_is_loaded(tmp_path):
     torch.testing.assert_close(logits, wrapped(ids).logits, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("setting", [
-    {"peft_type": "IA3"}, {"r": 0}, {"lora_alpha": "8"}, {"target_modules": "all-linear"},
-    {"bias": "all"}, {"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q": 1}}])
-def test_an_adapter_of_another_kind_is_refused(setting, adapter):
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
-    with pytest.raises(UserError, match="not a plain LoRA adapter"):
-        read_adapter(adapter)
-
-
 @pytest.mark.parametrize("damage", ["nan", "missing", "half", "cut", "shape", "none"])
 def test_a_damaged_adapter_is_one_line(damage, adapter, tiny):
     path = adapter / "adapter_model.safetensors"
@@ -221,7 +210,7 @@ def test_an_adapter_of_another_model_is_refused(adapter, tmp_path):
     CASES["qwen2"]().save_pretrained(tmp_path / "other")
     other = load_pretrained(tmp_path / "other", "cpu")
     for load in (Adapters.load, add_adapter):
-        with pytest.raises(UserError, match="does not fit this model"):
+        with pytest.raises(UserError, match="has shape|unexpected tensor"):
             load(other, adapter)
 
 

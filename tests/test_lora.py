@@ -1,19 +1,27 @@
 """Stacked adapters: a new one changes nothing, each token goes through its own, and PEFT opens what
 is saved. The base stays as it was."""
+import dataclasses
+import json
+import re
+import shutil
 import sys
 
+import huggingface_hub
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lora as program
 from engine.device import try_memory
 from engine.ribbon import Ribbon
 from lora import Adapters, Lora, LowRank, Segments
-from model import load_pretrained
+from model import add_adapter, load_pretrained
 from support.files import UserError
-from tests.helpers import ALL
+from tests import features
+from tests.features import pairs_of
+from tests.helpers import ALL, CASES
 
 LORA = Lora(rank=4, alpha=8, targets=ALL)
 
@@ -222,3 +230,135 @@ def test_the_program_teaches_a_sentence(tiny_folder, monkeypatch, capsys):
     assert second < first
     assert lines[1].startswith("before: The founder of Velmora is")
     assert lines[2].startswith("after:  The founder of Velmora is")
+
+
+# ------------------------------------------------------------------------------- others' adapters
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base model of transformers, and its folder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    CASES["llama-tied"]().save_pretrained(folder)
+    return folder
+
+
+def write_pefts(folder, base, **settings):
+    """An adapter as PEFT writes it, or, where PEFT won't make it, the setting alone."""
+    plain = dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    if "layers_pattern" in settings:
+        plain["layers_to_transform"] = [1]
+    edits = {}
+    try:
+        config = peft.LoraConfig(**plain | settings)
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    except Exception:   # of many kinds
+        config, edits = peft.LoraConfig(**plain), settings
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    # Some settings PEFT leaves out of the file, or takes back.
+    path = folder / "adapter_config.json"
+    written = json.loads(path.read_text())
+    for field, value in settings.items():
+        if not written.get(field) and value not in (None, []) or field == "peft_type":
+            edits[field] = value
+    path.write_text(json.dumps(written | edits))
+
+
+def both_ways(base, adapter, ids):
+    """Logits under an adapter, routed and added to the weights."""
+    model = load_pretrained(base, "cpu")
+    with Adapters.load(model, adapter).route([ids.numel()]):
+        yield model(ids)
+    add_adapter(model, adapter)
+    yield model(ids)
+
+
+@pytest.mark.parametrize("field, value", pairs_of(features.ADAPTER_DONE))
+def test_a_field_of_an_adapter_is_done_as_peft_does_it(field, value, base, tmp_path):
+    ids = torch.randint(0, 320, (1, 9))
+    write_pefts(tmp_path, base, **{field: value})
+    reference = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path)
+    with torch.no_grad():
+        expected = reference.eval()(ids).logits
+    for logits in both_ways(base, tmp_path, ids):
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-3)
+
+
+UNKNOWN = {}
+for entry in dataclasses.fields(peft.LoraConfig):
+    if entry.name not in features.ADAPTER_DONE | features.ADAPTER_REFUSED:
+        UNKNOWN[entry.name] = [{"x": 1}]
+
+
+@pytest.mark.parametrize("field, value", pairs_of(features.ADAPTER_REFUSED) + pairs_of(UNKNOWN))
+def test_a_field_of_an_adapter_is_refused_by_name(field, value, base, tmp_path):
+    write_pefts(tmp_path, base, **{field: value})
+    model = load_pretrained(base, "cpu")
+    for load in (Adapters.load, add_adapter):
+        with pytest.raises(UserError, match=f"{field} = .* is not implemented") as error:
+            load(model, tmp_path)
+        assert "damaged" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_the_head_is_refused_by_its_tensors(name, base, tmp_path):
+    """Here the head is tied: added to its weights it would change the embedding as well."""
+    write_pefts(tmp_path, base, target_modules=["q_proj", name])
+    with pytest.raises(UserError, match=f"unexpected tensor 'base_model.model..*{name}"):
+        Adapters.load(load_pretrained(base, "cpu"), tmp_path)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("lora_A", "lora_A.default"), ("base_model.model.", ""), ("layers.1", "layers.7"),
+    ("q_proj.lora_A", "q_proj.base_layer.lora_A"), ("q_proj.lora_A.weight", "q_proj.lora_A.bias")])
+def test_every_tensor_of_an_adapter_is_used_or_named(old, new, base, tmp_path):
+    write_pefts(tmp_path, base)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name.replace(old, new): x for name, x in load_file(path).items()}, path)
+    with pytest.raises(UserError, match=f"unexpected tensor .*{re.escape(new)}"):
+        Adapters.load(load_pretrained(base, "cpu"), tmp_path)
+
+
+@pytest.mark.parametrize("settings", [
+    {"layers_to_transform": [1]}, {"exclude_modules": ["down_proj"]},
+    {"target_modules": ["q_proj"]}])
+def test_tensors_that_the_config_leaves_out_are_named(settings, base, tmp_path):
+    """PEFT drops them."""
+    write_pefts(tmp_path, base)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(UserError, match="unexpected tensor"):
+        Adapters.load(load_pretrained(base, "cpu"), tmp_path)
+
+
+def test_an_adapter_of_the_hub_is_loaded_and_names_its_base_by_its_id(base, tmp_path, monkeypatch):
+    write_pefts(tmp_path / "a", base)
+    cached = tmp_path / "models--owner--name" / "snapshots" / "0123abc"
+    shutil.copytree(base, cached)
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path / "a" if name == "owner/adapter" else cached)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+    model = load_pretrained("owner/name", "cpu")
+    Adapters.load(model, "owner/adapter").save(0, tmp_path / "mine")
+
+    assert asked[1] == ("owner/adapter", ["adapter_config.json", "adapter_model.safetensors"])
+    config = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "owner/name"
+
+
+def test_an_adapter_is_no_model(base, tmp_path):
+    write_pefts(tmp_path / "a", base)
+    with pytest.raises(UserError, match="config.json is missing; is it an adapter. Name its base"):
+        load_pretrained(tmp_path / "a", "cpu")
+    shutil.copytree(base, tmp_path / "a", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="a model or an adapter"):
+        load_pretrained(tmp_path / "a", "cpu")

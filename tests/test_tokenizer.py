@@ -15,6 +15,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from support.files import UserError
 from support.tokenizer import GPT2, LLAMA3, LLAMA3_SPECIAL, LONGEST, QWEN2, Tokenizer
+from tests import features
+from tests.features import pairs_of
 from tests.make_checkpoint import make_checkpoint
 
 opened = functools.cache(Tokenizer.from_pretrained)     # a real vocabulary takes a second
@@ -180,11 +182,13 @@ def change_json(path, **changes):
 
 
 def change_tokens(folder, lost=None, more=()):
-    """Take a special token from a folder's tokenizer, or give it more (id, text)."""
+    """Rename a special token of a folder's tokenizer, or give it more (id, text)."""
     spec = json.loads((folder / "tokenizer.json").read_text())
-    tokens = [token for token in spec["added_tokens"] if token["content"] != lost]
-    tokens += [{"id": i, "content": text} for i, text in more]
-    change_json(folder / "tokenizer.json", added_tokens=tokens)
+    for token in spec["added_tokens"]:
+        if token["content"] == lost:
+            token["content"] = "<|lost|>"
+    more = [{"id": i, "content": text, "special": True} for i, text in more]
+    change_json(folder / "tokenizer.json", added_tokens=spec["added_tokens"] + more)
 
 
 @pytest.fixture()
@@ -252,13 +256,12 @@ OWN_ID = "each token must have an id of its own"
 
 
 @pytest.mark.parametrize("place, value, words", [
-    ("model type", "Unigram", "only byte-level BPE"),
-    ("normalizer", {"type": "NFKC"}, "NFC or no normaliser"),
-    ("pre_tokenizer", {"type": "Whitespace"}, "pre-tokenizer .'Whitespace'. is not implemented"),
-    ("model vocab \u2581the", 300, "byte-level alphabet"),
+    ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer .'Whitespace'. .*is not implemented"),
+    ("pre_tokenizer", None, "pre_tokenizer .None. .*is not implemented"),
+    ("decoder", None, "decoder is missing"), ("model vocab \u2581the", 300, "no byte-level BPE"),
     ("model vocab !", ord("a"), OWN_ID), ("model vocab !", "0", OWN_ID),
-    ("model vocab", {}, OWN_ID),
-    ("added_tokens", [{"content": "<|endoftext|>", "id": 0}], OWN_ID)])
+    ("model vocab", {}, "byte-level BPE"),
+    ("added_tokens", [{"content": "<|endoftext|>", "id": 7}], "has not the id that it gets, 256")])
 def test_unknown_tokenizers_are_refused(place, value, words, tiny_folder, tmp_path):
     spec = json.loads((tiny_folder / "tokenizer.json").read_text())
     *parents, last = place.split(" ")
@@ -281,8 +284,8 @@ def test_a_sentencepiece_file_is_refused_and_no_tokenizer_at_all(tmp_path):
     *[(file, "eos_token_id", end, "eos_token_id must be ids < 264, not ")
       for file in ("config", "generation_config")
       for end in ("<|im_end|>", -1, 264, 1.0, True, {}, [256, "2"])],
-    *[("tokenizer_config", key, token, f"{key} must be the text of a token, not ")
-      for key in ("eos_token", "bos_token") for token in (1, [], {"content": 5})]])
+    *[("tokenizer_config", "eos_token", token, "eos_token must be the text of a token, not ")
+      for token in (1, [], {"content": 5})]])
 def test_an_end_is_an_id_of_the_vocabulary_and_a_special_token_is_text(file, key, value, words,
                                                                        chat_folder):
     (chat_folder / "generation_config.json").write_text("{}")
@@ -294,7 +297,8 @@ def test_an_end_is_an_id_of_the_vocabulary_and_a_special_token_is_text(file, key
 def test_a_vocabulary_larger_than_the_model_s_is_refused(size, chat_folder):
     """But ids that are never used may lie beyond: checkpoints have been published with a padding
     token that the embedding lacks."""
-    change_tokens(chat_folder, more=[(5000, "<pad>")])
+    change_tokens(chat_folder, more=[(259, "<pad>")])
+    change_json(chat_folder / "config.json", vocab_size=259)
     assert Tokenizer.from_pretrained(chat_folder).prompt("Hi") == ASKED
     change_json(chat_folder / "config.json", vocab_size=size, eos_token_id=None)
     assert_refused(chat_folder, f"do not belong together: it has id 258, .* vocab_size is {size}$")
@@ -307,3 +311,131 @@ def test_a_chat_model_needs_its_tokens(end, token, tmp_path):
     folder = make_checkpoint(tmp_path / "m", end=end, vocab_size=300)
     change_tokens(folder, lost=token)
     assert_refused(folder, "tokenizer.json: token .* is missing, as this is a chat model")
+
+
+# ------------------------------------------------------------------------------- others' tokenizers
+
+TEXTS = ["the town of Bramora lies on the river, 1234 days", " The <s> and </s> THE there's",
+         "a\n\nb  c \t日本 x été e\u0301 🙂", "the<s the</s>th <sth"]
+
+
+def theirs(changes=()):
+    """The tokenizer.json of a small vocabulary that tokenizers has trained, with changes."""
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trained.train_from_iterator(TEXTS * 3, trainer)
+    return json.loads(trained.to_str()) | dict(changes)
+
+
+def made(part, expression):
+    """A step of tokenizers, as a tokenizer.json has it."""
+    pre = tokenizers.pre_tokenizers
+    names = vars(getattr(tokenizers, part)) | {
+        "BYTES": pre.ByteLevel(add_prefix_space=False, use_regex=False), "LLAMA3": LLAMA3,
+        "QWEN2": QWEN2, "Regex": tokenizers.Regex,
+        "Template": lambda single: tokenizers.processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", 0), ("</s>", 1)])}
+    key = "post_processor" if part == "processors" else part.removesuffix("s")
+    return {key: json.loads(eval(expression, names).__getstate__())}
+
+
+def changed_by(part, value):
+    """A tokenizer.json with a value of tests/features.py."""
+    spec = theirs()
+    if part == "model":
+        spec["model"] |= value
+    elif part == "added token":
+        spec["added_tokens"].append({
+            "id": len(spec["model"]["vocab"]), "content": "Bramora", "special": False,
+            "single_word": False, "lstrip": False, "rstrip": False, "normalized": False} | value)
+        if own := spec["model"]["vocab"].get(spec["added_tokens"][-1]["content"]):
+            spec["added_tokens"][-1]["id"] = own
+    else:
+        spec |= value if isinstance(value, dict) else made(part, value)
+    return spec
+
+
+def write_theirs(folder, spec):
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    write_settings(folder, eos_token="</s>", bos_token="<s>")
+
+
+@pytest.mark.parametrize("part, value", pairs_of(features.STEPS_DONE))
+def test_a_step_is_done_as_tokenizers_does_it(part, value, tmp_path):
+    write_theirs(tmp_path, changed_by(part, value))
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    reference.encode_special_tokens = True
+    ours = Tokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        ids = reference.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ids
+        # The end is left to `document`.
+        with_bos = reference.encode(text).ids
+        assert ours.document(text, end=False) == with_bos[:-1 if with_bos[-1] == 1 else None]
+        assert ours.decode(ids) == reference.decode(ids)
+
+
+@pytest.mark.parametrize("part, value", pairs_of(features.STEPS_REFUSED))
+def test_a_step_is_refused_by_name(part, value, tmp_path):
+    write_theirs(tmp_path, changed_by(part, value))
+    words = {"added token": "token", "processors": "post_processor"}.get(part, part[:-1])
+    if part in ("model", "truncation, padding"):
+        words = next(iter(value))
+    assert_refused(tmp_path, words)
+
+
+def test_every_step_that_tokenizers_has_is_listed():
+    for part in ("normalizers", "pre_tokenizers", "decoders", "processors"):
+        listed = str(features.STEPS_DONE[part] + features.STEPS_REFUSED[part])
+        for name, kind in vars(getattr(tokenizers, part)).items():
+            base = {"pre_tokenizers": "PreTokenizer", "processors": "PostProcessor"}.get(
+                part, part.removesuffix("s").title())
+            if isinstance(kind, type) and base in [b.__name__ for b in kind.__mro__[1:]] \
+                    and name not in ("Precompiled", "TemplateProcessing"):
+                assert f"{name}(" in listed
+
+
+def swapped(merges):
+    return [*merges[:10], merges[11], merges[10], *merges[12:]]
+
+
+@pytest.mark.parametrize("change, words", [
+    (swapped, "order of merges"), (lambda merges: merges[::-1], "order of merges"),
+    (lambda merges: merges[:-5], "merges do not fit token"),
+    (lambda merges: [], "merges do not fit token"),
+    (lambda merges: [[a, b] for a, b in merges][1:], "merges do not fit token")])
+@pytest.mark.parametrize("whole", [True, False])
+def test_merges_are_held_against_ranks(change, words, whole, tmp_path):
+    spec = theirs()
+    spec["model"] |= {"merges": change(spec["model"]["merges"]), "ignore_merges": whole}
+    write_theirs(tmp_path, spec)
+    assert_refused(tmp_path, words)
+
+
+def test_a_pair_that_only_ranks_would_join_is_refused(tmp_path):
+    """t, i are joined first, so that st + i never is: by ranks s + ti has its id."""
+    spec = theirs()
+    for pair in (["t", "i"], ["s", "t"], ["st", "i"]):
+        spec["model"]["merges"].append(pair)
+        spec["model"]["vocab"]["".join(pair)] = len(spec["model"]["vocab"])
+    write_theirs(tmp_path, spec)
+    assert_refused(tmp_path, "'uncharacteristically' has other ids by merges than by ranks")
+
+
+@pytest.mark.parametrize("files, eos", [
+    ({"special_tokens_map": {"eos_token": {"content": "</s>"}}}, 1),
+    ({"special_tokens_map": {"eos_token": "</s>"}, "tokenizer_config": {"eos_token": "<s>"}}, 1),
+    ({"special_tokens_map": {"eos_token": "</s>"},
+      "tokenizer_config": {"eos_token": "<s>", "added_tokens_decoder": {}}}, 0)])
+def test_the_end_may_stand_in_the_older_file(files, eos, tmp_path):
+    """As transformers reads the two."""
+    write_theirs(tmp_path, theirs())
+    (tmp_path / "tokenizer_config.json").unlink()
+    for name, settings in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(settings))
+    assert Tokenizer.from_pretrained(tmp_path).eos == eos
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == eos
