@@ -19,7 +19,7 @@ from support.config import FREE, Config
 from support.files import (UserError, as_lines, fingerprint, lock, printable, read_json,
                            replace_file)
 from support.ranks import Meter, Metrics, Records
-from support.report import curve, iteration_line, when
+from support.report import curve, iteration_line
 from support.tokenizer import Tokenizer
 
 
