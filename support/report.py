@@ -41,7 +41,7 @@ def curve(metrics: list[dict], width=40) -> str:
     """Held-out reward over iterations, as bars."""
     lines = []
     for m in metrics:
-        bar = "#" * round(width * m["eval_reward"])
+        bar = "#" * min(width, round(width * m["eval_reward"]))
         lines.append(f"    {m['iteration']:>2} |{bar:<{width}}| {m['eval_reward']:.3f}")
     return "\n".join(lines)
 
@@ -71,8 +71,9 @@ def summary(run, held_out) -> str:
         lines.append(", ".join(arms))
 
     rises = arrows([m["eval_reward"] for m in metrics])
-    kinds = {kind: arrows([m["eval_by_kind"][kind] for m in metrics])
-             for kind in first["eval_by_kind"]}
+    # A round of which no self-edit could be read has no kinds: nothing was right.
+    kinds = {kind: arrows([m["eval_by_kind"].get(kind, 0.0) for m in metrics])
+             for kind in (first["eval_by_kind"] or last["eval_by_kind"])}
     lines.append(f"with a self-edit {rises}{in_brackets(kinds)}")
 
     shares = []

@@ -199,6 +199,7 @@ def test_another_m_step_is_given_what_was_kept(argv, varied_rewards):
 
 @pytest.mark.parametrize("words", [
     "--outer-lr 1e30",
+    "--outer-lr 30 --outer-epochs 1",       # a single step: its loss was measured before it
     "--outer-lr 30 --outer-epochs 6"])      # the adapter is finite, and the merged model unusable
 def test_an_m_step_that_diverges_is_an_error_and_saves_nothing(words, argv, tmp_path):
     with pytest.raises(UserError, match="M-step of round 1 diverged; try a lower --outer-lr"):
@@ -552,3 +553,23 @@ def test_the_loop_on_a_real_model(smollm2, tmp_path):
     assert len(losses) >= 6
     assert sum(last for _, last in losses) < 0.7 * sum(first for first, _ in losses)
     assert (run_dir / "iter_1" / "model.safetensors").exists()
+
+
+def test_a_round_of_which_nothing_can_be_read_ends_in_a_summary(argv, monkeypatch, capsys):
+    def unreadable(task, text, token_ids=()):
+        return SelfEdit(text=text, token_ids=list(token_ids), note="unreadable")
+
+    monkeypatch.setattr("outer_loop.read_self_edit", unreadable)
+    monkeypatch.setattr("sys.argv", ["outer_loop.py", *argv, "--iterations", "1"])
+    outer_loop.main()
+    assert "with a self-edit 0.000 -> 0.000" in capsys.readouterr().out
+
+    # With kinds of questions that only the first iteration knows.
+    metrics = [{"eval_reward": 0.5, "eval_by_kind": {"forward": 0.5}, "baselines": [],
+                "made_of": {}, "iteration": 0}, {"eval_reward": 0.0, "eval_by_kind": {},
+                                                 "made_of": {}, "iteration": 1}]
+    rollouts = SimpleNamespace(of=lambda t, split: [
+        {"task": 0, "edit": 0, "reward": 0.5, "unadapted": 0.0, "text": ""}])
+    run = SimpleNamespace(metrics=SimpleNamespace(records=metrics), rollouts=rollouts)
+    task = SimpleNamespace(context=["A."])
+    assert "0.500 -> 0.000 (forward 0.500 -> 0.000)" in summary(run, [task])
