@@ -114,10 +114,7 @@ class Config:
         """Every rule about a single value; a UserError names the flag."""
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            of_type = type(value) is f.type or f.type is float and type(value) is int
-            if not of_type or type(value) is int and abs(value) >= 2 ** 53:
-                raise UserError(f"{flag(f.name)} {value!r}: must be of type {f.type.__name__}, and "
-                                "below 2 ** 53")
+            check_type(f, value)
             if "choices" in f.metadata:
                 for one in value if f.type is list else [value]:
                     if one not in f.metadata["choices"]:
@@ -129,6 +126,14 @@ class Config:
                 re.fullmatch(r"cuda(:\d)?", self.device) and torch.cuda.is_available()):
             raise UserError(f"--device {self.device}: there is no such device here (cpu, or cuda "
                             "with a GPU and a torch that is built for it)")
+
+
+def check_type(f, value):
+    """UserError if this is no value of a field of Config."""
+    of_type = type(value) is f.type or f.type is float and type(value) is int
+    if not of_type or type(value) is int and abs(value) >= 2 ** 53:
+        raise UserError(f"{flag(f.name)} {value!r}: must be of type {f.type.__name__}, and below "
+                        "2 ** 53")
 
 
 def is_within(value, low=-math.inf, above=-math.inf, high=math.inf, **_) -> bool:
@@ -150,11 +155,9 @@ def read_settings(folder) -> dict:
     UserError if it does not hold the settings of a run."""
     path = Path(folder) / "config.json"
     found = dataclasses.asdict(Config()) | read_json(path, FIELDS["config"])
-    settings = {f.name: found[f.name] for f in dataclasses.fields(Config)}
-    if isinstance(found["device"], str):
-        settings["device"] = ""     # it may be one that this machine has not
     try:
-        Config(**settings)
+        for f in dataclasses.fields(Config):
+            check_type(f, found[f.name])
     except UserError as e:
         raise UserError(f"{path}: not the settings of a run ({e}); restore it") from None
     return found

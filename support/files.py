@@ -224,7 +224,7 @@ FIELDS = {
         "title": str, "reward": float, "unadapted": float, "text": str, "token_ids": [int],
         "documents": int, "questions": [str], "gold": [str], "answers": [[str]], "right": [[bool]],
         "losses": [[(float,)]], "cut": int, "replies": int, "seconds": float, "note": str,
-        "kinds?": [str], "weight?": float},
+        "context?": str, "kinds?": [str], "forms?": [(str,)], "weight?": float},
     "metrics": {
         "iteration": int, "eval_reward": float, "eval_ci": [float], "eval_by_kind": {str: float},
         "eval_unadapted": float, "eval_tasks": int, "train_reward": (float,),

@@ -946,7 +946,7 @@ def test_lines_that_are_gone_or_there_twice_are_said_or_made_again(name, whole, 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)] + ["own", "content"])
 def test_settings_of_another_kind_are_said(name, tmp_path):
     config = dataclasses.asdict(Config())
-    for value in (None, 10 ** 400, [[]], {"a": 1}, float("nan"), "\ud800"):
+    for value in (None, 10 ** 400, {"a": 1}, "\ud800"):
         if name == "own" and isinstance(value, dict):
             continue
         (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
