@@ -222,12 +222,12 @@ def edits_of(record, place) -> dict[str, str]:
         check(record, {name + "?": kind for name, kind in forms.items()})
     except ValueError as e:
         raise UserError(f"{place}: {e}") from None
-    edits = dict(record.get("edits", {}))
-    for number, text in enumerate(record.get("completions", ()), 1):
-        edits[f"completion {number}"] = text
-    for kind, released in record.get("released", {}).items():
-        if released.get("edit"):
-            edits.setdefault(kind, released["edit"])
+    edits = record.get("edits")
+    if not edits:
+        edits = {f"completion {n}": text for n, text in enumerate(record.get("completions", ()), 1)}
+        for kind, released in record.get("released", {}).items():
+            if released.get("edit"):
+                edits[kind] = released["edit"]
     # A kind is the name of a table's row.
     for kind in edits:
         if not kind.strip() or not kind.isprintable():

@@ -563,13 +563,3 @@ def test_a_round_of_which_nothing_can_be_read_ends_in_a_summary(argv, monkeypatc
     monkeypatch.setattr("sys.argv", ["outer_loop.py", *argv, "--iterations", "1"])
     outer_loop.main()
     assert "with a self-edit 0.000 -> 0.000" in capsys.readouterr().out
-
-    # With kinds of questions that only the first iteration knows.
-    metrics = [{"eval_reward": 0.5, "eval_by_kind": {"forward": 0.5}, "baselines": [],
-                "made_of": {}, "iteration": 0}, {"eval_reward": 0.0, "eval_by_kind": {},
-                                                 "made_of": {}, "iteration": 1}]
-    rollouts = SimpleNamespace(of=lambda t, split: [
-        {"task": 0, "edit": 0, "reward": 0.5, "unadapted": 0.0, "text": ""}])
-    run = SimpleNamespace(metrics=SimpleNamespace(records=metrics), rollouts=rollouts)
-    task = SimpleNamespace(context=["A."])
-    assert "0.500 -> 0.000 (forward 0.500 -> 0.000)" in summary(run, [task])
