@@ -121,7 +121,8 @@ def telling_task(run, puzzles: bool) -> tuple[int, str]:
         """Of the questions of that kind, those that are answered correctly."""
         return by_kind({r["task"]: r.get("kinds", [])}, [r]).get(kinds[0], 0)
 
-    sign = 1 if metrics[-1]["eval_by_kind"][kinds[0]] > metrics[0]["eval_by_kind"][kinds[0]] else -1
+    change = metrics[-1]["eval_by_kind"].get(kinds[0], 0) - metrics[0]["eval_by_kind"][kinds[0]]
+    sign = 1 if change > 0 else -1
     close = [i for i in gain if abs(gain[i] - mean) <= 0.1] or [nearest]
     best = max(close, key=lambda i: sign * (share(after[i]) - share(before[i])))
     return best, f"its gain is close to the mean gain, and most of it is in {kinds[0]} questions"
