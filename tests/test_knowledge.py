@@ -164,13 +164,13 @@ def test_a_passage_without_questions_is_skipped_and_said_as_far_as_it_can_be_pri
 
 
 @pytest.mark.parametrize("answer", ["the", "!!!", "a - an"])
-def test_a_gold_answer_that_no_rule_can_find_is_said(answer, path):
+def test_a_gold_answer_without_a_word_is_said_and_compared_as_it_is(answer, path):
     question = {"question": "Q?", "answer": answer}
     path.write_text(json.dumps([GOOD, GOOD | {"questions": [question]}]))
     tasks, (line,) = loaded(path)
     assert len(tasks) == 2
     assert line.startswith(f"note: {path}: record 1, question 0: gold answer {answer!r} has no")
-    assert judges.RULES["rule"]([("Q?", answer, answer)]) == [False]
+    assert judges.RULES["rule"]([("Q?", answer, answer), ("Q?", answer, "x")]) == [True, False]
     # A model that judges may find it.
     assert loaded(path, judge=lambda triples: [True] * len(triples))[1] == []
 
@@ -374,7 +374,8 @@ A = {"title": "A", "context": "About a."}
 @pytest.mark.parametrize("record, words", [
     (3, "it must be an object"), ({"edits": {"x": "y"}}, "'title' is missing"),
     ({"title": "A", "edits": {"x": "y"}}, "'context' is missing"),
-    (A | {"edits": {"x": ["y"]}}, "each item of 'edits' must be a text"), (A | {"edits": None}, "'edits' must be an object"),
+    (A | {"edits": {"x": ["y"]}}, "each item of 'edits' must be a text"),
+    (A | {"edits": None}, "'edits' must be an object"),
     (A | {"edits": {"\x1b[2J": "y"}}, "can be printed"),
     (A | {"released": {"x": "y"}}, "each item of 'released' must be"),
     (A | {"released": {"x": {"edit": 5}}}, "'edit' must be a text")])
