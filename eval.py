@@ -9,7 +9,6 @@ single: the left of the paper's Table 2. cpt: its right. continual: Figure 6. ar
 take outer_loop.py's flags (--preset tiny is the default) and keep what they did in --run-dir; the
 same command resumes. The table is printed, and written as JSON. torchrun shares out single and arc.
 """
-import json
 import random
 import sys
 import time
@@ -17,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 # Imported first: from here on Ctrl-C prints one line, also while the slow imports run.
-from support.files import Lines, Parser, UserError, cli, positive, replace_file
+from support.files import Lines, Parser, UserError, as_json, cli, positive, replace_file
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from data import knowledge
 from data.arc import write_pictures
@@ -96,7 +95,7 @@ def finish(table: Table, name: str, reference: dict):
     run.log(table_lines(table.rows, reference))
     path = run.folder / f"{name}.json"
     if ranks.RANK == 0:
-        replace_file(path, json.dumps(
+        replace_file(path, as_json(
             {"command": sys.argv, "seed": run.cfg.seed, "rows": table.rows}, indent=1))
         page.refresh(run)
     run.log("gained: of the questions missed without adaptation, now right; lost: of the known "
@@ -107,16 +106,11 @@ def finish(table: Table, name: str, reference: dict):
 
 STEP_MATCHED = "passage only, step-matched"
 
-
 def single(args, run: Run):
     """One adapter per passage (the paper's Table 2, left)."""
     cfg = run.cfg
     tasks = load_passages(run)[:cfg.eval_tasks]
     given = knowledge.read_edits(args.edits_from, tasks)
-    taken = given.keys() & {"passage only", STEP_MATCHED, "its own self-edits"}
-    if taken:
-        raise UserError(f"--edits-from: {min(taken)!r} is the name of a row of its own; call this "
-                        "kind of self-edit something else")
     run.settle("eval single", edits_from=[print_of_data(file) for file in args.edits_from],
                run=prints_of_rounds(run, args.run))
     table = Table(run, tasks)
@@ -198,8 +192,14 @@ def continual(args, run: Run):
     for s in range(args.streams):
         rng = random.Random(seed_for(cfg.seed, s, "stream"))
         streams.append(rng.sample(tasks, length))
-    model = run.load(0)
     done = Lines(run.folder / "continual.jsonl")
+    for r in done.records:
+        # Before any edit all passages were asked about, then those that were learned.
+        sizes = [len(row) for row in r["accuracy"]]
+        if sizes != [r["edit"] or length] * args.streams or r["edit"] > length:
+            raise UserError(f"{done.path}: edit {r['edit']} does not fit {args.streams} streams of "
+                            f"{length} passages; restore it, or name another --run-dir")
+    model = run.load(0)
     if not done.records:
         done.add({"edit": 0, "accuracy": [unadapted(run, model, row) for row in streams]})
 
@@ -212,7 +212,11 @@ def continual(args, run: Run):
     learned = Adapters(model, lora, args.streams)
     k = len(done.records) - 1
     if k > 0:
-        learned.flat.copy_(load_file(run.folder / f"after_{k}.safetensors")["flat"])
+        path = run.folder / f"after_{k}.safetensors"
+        kept = load_file(path).get("flat")
+        if kept is None or kept.shape != learned.flat.shape:
+            raise UserError(f"{path}: not what this run has learned; restore it")
+        learned.flat.copy_(kept)
     for k in range(k, length):
         texts = learn_next(run, model, learned, streams, k)
         # Every passage so far is asked about, each stream under its own adapter.
@@ -221,20 +225,20 @@ def continual(args, run: Run):
         for row, answers in zip(seen, ask(model, run.tok, seen, answering(cfg), learned)):
             right = grade_all(row, [answer.texts for answer in answers])
             accuracy.append([float(np.mean(own)) for own in right])
-        save_file({"flat": learned.flat}, run.folder / f"after_{k + 1}.safetensors")
+        (run.folder / f"after_{k + 1}.safetensors").write_bytes(save({"flat": learned.flat}))
         done.add({"edit": k + 1, "accuracy": accuracy, "texts": texts})
         newest = np.mean([row[-1] for row in accuracy])
         run.log(f"edit {k + 1} of {length}: just learned {newest:.3f}, all so far "
                 f"{np.mean(accuracy):.3f}")
 
-    result = forgetting([r["accuracy"] for r in done.records[:length + 1]])
+    result = forgetting([r["accuracy"] for r in done.records])
     run.log(f"\n{args.streams} streams; accuracy on each passage after so many edits, mean (and "
             "standard error over streams)")
     for k, (mean, error) in enumerate(result.pop("matrix")):
         run.log(f"{k:>4}  " + "  ".join(f"{m:.3f} ({e:.3f})" for m, e in zip(mean, error)))
     for what, (mean, error) in result.items():
         run.log(f"{what:>44} {mean:7.3f} ({error:.3f})")
-    replace_file(run.folder / "continual.json", json.dumps(
+    replace_file(run.folder / "continual.json", as_json(
         {"command": sys.argv, "seed": cfg.seed, **result}, indent=1))
     page.refresh(run)
 
@@ -289,10 +293,15 @@ def cpt(args, run: Run):
 
     table = Table(run, tasks)
     done = Lines(run.folder / "cpt.jsonl")
-    finished = {r["row"] for r in done.records}
-    for name, texts in corpora.items():
-        if name not in finished:
-            done.add(learn_all(run, model, tasks, name, texts))
+    sizes = [len(row) for row in table.base]
+    for r, name in zip(done.records, [*corpora, ""]):
+        # One line for each corpus, in their order: a verdict per seed, passage and question.
+        right = [[len(row) for row in of_seed] for of_seed in r["right"]]
+        if r["row"] != name or right != [sizes] * cfg.seeds:
+            raise UserError(f"{done.path}: {r['row']!r} is not what this run has measured there; "
+                            "restore it, or name another --run-dir")
+    for name in list(corpora)[len(done.records):]:
+        done.add(learn_all(run, model, tasks, name, corpora[name]))
     for r in done.records:
         table.rows.append(cpt_row(r, table.base, cfg.seeds))
     finish(table, "cpt", table.rows[1])

@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import Iterator
 
-from data import knowledge, tinyworld       # for the command line only
+from data.tasks import one_task     # for the command line only
 from engine.decode import Sampling, in_groups, quiet, write
 from engine.device import auto_answering, in_halves
 from engine.train import Trained, batched, sft
@@ -248,11 +248,7 @@ def main():
     ap.add_argument("--index", type=at_least(0), default=0, help="which passage (default: 0)")
     ap.add_argument("--self-edit", metavar="FILE", help="one that you wrote, a note on each line")
     args = ap.parse_args()
-    load = tinyworld.load if args.data in tinyworld.SPLITS else knowledge.load
-    tasks = load(args.data)
-    if args.index >= len(tasks):
-        raise UserError(f"--index {args.index}: there are passages 0 to {len(tasks) - 1}")
-    task = tasks[args.index]
+    task = one_task(args.data, args.index)
     edit = read_self_edit(task, read_text(args.self_edit)) if args.self_edit else None
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)

@@ -276,7 +276,12 @@ def main():
     prompt = tok.document(args.prompt, end=False)
     if not prompt:
         raise UserError("--prompt is empty")
-    print(printable(args.prompt + tok.decode(complete(model, prompt, args.max_new, tok.stop))))
+    room = model.config.max_len - len(prompt)
+    if room < 1:
+        raise UserError(f"--prompt has {len(prompt)} tokens; the model's window has "
+                        f"{model.config.max_len}")
+    new = complete(model, prompt, min(args.max_new, room), tok.stop)
+    print(printable(args.prompt + tok.decode(new)))
 
 
 if __name__ == "__main__":

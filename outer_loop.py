@@ -9,16 +9,17 @@ run's folder (support/run.py), and the same command resumes it. On several GPUs:
 
     torchrun --nproc-per-node 8 outer_loop.py ...       # support/ranks.py
 """
-import math
 import random
 import time
 from dataclasses import replace
 from functools import partial
 
 # Imported first: from here on Ctrl-C prints one line, also while the slow imports run.
-from support.files import Parser, UserError, cli
+from support.files import Parser, UserError, cli, printable
 
 import numpy as np
+import torch
+from torch.nn.functional import nll_loss
 
 from data.tasks import DOMAINS, load_data
 from engine.decode import Sampling
@@ -256,6 +257,9 @@ def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit, float]
     for task, edit, weight in kept:
         examples.append(dialogue(run.tok.prompt(task.prompt), edit.token_ids, weight=weight))
     job = Job(examples, seed_for(cfg.seed, t, "M-step"), recipe)
+    # A few of those that are to become likelier: what they cost the model before, and after.
+    wanted = [example for example in examples if example[1][-1] > 0][:recipe.batch]
+    before = loss_of(model, wanted)
     train = partial(sft_one, model, job, run.meter("steps of the M-step"))
     ok, trained = try_memory(train)
     if not ok:
@@ -264,13 +268,25 @@ def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit, float]
         model.recompute = cfg.recompute
     # W <- W + (alpha / r) B A, once, in float32: the next round begins from these weights.
     Adapters.stack(model, recipe.lora, [trained.weights]).merge(0)
-    # To guess at random costs ln V a token. A model that does twice as badly is broken.
-    broken = trained.diverged or abs(trained.losses[-1]) > 2 * math.log(model.config.vocab_size)
-    if broken or not all(p.isfinite().all() for p in model.parameters()):
+    # No step's loss tells what the last step did. If a token of what was to be learned is e times
+    # less likely now, the model is broken. NaN is not less than anything.
+    learned = loss_of(model, wanted) < before + 1
+    if trained.diverged or not learned or not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"the M-step of round {t + 1} diverged; try a lower --outer-lr, "
                         "in a new --run-dir")
     run.log(f"M-step: {len(kept)} self-edits, {len(trained.losses)} steps, "
             f"{trained.seconds:.0f} s, loss {trained.losses[0]:.3f} -> {trained.losses[-1]:.3f}")
+
+
+@torch.no_grad()
+def loss_of(model, examples: list[tuple]) -> float:
+    """The mean negative log-likelihood of what these (ids, learn) have to learn."""
+    costs = []
+    for ids, learn in examples:
+        ids = torch.tensor(ids, device=model.device)
+        nll = nll_loss(model(ids[None])[0, :-1].float().log_softmax(-1), ids[1:], reduction="none")
+        costs.append(nll[torch.tensor(learn[1:], device=model.device) > 0].mean().item())
+    return sum(costs) / max(1, len(costs))
 
 
 # ------------------------------------------------------------------------------- evaluation
@@ -332,7 +348,7 @@ def main():
     args = ap.parse_args()
     if args.plan:
         from tools.plan import plan     # only here: the loop needs no plan
-        return print(plan(read_flags(args, needed=("model",)), args.card))
+        return print(printable(plan(read_flags(args, needed=("model",)), args.card), 10 ** 5))
     cfg = read_flags(args, needed=("model", "train_data", "eval_data"))
     run = Run(cfg, load_pretrained)
     train, held_out = load_data(run)

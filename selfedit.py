@@ -16,7 +16,7 @@ from typing import Callable, Iterator
 from engine.decode import Sampling, quiet, write
 from model import load_pretrained
 from support.checkpoint import EMBEDDED
-from support.files import Parser, UserError, at_least, cli, positive, printable, read_json
+from support.files import Parser, UserError, at_least, cli, positive, printable
 from support.tokenizer import Tokenizer
 
 
@@ -234,8 +234,6 @@ def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: 
     task i's."""
     if not tasks:
         return
-    room = room_for_self_edit(model, tok, tasks)
-    sampling = replace(sampling, max_new=min(sampling.max_new, room))
     flat_seeds = [seed for row in seeds for seed in row]
     prompts = [[task.prompt] for task in tasks]     # a group per task: adapter i for task i
     for i, replies in write(model, tok, prompts, sampling, flat_seeds, adapters, progress):
@@ -244,34 +242,26 @@ def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: 
 
 # ------------------------------------------------------------------------------- command line
 
-PASSAGE = ("The town of Harminster has a trout on its flag. It stands below the hill Salstone. The "
-           "waters of the Verier turn its mills. A mason called Verfred laid its first stone.")
-
-
 def main():
     ap = Parser(description="Print self-edits of a passage.")
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
-    ap.add_argument("--data", help="JSON list of passages (default: a passage of the tiny world)")
+    ap.add_argument("--data", default="eval", help="a file of passages, or towns: tune, eval")
     ap.add_argument("--index", type=at_least(0), default=0, help="which of them (default: 0)")
-    ap.add_argument("--prompt", default="implications", choices=PROMPTS, help="with --data")
+    ap.add_argument("--prompt", choices=PROMPTS, help="of passages (default: implications)")
     ap.add_argument("--edits", type=positive, default=3, help="how many (default: 3)")
     args = ap.parse_args()
-    prompt = NOTES.format(context=PASSAGE)
-    if args.data:
-        passages = read_json(args.data)
-        if args.index >= len(passages):
-            raise UserError(f"--index {args.index}: there are passages 0 to {len(passages) - 1}")
-        prompt = fill(args.prompt, passages[args.index]["title"], passages[args.index]["context"])
+    from data.tasks import one_task     # only here: what a self-edit is needs no data
+    prompt = one_task(args.data, args.index, args.prompt).prompt
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)
     print(printable(prompt))
     # Each self-edit has a seed of its own, so that --edits 4 has the three of --edits 3 in it.
     sampling = Sampling(200, args.edits, temperature=0.8, top_p=0.95)
     seeds = [seed_for(0, j) for j in range(args.edits)]
-    for _, replies in write(model, tok, [[prompt]], sampling, seeds):
-        for j, reply in enumerate(replies):
-            print(f"--- self-edit {j}: {len(reply.token_ids)} tokens, "
-                  f"{len(split_documents(reply.text))} pieces\n{printable(reply.text)}")
+    ((_, replies),) = write(model, tok, [[prompt]], sampling, seeds)
+    for j, reply in enumerate(replies):
+        print(f"--- self-edit {j}: {len(reply.token_ids)} tokens, "
+              f"{len(split_documents(reply.text))} pieces\n{printable(reply.text)}")
 
 
 if __name__ == "__main__":

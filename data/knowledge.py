@@ -7,13 +7,15 @@ whose own JSON is read as well. `python -m data.knowledge fetch squad` writes su
 import hashlib
 import json
 import random
+import re
 import urllib.request
 from collections import defaultdict
 from pathlib import Path
 
 from data.judges import RULES, normalise
 from selfedit import EMPTY, QUERY, SelfEdit, Task, fill, split_documents
-from support.files import Parser, UserError, cli, positive, printable, read_json, replace_file
+from support.files import (Parser, UserError, check, cli, positive, printable, read_json,
+                           replace_file)
 
 MAX_CHARACTERS = 1_000_000      # of a text: a tokenizer may overflow its stack on more
 A_TEXT = f"a string of 1 to {MAX_CHARACTERS:,} characters, not only blanks"
@@ -38,12 +40,12 @@ def load(path, prompt="implications", judge=RULES["rule"], max_documents=0, log=
         if record["questions"]:
             tasks.append(knowledge_task(record, prompt, judge, max_documents))
         else:
-            log(f"skipped: {place} ({printable(record['title'], 60)!r}) has no questions")
+            log(printable(f"skipped: {place} ({record['title'][:60]!r}) has no questions"))
         # A model that judges may know better than a rule, which compares words.
         for j, answer in enumerate(q["answer"] for q in record["questions"]):
             if judge in RULES.values() and not normalise(answer):
-                log(f"note: {place}, question {j}: gold answer {printable(answer, 60)!r} has no "
-                    "word in it: no answer can be right")
+                log(printable(f"note: {place}, question {j}: gold answer {answer[:60]!r} has no "
+                              "word in it: only the same text is right"))
     if not tasks:
         raise UserError(f"{path}: no passage has questions")
     return tasks
@@ -122,8 +124,6 @@ def fetch_squad(split, passages, seed, out):
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already; nothing was overwritten")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent}: no such folder")
     content = json.loads(download(*SQUAD[split]))
     questions = {}      # of (title, context), as some paragraphs are there twice
     for _, record in records(content, split):
@@ -179,50 +179,63 @@ def knowledge_task(record, prompt, judge, max_documents):
         references={"passage only": SelfEdit(documents=[passage])})
 
 
+# The rows that eval.py's tables have themselves.
+OWN_ROWS = ("no adaptation|passage only(, step-matched)?|its own self-edits|passage in the prompt"
+            r"|self-edits after round \d+")
+
+
 def read_edits(files, tasks: list[Task]) -> dict[str, list[str]]:
     """{kind: [a text per task]} of the self-edits that JSON files hold for these passages.
 
-    A record has "title", "context" and "edits": {kind: text}, or the authors' "released"."""
-    def texts_of(record):
-        """{kind: text} of a record. ValueError: what is wrong with it."""
-        if not isinstance(record, dict):
-            raise ValueError("not an object")
-        for key in ("title", "context"):
-            if not isinstance(record.get(key), str):
-                raise ValueError(f'"{key}" must be a string')
-        edits = record.get("edits", {})
-        if edits == {}:
-            released = record.get("released", {})
-            if not isinstance(released, dict) or not all(
-                    isinstance(x, dict) for x in released.values()):
-                raise ValueError('"released" must be {kind: {"edit": text}}')
-            edits = {kind: x["edit"] for kind, x in released.items() if x.get("edit")}
-        if not isinstance(edits, dict) or not all(isinstance(x, str) for x in edits.values()):
-            raise ValueError('"edits" must be {kind: text}')
-        # A kind is the name of a table's row.
-        if not all(kind and kind.isprintable() for kind in edits):
-            raise ValueError("a kind of self-edit must be a name that can be printed")
-        return edits
-
+    A record has "title", "context" and "edits": {kind: text}; or as the authors released them,
+    "completions": [text, ...], or "released": {kind: {"edit": text}}."""
     # kind -> passage -> text
     found = defaultdict(dict)
     for file in files:
-        records = read_json(file)
-        if not isinstance(records, list):
+        content = read_json(file)
+        if not isinstance(content, list):
             raise UserError(f"{file}: not a JSON list of passages, each "
                             "{title, context, edits: {kind: text}}")
-        for i, record in enumerate(records):
-            try:
-                for kind, text in texts_of(record).items():
-                    found[kind][record["title"] + "\n" + record["context"]] = text
-            except ValueError as e:
-                raise UserError(f"{file}: record {i}: {e}") from None
+        for i, record in enumerate(content):
+            place = f"{file}: record {i}"
+            for kind, text in edits_of(record, place).items():
+                passage = record["title"] + "\n" + record["context"]
+                if found[kind].setdefault(passage, text) != text:
+                    raise UserError(f"{place}: a second {kind!r} self-edit of the same passage, "
+                                    "with another text")
+        if not any(edits_of(record, file) for record in content):
+            raise UserError(f'{file}: no self-edit in it; a record must have "edits": {{kind: '
+                            'text}, or "completions": [text], or "released"')
     for kind, texts in found.items():
         lacking = [task.name for task in tasks if task.context[0] not in texts]
         if lacking:
             raise UserError(f"no {kind} self-edit of {lacking[0][:80]!r} in "
                             f"{', '.join(map(str, files))}")
     return {kind: [texts[task.context[0]] for task in tasks] for kind, texts in found.items()}
+
+
+def edits_of(record, place) -> dict[str, str]:
+    """{kind: text} of a record. UserError: what is wrong with it."""
+    forms = {"edits": {str: str}, "completions": [str], "released": {str: {"edit?": str}}}
+    try:
+        check(record, {"title": str, "context": str})
+        check(record, {name + "?": kind for name, kind in forms.items()})
+    except ValueError as e:
+        raise UserError(f"{place}: {e}") from None
+    edits = record.get("edits")
+    if not edits:
+        edits = {f"completion {n}": text for n, text in enumerate(record.get("completions", ()), 1)}
+        for kind, released in record.get("released", {}).items():
+            if released.get("edit"):
+                edits[kind] = released["edit"]
+    # A kind is the name of a table's row.
+    for kind in edits:
+        if not kind.strip() or not kind.isprintable():
+            raise UserError(f"{place}: a kind of self-edit must be a name that can be printed")
+        if re.fullmatch(OWN_ROWS, kind.strip(), re.IGNORECASE):
+            raise UserError(f"{place}: {kind!r} is the name of a row of its own; call this kind of "
+                            "self-edit something else")
+    return edits
 
 
 def describe(tasks, edits):

@@ -67,6 +67,19 @@ def load_tasks(run, source) -> list[Task]:
     return tasks
 
 
+def one_task(source, index: int, prompt=None) -> Task:
+    """A task of a file of passages, or of the tiny world's towns."""
+    if source not in tinyworld.SPLITS:
+        tasks = knowledge.load(source, prompt or "implications")
+    elif prompt:
+        raise UserError("--prompt: it goes with a file of passages (--data)")
+    else:
+        tasks = tinyworld.load(source)
+    if index >= len(tasks):
+        raise UserError(f"--index {index}: there are passages 0 to {len(tasks) - 1}")
+    return tasks[index]
+
+
 def read_tasks(run, source) -> list[Task]:
     """All tasks of a source, by the domain's own settings."""
     cfg = run.cfg
@@ -97,6 +110,7 @@ def judge_model(run):
     It is a second copy of the weights; on the host, if the device has no room."""
     ok, model = try_memory(lambda: run.read_model(run.cfg.model))
     if not ok:
-        run.log("out of memory: the judge works on the host, slowly (--judge rule is faster)")
+        run.log("out of memory: the judge works on the host, slowly (--judge rule, "
+                "in a new --run-dir, is faster)")
         model = run.load_pretrained(run.cfg.model, "cpu")
     return model

@@ -62,6 +62,12 @@ def write(model, tok, groups: list[list[str]], sampling: Sampling, seeds=None, a
     prompts = []
     for group in groups:
         prompts.append([tok.prompt(text) for text in group])
+    # Nothing is read or written beyond the window.
+    window = model.config.max_len
+    longest = max((len(ids) for group in prompts for ids in group), default=0)
+    if longest >= window:
+        raise UserError(f"a prompt has {longest} tokens; the model's window has {window}")
+    sampling = replace(sampling, max_new=min(sampling.max_new, window - longest))
     for prompt, rows in generate(model, prompts, sampling, seeds, adapters, progress):
         replies = []
         for ids in rows:

@@ -180,6 +180,8 @@ def show_on_page(folder):
     t = run.metrics.records[-1]["iteration"]
     i, _ = telling_task(run, puzzles=False)
     task, record = load_tasks(run, run.cfg.eval_data)[i], first_edits(run, t)[i]
+    if record["questions"] != task.questions:
+        raise UserError(f"{folder}: of {task.name} other things are asked now than in the run")
     edit = read_self_edit(task, record["text"])
     matrix = credit(run.load(t), run.tok, task, edit)
     replace_file(run.folder / "credit.json", json.dumps({

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from lab.experiment import error_bars, new_figure, of_seeds, over_seeds, parser, save
-from support.files import UserError, cli, printable, read_json
-from support.ranks import Metrics
+from support.config import read_settings
+from support.files import Lines, UserError, cli, printable
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 # What settings mean, in a figure's legend.
@@ -27,12 +27,9 @@ def read_runs(folders):
     """{what sets these runs apart: [metrics of each run, a dict per iteration]}."""
     configs, metrics = [], []
     for folder in map(Path, folders):
-        config = read_json(folder / "config.json")
-        if not isinstance(config, dict) or type(config.get("iterations")) is not int:
-            raise UserError(f"{folder / 'config.json'}: not the settings of a run (no whole number "
-                            "of iterations); restore it")
+        config = read_settings(folder)
         configs.append(config)
-        metrics.append(Metrics(folder / "metrics.jsonl", repair=False).records)
+        metrics.append(Lines(folder / "metrics.jsonl", repair=False).records)
         if len(metrics[-1]) <= max(0, config["iterations"]):
             raise UserError(f"{folder}: this run has not ended; repeat its command to resume it")
 

@@ -12,8 +12,8 @@ from typing import Callable, Collection
 
 import numpy as np
 
-from support.config import flag
-from support.files import Lines, Parser, UserError, positive, read_json, replace_file
+from support.config import flag, read_settings
+from support.files import Lines, Parser, UserError, positive, replace_file
 from support.stats import bootstrap_ci, mean_ci, with_interval
 
 # ------------------------------------------------------------------------------- questions
@@ -69,7 +69,7 @@ class Question:
         """Measure what the file has not, then show and draw what it has."""
         seeds, given = getattr(args, "seeds", None), list(given)
         if self.of_runs:
-            folders = {read_json(run / "config.json")["seed"]: run for run in args.runs}
+            folders = {read_settings(run)["seed"]: run for run in args.runs}
             seeds = sorted(folders)
             given.insert(0, folders)
         given += [getattr(args, name) for name in self.settings]

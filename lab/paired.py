@@ -16,7 +16,8 @@ import numpy as np
 from data.judges import RULES
 from data.text import sentences
 from lab.experiment import over_passages, parser, print_table
-from support.files import Lines, UserError, cli, read_json, replace_file
+from support.files import UserError, cli, read_json, replace_file
+from support.ranks import Records
 
 
 def by_passage(passages: dict[int, list[dict]]) -> dict[str, list[float]]:
@@ -32,7 +33,7 @@ def collect(folders) -> dict[str, dict[str, list[float]]]:
     """{kind: {what: [a value per passage]}} of runs. Kinds without all passages are left out."""
     kinds = defaultdict(lambda: defaultdict(list))      # kind -> passage -> values of rollouts
     for folder in map(Path, folders):
-        for r in Lines(folder / "rollouts.jsonl", repair=False).records:
+        for r in Records(folder / "rollouts.jsonl", repair=False).records:
             if r["split"] == "eval":
                 kind = r["arm"] or f"round {r['iteration']}"
                 if len(folders) > 1:

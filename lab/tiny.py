@@ -16,8 +16,7 @@ from lora import Adapters, Job, dialogue
 from model import Transformer, load_pretrained
 from outer_loop import m_step, next_tasks, sample, select
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
-from support.config import PRESETS, Config
-from support.files import read_json
+from support.config import PRESETS, Config, read_settings
 from support.ranks import Meter
 from support.run import Run
 from support.tokenizer import Tokenizer
@@ -115,8 +114,8 @@ def start(folder, seed: int, **own) -> tuple[Run, list[Task]]:
 
 def run_of(folder, **own) -> Run:
     """A finished run with its own settings, as its folder tells them. own: how they differ."""
-    settings = read_json(Path(folder) / "config.json")
-    known = {f.name: settings[f.name] for f in fields(Config) if f.name in settings}
+    settings = read_settings(folder)
+    known = {f.name: settings[f.name] for f in fields(Config)}
     return Run(Config(**known | {"run_dir": str(folder)} | own), load_pretrained)
 
 

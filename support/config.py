@@ -4,11 +4,12 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from support.checkpoint import EMBEDDED
-from support.files import UserError, fingerprint, read_text
+from support.files import FIELDS, UserError, fingerprint, read_json, read_text
 
 # ------------------------------------------------------------------------------- settings
 
@@ -113,6 +114,7 @@ class Config:
         """Every rule about a single value; a UserError names the flag."""
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
+            check_type(f, value)
             if "choices" in f.metadata:
                 for one in value if f.type is list else [value]:
                     if one not in f.metadata["choices"]:
@@ -124,6 +126,14 @@ class Config:
                 re.fullmatch(r"cuda(:\d)?", self.device) and torch.cuda.is_available()):
             raise UserError(f"--device {self.device}: there is no such device here (cpu, or cuda "
                             "with a GPU and a torch that is built for it)")
+
+
+def check_type(f, value):
+    """UserError if this is no value of a field of Config."""
+    of_type = type(value) is f.type or f.type is float and type(value) is int
+    if not of_type or type(value) is int and abs(value) >= 2 ** 53:
+        raise UserError(f"{flag(f.name)} {value!r}: must be of type {f.type.__name__}, and below "
+                        "2 ** 53")
 
 
 def is_within(value, low=-math.inf, above=-math.inf, high=math.inf, **_) -> bool:
@@ -138,6 +148,19 @@ def range_of(metadata) -> str:
     """The range of a setting in words, or nothing."""
     return ", ".join(words.format(metadata[end]) for end, words in RANGES.items()
                      if end in metadata)
+
+
+def read_settings(folder) -> dict:
+    """config.json of a run's folder. A setting that it lacks, as it is older, has its default.
+    UserError if it does not hold the settings of a run."""
+    path = Path(folder) / "config.json"
+    found = dataclasses.asdict(Config()) | read_json(path, FIELDS["config"])
+    try:
+        for f in dataclasses.fields(Config):
+            check_type(f, found[f.name])
+    except UserError as e:
+        raise UserError(f"{path}: not the settings of a run ({e}); restore it") from None
+    return found
 
 
 # A setting of one domain: elsewhere it would do nothing, and is refused.
@@ -238,7 +261,12 @@ def read_flags(args, needed) -> Config:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     # The prompt itself is the setting, wherever it was read.
     if args.prompt_file:
+        if "prompt" in given:
+            raise UserError("--prompt and --prompt-file: only one of them can be meant")
         given["prompt"] = read_text(args.prompt_file)
+        # The name of a prompt is not meant, either.
+        if "{context}" not in given["prompt"]:
+            raise UserError(f"--prompt-file {args.prompt_file}: there is no {{context}} in it")
     cfg = Config(**PRESETS[args.preset] | given)
     for name in sorted(given.keys() & ONLY_FOR.keys()):
         if given[name] and cfg.domain not in ONLY_FOR[name]:
@@ -248,6 +276,9 @@ def read_flags(args, needed) -> Config:
         raise UserError("--solved-at: it goes with --update solved")
     if "keep" in given and cfg.update not in ("best", "random"):
         raise UserError(f"--keep: --update {cfg.update} takes no number")
+    if cfg.update in ("reinforce", "grpo") and cfg.edits == 1:
+        raise UserError(f"--update {cfg.update}: with --edits 1 nothing is ever learned, as a "
+                        "single reward is its own mean; take 2 or more")
     if cfg.update in ("reinforce", "grpo") and (cfg.strict or cfg.restart):
         raise UserError(f"--update {cfg.update}: --strict and --restart are for ReST-EM")
     cfg.run_dir = cfg.run_dir or default_folder(args, given)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -37,32 +38,31 @@ def cli(main):
     except UserError as e:
         stop(str(e))
     except KeyboardInterrupt:
-        stop("interrupted; what a run has finished is in its folder, and the same command goes on")
+        stop("interrupted" + ("; what a run has finished is in its folder, and the same command "
+                              "goes on" if HELD else ""))
     except BrokenPipeError:     # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
-        stop(f"{e.filename or 'a file'}: {e.strerror or e}; what a run has finished is kept: mend "
-             "it and repeat the command")
-    except MemoryError:
-        stop(NO_MEMORY)
+        stop(f"{e.filename or 'a file'}: {e.strerror or e}", mend=True)
     except Exception as e:
         # Names, as this file imports neither torch nor safetensors.
         kinds = {kind.__name__ for kind in type(e).__mro__}
         if "SafetensorError" in kinds:
-            stop(f"{e}; what a run has finished is kept: mend it and repeat the command")
-        if "OutOfMemoryError" in kinds or "can't allocate memory" in str(e):
-            stop(NO_MEMORY)
+            stop(str(e), mend=True)
+        if kinds & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in str(e):
+            # Only a run keeps what it has finished, and has these flags.
+            stop("out of memory; what a run has finished is kept: repeat the command with "
+                 "--slots 1, --rows 8 or --recompute" if HELD else "out of memory")
         raise
 
 
-NO_MEMORY = ("out of memory; what a run has finished is kept: repeat the command with --slots 1, "
-             "--rows 8 or --recompute")
-
-
-def stop(line):
-    """End the program with one line on stderr."""
-    sys.exit("error: " + printable(line))
+def stop(line, mend=False):
+    """End the program with one line on stderr. mend: the user can mend it, and repeat."""
+    if mend:
+        kept = "what a run has finished is kept: " if HELD else ""
+        line = f"{line}; {kept}mend it and repeat the command"
+    sys.exit("error: " + " ".join(printable(line).split("\n")))
 
 
 def printable(text, most=2000) -> str:
@@ -92,17 +92,30 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
+    def parse_args(self, *args, **kwargs):
+        """What is to be written when the work is done is tried before it."""
+        found = super().parse_args(*args, **kwargs)
+        for name in ("out", "save", "svg"):
+            path = getattr(found, name, None)
+            try:
+                if path:
+                    Path(path).parent.mkdir(parents=True, exist_ok=True)
+                    tempfile.TemporaryFile(dir=Path(path).parent).close()
+            except OSError as e:
+                raise UserError(f"--{name} {path}: can't be written ({e.strerror})") from None
+        return found
+
     def error(self, message):
         print(f"error: {printable(message)} (-h explains)", file=sys.stderr)
         sys.exit(2)
 
 
-def at_least(low):
-    """A type for add_argument: a whole number, `low` or more."""
+def at_least(low, most=10 ** 6):
+    """A type for add_argument: a whole number from `low` to `most`, as work must have bounds."""
     def number(text):
         value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"must be {low} or more")
+        if not low <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be {low} or more, at most {most}")
         return value
     return number
 
@@ -115,24 +128,33 @@ positive = at_least(1)
 def read_text(path) -> str:
     """The content of a text file. UserError if it is missing or no text."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        # A pipe that nobody writes to, or a device, would never end.
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{path}: not a file (a folder, a pipe or a device); save it to a file")
+        # A byte-order mark is no text.
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (UnicodeDecodeError, OSError) as e:
+    except (ValueError, OSError) as e:
         raise UserError(f"{path}: not readable as text ({e})") from None
 
 
-def read_json(path):
-    """The content of a JSON file. UserError if it is missing, no JSON, or no valid Unicode."""
+def read_json(path, kind=None):
+    """The content of a JSON file; of a .jsonl file the list of its lines. UserError if it is
+    missing, no JSON, no valid Unicode, or not of a kind (see FIELDS)."""
+    text = read_text(path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if Path(path).suffix == ".jsonl":
+            value = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            value = json.loads(text)
         # "\ud800" is legal JSON and no character: it could never be written again.
         json.dumps(value, ensure_ascii=False).encode()
+        check(value, kind)
         return value
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (ValueError, OSError, RecursionError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e})") from None
+    except (ValueError, RecursionError) as e:
+        hint = "; are these JSON lines? name it .jsonl" if "Extra data" in str(e) else ""
+        raise UserError(f"{path}: not readable as JSON of its kind ({e}{hint})") from None
 
 
 def replace_file(path, text):
@@ -190,12 +212,69 @@ def lock(folder):
     return handle
 
 
+# ------------------------------------------------------------------------------- what is read back
+
+PLACE = {"iteration": int, "split": str, "arm?": str, "task": int, "edit": int}
+# A file's records by its name: the types of their fields. [kind] is a list, (kind,) may be null,
+# {str: kind} has any names, a field with a "?" may be missing. Other fields are not looked at.
+FIELDS = {
+    "config": {"own?": {}, "content?": {str: str}, "code?": {str: str}, "program?": str},
+    "edits": PLACE | {"text": str, "token_ids": [int]},
+    "rollouts": PLACE | {
+        "title": str, "reward": float, "unadapted": float, "text": str, "token_ids": [int],
+        "documents": int, "questions": [str], "gold": [str], "answers": [[str]], "right": [[bool]],
+        "losses": [[(float,)]], "cut": int, "replies": int, "seconds": float, "note": str,
+        "context?": str, "kinds?": [str], "forms?": [(str,)], "weight?": float},
+    "metrics": {
+        "iteration": int, "eval_reward": float, "eval_ci": [float], "eval_by_kind": {str: float},
+        "eval_unadapted": float, "eval_tasks": int, "train_reward": (float,),
+        "baselines": [{"name": str, "reward": float, "by_kind": {str: float}}],
+        "made_of": {str: float}, "seconds": float},
+    "cpt": {"row": str, "right": [[[bool]]], "documents": int, "tokens": int, "seconds": float},
+    "continual": {"edit": int, "accuracy": [[float]]},
+    "credit": {"title": str, "iteration": int, "documents": [str], "questions": [str],
+               "gold": [str], "credit": [[float]]}}
+# Files whose lines are counted from 0 by a field.
+COUNTED = {"metrics": "iteration", "continual": "edit"}
+WORDS = {int: "a whole number, 0 or more", float: "a number", str: "a text",
+         bool: "true or false", list: "a list", dict: "an object"}
+
+
+def check(value, kind, name="it"):
+    """ValueError if a value of a JSON file is not what `kind` says (see FIELDS); None: anything."""
+    if isinstance(kind, tuple):
+        return value is None or check(value, *kind, name)
+    base = kind if isinstance(kind, (type, type(None))) else type(kind)
+    # `type`, not isinstance: in Python true is an int. NaN and what is huge are no numbers here.
+    fits = base is None or type(value) is base or base is float and type(value) is int
+    if fits and base in (int, float):
+        fits = (0 if base is int else -2 ** 53) <= value < 2 ** 53
+    if not fits:
+        raise ValueError(f"{name} must be {WORDS[base]}")
+    if isinstance(kind, list):
+        name = f"each item of {name}"
+        for item in value:
+            check(item, *kind, name)
+    for field, own in kind.items() if isinstance(kind, dict) else ():
+        if field is str:
+            check(list(value.values()), [own], name)
+        elif field.strip("?") in value:
+            check(value[field.strip("?")], own, repr(field.strip("?")))
+        elif "?" not in field:
+            raise ValueError(f"{field!r} is missing")
+
+
 # ------------------------------------------------------------------------------- JSON lines
+
+def as_json(value, **form) -> str:
+    """JSON without NaN and infinity, which it does not know: they are null."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(plain, ensure_ascii=False, **form)
+
 
 def as_lines(records) -> str:
     """A line of JSON for each record."""
-    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-                   for record in records)
+    return "".join(as_json(record) + "\n" for record in records)
 
 
 class Lines:
@@ -218,14 +297,19 @@ class Lines:
             try:
                 record = json.loads(line)
                 self.check(record)
-            except (ValueError, KeyError, TypeError, RecursionError) as e:
+            except (ValueError, RecursionError) as e:
                 raise UserError(f"{self.path}, line {number}: not a record of a run ({e}); restore "
                                 "it, or delete the lines from there on and repeat the command"
                                 ) from None
             self.records.append(record)
 
     def check(self, record):
-        """ValueError, KeyError or TypeError if this is no record of this file. All are, here."""
+        """ValueError if this is no record of this file, or not the next one."""
+        name = self.path.name.split(".")[0]
+        check(record, FIELDS.get(name))
+        number = COUNTED.get(name)
+        if number and record[number] != len(self.records):
+            raise ValueError(f"{number} {record[number]} after {len(self.records)} lines")
 
     def add(self, *records):
         if not records:

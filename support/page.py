@@ -16,9 +16,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
-from support.config import FREE, PRESETS, Config, flag
-from support.files import Lines, Parser, UserError, cli, printable, read_json, replace_file
-from support.ranks import Metrics, Records, place_of
+from support.config import FREE, PRESETS, Config, flag, read_settings
+from support.files import (FIELDS, Lines, Parser, UserError, cli, printable, read_json,
+                           replace_file)
+from support.ranks import Records, place_of
 from support.report import kinds_by_change, learned, telling_task, when
 
 # Mid-tones that can be told apart, also by the colour-blind, on white and on black.
@@ -28,7 +29,7 @@ COLOURS = "#3b82c4 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8c6bb1 #8a8a8a #a676
 def write(folder) -> Path:
     """Write report.html into a run's folder, from the files there. UserError if they are none."""
     path = Path(folder)
-    cfg = read_json(path / "config.json")
+    cfg = read_settings(path)
     # Texts of others are cut, lose their control characters, and are escaped.
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
                       undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -38,7 +39,7 @@ def write(folder) -> Path:
     try:
         run = SimpleNamespace(
             path=path, cfg=SimpleNamespace(**vars(Config()) | cfg),
-            metrics=Metrics(path / "metrics.jsonl", repair=False),
+            metrics=Lines(path / "metrics.jsonl", repair=False),
             rollouts=Records(path / "rollouts.jsonl", repair=False))
         page = env.get_template("page.html").render(
             name=path.resolve().name, changed=time.strftime("%Y-%m-%d", last_change(path)),
@@ -48,7 +49,8 @@ def write(folder) -> Path:
             metrics=run.metrics.records, story=story(run), curve=curve(run), made_of=made_of(run),
             form_colours=form_colours(run), rivals=rivals(run), held_out=held_out(run),
             credit=credit(run), continual=continual(run), pictures=pictures(run))
-    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+            TemplateError) as e:
         raise UserError(f"{folder}: no page, as these are no records of a run ({e!r})") from None
     replace_file(path / "report.html", page)
     return path / "report.html"
@@ -117,11 +119,11 @@ def controls(run) -> list[list[dict]]:
     found = []
     for path in sorted(run.path.resolve().parent.glob("*/config.json")):
         try:
-            other = vars(Config()) | read_json(path)
+            other = read_settings(path.parent)
             same = all(other.get(name) == value for name, value in vars(run.cfg).items()
                        if name not in free)
             if same and other["update"] == "random" != run.cfg.update:
-                found.append(Metrics(path.parent / "metrics.jsonl", repair=False).records)
+                found.append(Lines(path.parent / "metrics.jsonl", repair=False).records)
         except (UserError, LookupError, TypeError, ValueError):
             continue        # no run, or one that can't be read
     return [metrics for metrics in found if metrics]
@@ -258,7 +260,7 @@ def grids(text: str) -> list[list[str]]:
 def credit(run) -> dict:
     """What `python -m lab.credit RUN_DIR` found, if it was asked: documents by questions."""
     path = run.path / "credit.json"
-    return read_json(path) if path.exists() else {}
+    return read_json(path, FIELDS["credit"]) if path.exists() else {}
 
 
 def continual(run) -> list[dict]:

@@ -155,11 +155,18 @@ class Records(SharedLines):
     on, "" for its own self-edits), a task and a self-edit: one for each, found by these."""
 
     def check(self, record):
+        super().check(record)
         where = place_of(record)
         if where in self.places:
             raise ValueError("a second one for iteration {}, {} {!r}, task {}, self-edit {}"
                              .format(*where))
         self.places.add(where)
+        # A rollout has an answer and a verdict for each question, and that for each seed.
+        if "right" in record:
+            rows = [record["gold"], *record["answers"], *record["right"]]
+            seeds = {len(record[name]) for name in ("answers", "right", "losses")}
+            if len(seeds) > 1 or {len(row) for row in rows} != {len(record["questions"])}:
+                raise ValueError("its answers do not fit its questions")
 
     @cached_property
     def places(self):
@@ -175,18 +182,5 @@ class Records(SharedLines):
 
 
 def place_of(record) -> tuple:
-    """KeyError or TypeError if it has none."""
-    numbers = record["iteration"], record["task"], record["edit"]
-    if not all(type(number) is int for number in numbers):
-        raise TypeError("iteration, task and edit must be whole numbers")
     return (record["iteration"], record["split"], record.get("arm", ""), record["task"],
             record["edit"])
-
-
-class Metrics(Lines):
-    """A line for each iteration."""
-
-    def check(self, record):
-        if record["iteration"] != len(self.records):
-            raise ValueError(f"iteration {record['iteration']} after {len(self.records)} lines")
-        float(record["eval_reward"])

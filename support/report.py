@@ -41,7 +41,7 @@ def curve(metrics: list[dict], width=40) -> str:
     """Held-out reward over iterations, as bars."""
     lines = []
     for m in metrics:
-        bar = "#" * round(width * m["eval_reward"])
+        bar = "#" * min(width, round(width * m["eval_reward"]))
         lines.append(f"    {m['iteration']:>2} |{bar:<{width}}| {m['eval_reward']:.3f}")
     return "\n".join(lines)
 
@@ -71,8 +71,9 @@ def summary(run, held_out) -> str:
         lines.append(", ".join(arms))
 
     rises = arrows([m["eval_reward"] for m in metrics])
-    kinds = {kind: arrows([m["eval_by_kind"][kind] for m in metrics])
-             for kind in first["eval_by_kind"]}
+    # A round of which no self-edit could be read has no kinds: nothing was right.
+    kinds = {kind: arrows([m["eval_by_kind"].get(kind, 0.0) for m in metrics])
+             for kind in (first["eval_by_kind"] or last["eval_by_kind"])}
     lines.append(f"with a self-edit {rises}{in_brackets(kinds)}")
 
     shares = []
@@ -120,7 +121,8 @@ def telling_task(run, puzzles: bool) -> tuple[int, str]:
         """Of the questions of that kind, those that are answered correctly."""
         return by_kind({r["task"]: r.get("kinds", [])}, [r]).get(kinds[0], 0)
 
-    sign = 1 if metrics[-1]["eval_by_kind"][kinds[0]] > metrics[0]["eval_by_kind"][kinds[0]] else -1
+    change = metrics[-1]["eval_by_kind"].get(kinds[0], 0) - metrics[0]["eval_by_kind"][kinds[0]]
+    sign = 1 if change > 0 else -1
     close = [i for i in gain if abs(gain[i] - mean) <= 0.1] or [nearest]
     best = max(close, key=lambda i: sign * (share(after[i]) - share(before[i])))
     return best, f"its gain is close to the mean gain, and most of it is in {kinds[0]} questions"

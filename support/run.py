@@ -7,6 +7,7 @@ round N, which any Hugging Face program opens. The same command resumes it.
 import dataclasses
 import json
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ from tqdm import tqdm
 
 from support import page, ranks
 from support.checkpoint import fetch
-from support.config import FREE, Config
-from support.files import (UserError, as_lines, fingerprint, lock, printable, read_json,
+from support.config import FREE, Config, read_settings
+from support.files import (FIELDS, Lines, UserError, as_lines, fingerprint, lock, printable,
                            replace_file)
-from support.ranks import Meter, Metrics, Records
+from support.ranks import Meter, Records
 from support.report import curve, iteration_line
 from support.tokenizer import Tokenizer
 
@@ -39,7 +40,7 @@ class Run:
         self.lock = lock(self.folder) if ranks.RANK == 0 else None
         self.edits = Records(self.folder / "edits.jsonl")
         self.rollouts = Records(self.folder / "rollouts.jsonl")
-        self.metrics = Metrics(self.folder / "metrics.jsonl")
+        self.metrics = Lines(self.folder / "metrics.jsonl")
         self.shared = [self.edits, self.rollouts]   # lines that ranks exchange after a phase
         self.tok = Tokenizer.from_pretrained(cfg.model)
         self.judge = None       # of the answers: data/tasks.py sets it
@@ -49,7 +50,7 @@ class Run:
     def log(self, line):
         """Print a line, without tearing a progress bar. Of several ranks the first one does."""
         if ranks.RANK == 0:
-            tqdm.write(line)
+            tqdm.write(printable(line, 10 ** 6))
 
     def settle(self, program: str, **own):
         """Before anything is computed, and after the inputs were found good: write down what this
@@ -59,12 +60,10 @@ class Run:
             "model": print_of_model(cfg.model), "train_data": print_of_data(cfg.train_data),
             "eval_data": print_of_data(cfg.eval_data)}, "code": print_of_code()}
         path = self.folder / "config.json"
-        theirs = read_json(path) if path.exists() else mine
-        if not isinstance(theirs, dict):
-            raise UserError(f"{path}: not the settings of a run; restore it, or name another "
-                            "--run-dir")
+        theirs = read_settings(self.folder) if path.exists() else mine
         # A run that has computed nothing yet may become another.
-        if self.edits.records or self.rollouts.records or self.metrics.records:
+        kept = [self.folder / f"{name}.jsonl" for name in FIELDS]
+        if any(file.exists() and file.stat().st_size for file in kept):
             differ = differences(mine, theirs)
             if differ:
                 raise UserError(f"{self.folder} holds a run with other settings "
@@ -76,9 +75,24 @@ class Run:
                     self.log(f"note: {name} has changed since this run began; what it has computed "
                              "is kept. To compute it anew, name another --run-dir.")
             mine["code"] = began
+        self.check_whole()
         ranks.wait()     # until all have compared
         if ranks.RANK == 0:
             replace_file(path, json.dumps(mine, indent=2))
+
+    def check_whole(self):
+        """UserError if a rollout is gone that no round will make again."""
+        cfg = self.cfg
+        for m in self.metrics.records:
+            t = m["iteration"]
+            sizes = {(t, "eval"): (m["eval_tasks"], cfg.eval_edits)}
+            if t:
+                sizes[t - 1, "train"] = cfg.tasks, cfg.edits
+            for (number, split), (n, k) in sizes.items():
+                places = set(product(range(n), range(k)))
+                if self.rollouts.at(number, split).keys() != places:
+                    raise UserError(f"{self.rollouts.path}: iteration {number}, {split}: these are "
+                                    f"not the {k} self-edits of {n} tasks; restore it")
 
     def remember(self, lines: Records, where: tuple, groups: list[list[tuple]], costs: list[float],
                  compute) -> dict:
@@ -90,16 +104,20 @@ class Run:
         number, the records of its places) as they end. costs: of each group, to share out by."""
         # What is on disk is read back. A group of which any record is missing is made anew.
         known = lines.at(*where)
-        missing = []
+        t, split, arm = where
+        missing, strange = [], set(known)
         for number, group in enumerate(groups):
+            strange -= set(group)
             if any(place not in known for place in group):
                 missing.append(number)
+        if strange:
+            raise UserError(f"{lines.path}: iteration {t}, {arm or split}: there is no (task, "
+                            f"self-edit) {min(strange)} in this run; restore it")
         if not missing:
             return known
 
         # The other groups are shared out among the ranks. What is made is on disk at once.
         begin = time.time()
-        t, split, arm = where
         mine = ranks.share_of([costs[number] for number in missing])
         for number, records in compute([missing[m] for m in mine]):
             new = []
@@ -185,17 +203,19 @@ class Run:
     def make(self, t: int, start: int, train):
         """theta_t, by train(theta_start), which changes the model in place. Rank 0 does it; the
         others wait, and read the result from disk."""
-        if ranks.RANK == 0:
+        folder = self.folder / f"iter_{t}"
+        # It is there already if only metrics were lost.
+        if ranks.RANK == 0 and not folder.is_dir():
             model = self.load(start)
             train(model)
-            folder = self.folder / f"iter_{t}"
             model.save_pretrained(folder)
             self.loaded = folder, model
         ranks.wait()
 
     def last_checkpoint(self) -> int:
-        """The last iteration whose weights are there; the base's always are."""
-        for t in range(self.cfg.iterations, 0, -1):
+        """The last iteration whose weights are there, and all before it measured; the base's always
+        are."""
+        for t in range(min(self.cfg.iterations, len(self.metrics.records)), 0, -1):
             if (self.folder / f"iter_{t}").is_dir():
                 return t
         return 0
@@ -204,11 +224,10 @@ class Run:
 # ------------------------------------------------------------------------------- fingerprints
 
 def differences(mine: dict, theirs: dict) -> list[str]:
-    """What another run has otherwise. A setting that it lacks, as it is older, has its default."""
-    defaults = dataclasses.asdict(Config())
+    """What another run has otherwise."""
     differ = []
     for name in mine.keys() - FREE - {"own", "content", "code"}:
-        other = theirs.get(name, defaults.get(name, mine[name]))
+        other = theirs.get(name, mine[name])
         if other != mine[name]:
             differ.append(f"{name}: {other!r}")
     for name in theirs.keys() - mine.keys():
@@ -264,7 +283,7 @@ def prints_of_rounds(run: Run, folder) -> dict[str, str]:
     rounds = sorted(Path(folder).glob("iter_*[0-9]"))
     if not rounds:
         raise UserError(f"{folder}: no checkpoint iter_1 there")
-    domain = read_json(Path(folder) / "config.json").get("domain")
+    domain = read_settings(folder)["domain"]
     if domain != run.cfg.domain:
         raise UserError(f"{folder} is a run of {domain}, and this one is of {run.cfg.domain}")
     return {path.name: print_of_model(path) for path in rounds}

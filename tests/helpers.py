@@ -126,6 +126,16 @@ def run_rest_em(run, learn=None):
     return held_out
 
 
+# A line of rollouts.jsonl about nothing, and one of metrics.jsonl.
+ROLLOUT = {"iteration": 0, "split": "eval", "arm": "", "task": 0, "edit": 0, "title": "",
+           "reward": 0.0, "unadapted": 0.0, "text": "", "token_ids": [], "documents": 1,
+           "questions": [], "gold": [], "answers": [], "right": [], "losses": [], "cut": 0,
+           "replies": 0, "seconds": 0.0, "note": ""}
+MEASURED = {"iteration": 0, "eval_reward": 0.5, "eval_ci": [0.4, 0.6], "eval_by_kind": {},
+            "eval_unadapted": 0.0, "eval_tasks": 2, "baselines": [], "train_reward": None,
+            "made_of": {}, "seconds": 1.0}
+
+
 def read_lines(path):
     """The records of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -391,7 +391,7 @@ def test_a_malformed_puzzle_is_not_blamed_on_its_solution(puzzle, sources):
 def test_what_is_missing_is_said(sources):
     (sources / "arc_solutions.json").unlink()
     (sources / "empty").mkdir()
-    for source, said in [("arc_challenges.json", "arc_solutions.json is missing"),
+    for source, said in [("arc_challenges.json", "FILE_solutions.json"),
                          ("none:aa", "none is missing"), ("empty", "no puzzles there")]:
         with pytest.raises(UserError, match=said):
             arc.load(str(sources / source))
@@ -572,3 +572,17 @@ def test_the_table_of_puzzles(random_model, tmp_path, monkeypatch, capsys):
         "--run-dir", str(tmp_path / "passages")])
     with pytest.raises(UserError, match="eval.py arc"):
         eval_main()
+
+
+def test_a_task_file_and_challenges_with_their_outputs_are_read(sources):
+    def names(file):
+        return [task.name for task in arc.load(str(sources / file))]
+
+    (sources / "one.json").write_text(json.dumps(PUZZLE))
+    assert names("one.json") == ["one"]
+    (sources / "arc_challenges.json").write_text(json.dumps({"aa": PUZZLE}))
+    (sources / "arc_solutions.json").write_text(json.dumps({"aa": [[[0, 0]]]}))
+    with pytest.raises(UserError, match="'aa' has another output in arc_challenges.json"):
+        names("arc_challenges.json")
+    (sources / "arc_solutions.json").unlink()
+    assert names("arc_challenges.json") == ["aa"]

@@ -19,10 +19,10 @@ from data.knowledge import read_edits
 from engine.decode import quiet
 from eval import cpt_row, row_of
 from lora import Lora
-from support.files import UserError
+from support.files import UserError, as_lines
 from tests.helpers import SMALL, even_length, open_run, parse, read_lines
 from tests.strict import may_stay_unused
-from tests.test_run import spy_on_sft, varied_run
+from tests.test_run import other_lines, spy_on_sft, varied_run
 
 
 @pytest.fixture()
@@ -349,3 +349,72 @@ def test_a_table_must_be_named():
     done = subprocess.run([sys.executable, "eval.py"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "TABLE" in done.stderr
+
+
+# ------------------------------------------------------------------------------- damaged records
+
+@pytest.mark.parametrize("name, words", [("cpt", []), ("continual", STREAMS)])
+def test_a_table_s_lines_that_are_gone_or_there_twice_are_said_or_made_again(
+        name, words, flags, tmp_path, varied_rewards):
+    whole, path = evaluate(name, *flags, *words), tmp_path / "run" / f"{name}.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    said = set()
+    cases = list(other_lines(lines).items())
+    for what, record in (("a row less", {"right": [], "accuracy": [[0.5]]}), ("older", {"x": 1})):
+        cases.append((what, [as_lines([json.loads(lines[0]) | record]), *lines[1:]]))
+    for what, damaged in cases:
+        path.write_text("".join(damaged))
+        try:
+            again = evaluate(name, *flags, *words)
+            assert without_seconds(again) == without_seconds(whole), what
+        except UserError as e:
+            assert f"{name}.jsonl" in str(e) and "\n" not in str(e)
+            said.add(what)
+    # The last ones are made again.
+    assert said - {"one is gone"} == {"the first is gone", "the last is there twice", "a row less",
+                                      "the first is there twice", "two change places"}
+
+
+def without_seconds(table):
+    """The lines of a table but for their last column."""
+    lines = table.splitlines()
+    return [line[:-5] for line in lines if re.match(r" +(\d+  \d|pass|no )", line)]
+
+
+def test_a_folder_with_another_length_is_refused(flags, tmp_path):
+    evaluate("continual", *flags, *STREAMS)
+    with pytest.raises(UserError, match="holds a run with other settings .length: 3"):
+        evaluate("continual", *flags, "--streams", "2", "--length", "2")
+
+
+def test_training_that_diverges_leaves_a_table_that_json_knows(flags, tmp_path):
+    evaluate("cpt", *flags, "--inner-lr", "1e30", "--seeds", "1")
+    rows = json.loads((tmp_path / "run" / "cpt.json").read_text(),
+                      parse_constant=lambda name: pytest.fail(name))["rows"]
+    assert [row["mean"] for row in rows[1:]] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["no adaptation", "passage only", "Its own self-edits ",
+                                  "passage in the prompt", "self-edits after round 12"])
+def test_no_imported_kind_takes_the_place_of_a_row(kind, passages, tmp_path):
+    write_edits(tmp_path / "edits.json", passages, lambda record: {"edits": {kind: "x"}})
+    with pytest.raises(UserError, match=f"{kind!r} is the name of a row of its own"):
+        read_edits([tmp_path / "edits.json"], [])
+
+
+def test_the_authors_own_files_are_read_as_they_are(passages, tmp_path):
+    tasks = [SimpleNamespace(name="a", context=["Town 0\n" + json.loads(
+        passages.read_text())[0]["context"]])]
+    write_edits(tmp_path / "edits.json", passages, lambda record: {
+        "completions": ["One.", "Two."], "prompt": "..."})
+    assert read_edits([tmp_path / "edits.json"], tasks) == {
+        "completion 1": ["One."], "completion 2": ["Two."]}
+    # The same twice is no contradiction, another text is one.
+    other = tmp_path / "other.json"
+    write_edits(other, passages, lambda record: {"edits": {"completion 1": "One."}})
+    read_edits([tmp_path / "edits.json", other], tasks)
+    write_edits(other, passages, lambda record: {"edits": {"completion 1": "Three."}})
+    with pytest.raises(UserError, match="other.json: record 0: a second 'completion 1' self-edit"):
+        read_edits([tmp_path / "edits.json", other], tasks)
+    with pytest.raises(UserError, match="passages.json: no self-edit in it"):
+        read_edits([passages], tasks)

@@ -48,6 +48,17 @@ CASES = [
     # Nothing is said.
     ("Paris", "", False, False, False),
     ("Paris", "  \n", False, False, False),
+    # Any script's punctuation, and either form of a letter.
+    *((gold, prediction, True, True, True) for gold, prediction in [
+        ("华北平原", "北京位于华北平原。"), ("東京", "答えは「東京」です"),
+        ("القاهرة", "القاهرة،"), ("Beyonc\u00e9", "Beyonce\u0301"), ("don't", "don\u2019t"),
+        ("don't", "don\u02bct"), ("１９４５年", "1945年"), ("दिल्ली", "दिल्ली।"),
+        ("1963–64", "the 1963-64"),
+        ("กรุงเทพ", "เมืองหลวงคือกรุงเทพ"), ("¿Qué?", "«Qué»"), ("서울", "서울\u200b!")]),
+    ("東京", "京東", True, True, False), ("東京都", "大阪", False, False, False),
+    # What has no word is compared as it is.
+    ("A", "a ", True, True, True), ("A", "a town", False, False, False),
+    ("+", "-", False, False, False),
 ]
 
 

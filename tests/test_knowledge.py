@@ -77,7 +77,7 @@ def test_example_passages_hold_their_answers():
     for task in sum(tasks, []):
         assert len(task.questions) == 3
         for answer in task.answers:
-            assert judges.substring("", answer, task.context[0])
+            assert judges.RULES["substring"]([("", answer, task.context[0])]) == [True]
 
 
 # ------------------------------------------------------------------------------- data files
@@ -164,13 +164,13 @@ def test_a_passage_without_questions_is_skipped_and_said_as_far_as_it_can_be_pri
 
 
 @pytest.mark.parametrize("answer", ["the", "!!!", "a - an"])
-def test_a_gold_answer_that_no_rule_can_find_is_said(answer, path):
+def test_a_gold_answer_without_a_word_is_said_and_compared_as_it_is(answer, path):
     question = {"question": "Q?", "answer": answer}
     path.write_text(json.dumps([GOOD, GOOD | {"questions": [question]}]))
     tasks, (line,) = loaded(path)
     assert len(tasks) == 2
     assert line.startswith(f"note: {path}: record 1, question 0: gold answer {answer!r} has no")
-    assert judges.RULES["rule"]([("Q?", answer, answer)]) == [False]
+    assert judges.RULES["rule"]([("Q?", answer, answer), ("Q?", answer, "x")]) == [True, False]
     # A model that judges may find it.
     assert loaded(path, judge=lambda triples: [True] * len(triples))[1] == []
 
@@ -268,7 +268,8 @@ def test_a_file_that_can_not_be_had_is_said(publish, fetch, tmp_path, monkeypatc
         fetch()
     # What can't be written is said before anything is downloaded.
     monkeypatch.setattr(urllib.request, "urlopen", None)
-    with pytest.raises(UserError, match="none: no such folder"):
+    with pytest.raises(UserError, match="none/squad.json: can't be written"):
+        (tmp_path / "none").touch()
         fetch("--out", "none/squad.json")
     (tmp_path / "mine.json").touch()
     with pytest.raises(UserError, match="mine.json exists already"):
@@ -371,12 +372,13 @@ A = {"title": "A", "context": "About a."}
 
 
 @pytest.mark.parametrize("record, words", [
-    (3, "not an object"), ({"edits": {"x": "y"}}, '"title" must be'),
-    ({"title": "A", "edits": {"x": "y"}}, '"context" must be'),
-    (A | {"edits": {"x": ["y"]}}, '"edits" must be'), (A | {"edits": None}, '"edits" must be'),
+    (3, "it must be an object"), ({"edits": {"x": "y"}}, "'title' is missing"),
+    ({"title": "A", "edits": {"x": "y"}}, "'context' is missing"),
+    (A | {"edits": {"x": ["y"]}}, "each item of 'edits' must be a text"),
+    (A | {"edits": None}, "'edits' must be an object"),
     (A | {"edits": {"\x1b[2J": "y"}}, "can be printed"),
-    (A | {"released": {"x": "y"}}, '"released" must be'),
-    (A | {"released": {"x": {"edit": 5}}}, '"edits" must be')])
+    (A | {"released": {"x": "y"}}, "each item of 'released' must be"),
+    (A | {"released": {"x": {"edit": 5}}}, "'edit' must be a text")])
 def test_what_is_wrong_with_an_exchanged_self_edit_is_said(record, words, path):
     path.write_text(json.dumps([A | {"edits": {"x": "y"}}, record]))
     with pytest.raises(UserError, match=f"data.json: record 1: .*{words}"):

@@ -16,7 +16,7 @@ from selfedit import fill, seed_for
 from support.config import Config
 from support.files import UserError
 from support.tokenizer import Tokenizer
-from tests.helpers import SMALL, read_lines, run_it
+from tests.helpers import MEASURED, ROLLOUT, SMALL, read_lines, run_it
 
 
 def call(program, *words):
@@ -99,9 +99,9 @@ def write_run(folder, rewards, made_of=(), iterations=None, **settings):
         config["iterations"] = iterations
     (folder / "config.json").write_text(json.dumps(config | settings))
     write_lines(folder / "metrics.jsonl", [
-        {"iteration": t, "eval_reward": reward, "eval_by_kind": {"forward": reward},
-         "made_of": made_of[t] if made_of else {},
-         "baselines": [{"name": "passage only", "reward": 0.3}] if t == 0 else []}
+        MEASURED | {"iteration": t, "eval_reward": reward, "eval_by_kind": {"forward": reward},
+                    "made_of": made_of[t] if made_of else {}, "baselines": [
+                        {"name": "passage only", "reward": 0.3, "by_kind": {}}] if t == 0 else []}
         for t, reward in enumerate(rewards)])
     return folder
 
@@ -148,8 +148,8 @@ def test_runs_that_have_no_curve_are_one_line(tmp_path):
     two = write_run(tmp_path / "two", [0.1, 0.2, 0.3], iterations=1, seed=1)
     with pytest.raises(UserError, match="two: 3 iterations are measured, 2 in another run"):
         call(curve, one, two)
-    (one / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="config.json: not the settings of a run"):
+    (one / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="config.json: not readable as JSON of its kind"):
         call(curve, one)
 
 
@@ -193,7 +193,10 @@ def test_without_a_baseline_there_is_no_floor_and_without_matplotlib_no_drawing(
 # ------------------------------------------------------------------------------- reliability
 
 def rollout(task, edit, right, split="train"):
-    return {"iteration": 0, "split": split, "task": task, "edit": edit, "right": right}
+    asked = [""] * (len(right[0]) if right else 0)
+    return ROLLOUT | {"split": split, "task": task, "edit": edit, "right": right, "gold": asked,
+                      "questions": asked, "answers": [asked] * len(right),
+                      "losses": [[1, 1]] * len(right)}
 
 
 def test_reliability_by_hand(tmp_path, capsys):
@@ -230,9 +233,9 @@ def test_runs_that_tell_nothing_about_seeds_are_one_line(tmp_path):
 # ------------------------------------------------------------------------------- paired
 
 def evaluated(task, arm, answer, reward):
-    return {"iteration": 0, "split": "eval", "arm": arm, "task": task, "edit": 0, "reward": reward,
-            "unadapted": 0.0, "answers": [[answer]], "questions": ["Where?"], "gold": ["Ostermar"],
-            "documents": 2, "seconds": 1.5}
+    return ROLLOUT | {"arm": arm, "task": task, "reward": reward, "answers": [[answer]],
+                      "questions": ["Where?"], "gold": ["Ostermar"], "right": [[False]],
+                      "losses": [[1, 1]], "documents": 2, "seconds": 1.5}
 
 
 @pytest.fixture

@@ -11,14 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import inner_loop
+import selfedit
 import model as transformer
-from data import text
+from data import judges, text
 from inner_loop import inner_recipe
 from lora import Adapters, Lora
 from model import add_adapter, load_pretrained
 from support.config import PRESETS, Config
 from support.files import UserError
 from tests.helpers import ALL, CASES
+from tests.strict import must_not_be_called
 from tools import learn
 
 NOTES = "The Brindle Cup is a race. It was founded by Ludo.\n\nThe winner gets a kettle of jam."
@@ -58,18 +60,35 @@ def adapter(tiny, tmp_path):
 
 # ------------------------------------------------------------------------------- texts
 
+def in_tokens(passage):
+    """As if each word were a token, and each character of a script without blanks."""
+    return len(judges.normalise(passage))
+
+
 def test_paragraphs_are_joined_and_long_ones_cut():
     long = "This is a sentence of seven words. " * 40
-    found = text.passages(f"One.\n\nTwo\nlines.\n\n{long}\n\nEnd.")
+    found = text.passages(f"One.\n\nTwo\nlines.\n\n{long}\n\nEnd.", in_tokens)
     assert found[0].startswith("One. Two lines.")
-    assert all(len(passage.split()) <= text.LONGEST for passage in found)
+    assert len(found) == 2 and max(map(in_tokens, found)) <= text.LONGEST
     assert " ".join(found) == " ".join(f"One. Two lines. {long} End.".split())
+
+
+@pytest.mark.parametrize("sentence, cuts", [
+    ("北京位于华北平原。", True), ("東京は「大きい」です！", True), ("दिल्ली बड़ी है। ", True), ("هل هي كبيرة؟ ", True),
+    ("กรุงเทพเป็นเมืองหลวง", False), ("no full stop here ", False), ("aGVsbG8gd29ybGQ=", False)])
+def test_a_text_of_any_script_is_learned_whole_and_cut_by_its_tokens(sentence, cuts):
+    whole = sentence * 100
+    found = text.passages(whole, len, 60)
+    assert max(map(len, found)) <= 70 and len(found) > 10
+    assert "".join(found).replace(" ", "") == whole.replace(" ", "")
+    assert all(passage.endswith(sentence.strip()) for passage in found) == cuts
+    assert len(text.sentences(whole)) == (100 if cuts else 1)
 
 
 def test_a_file_is_titled_by_its_name_and_a_folder_is_its_files(notes):
     (notes.parent / "other.md").write_text("More.")
-    assert text.load([notes]) == [("brindle cup", " ".join(NOTES.split()))]
-    assert [title for title, _ in text.load([notes.parent])] == ["brindle cup", "other"]
+    assert text.load([notes], in_tokens) == [("brindle cup", " ".join(NOTES.split()))]
+    assert [title for title, _ in text.load([notes.parent], in_tokens)] == ["brindle cup", "other"]
 
 
 @pytest.mark.parametrize("content, problem", [(b"", "no text"), (b" \n\n ", "no text"),
@@ -77,9 +96,9 @@ def test_a_file_is_titled_by_its_name_and_a_folder_is_its_files(notes):
 def test_what_is_no_text_is_one_line(content, problem, tmp_path):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(UserError, match=problem):
-        text.load([tmp_path / "x"])
+        text.load([tmp_path / "x"], in_tokens)
     with pytest.raises(UserError, match="missing"):
-        text.load([tmp_path / "missing"])
+        text.load([tmp_path / "missing"], in_tokens)
 
 
 def test_the_passage_in_view_is_the_one_that_is_asked_about():
@@ -100,6 +119,11 @@ def test_learn_ask_save_and_ask_again(call, notes, tmp_path):
     assert len([line for line in out.splitlines() if "  after" in line]) == 2
     again = call("--max-new", 20, "--adapter", saved, "--ask", "Who founded it?")
     assert "without" in again and "with " in again
+    # It is asked as before: with the topic of the passage.
+    def answers(out, name):
+        return re.findall(rf"Who founded it\?\n(?:.*\n)*?  {name} +(.*)", out)
+    assert answers(again, "without") == answers(out, "before") != []
+    assert answers(again, "with") == answers(out, "after")
     # It learns: the loss falls.
     first, last = (float(x) for x in out.split("loss ")[1].split("\n")[0].split(" -> "))
     assert last < first - 0.5
@@ -219,3 +243,28 @@ def test_a_folder_that_exists_is_not_overwritten(tiny, adapter):
     with pytest.raises(UserError, match="exists already"):
         Adapters(tiny, Lora(4, 8, ALL), 1).save(0, adapter)
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+def test_what_can_not_be_saved_or_asked_is_said_before_the_work(call, notes, monkeypatch):
+    monkeypatch.setattr(learn, "sample_self_edits", must_not_be_called)
+    with pytest.raises(UserError, match="a prompt has 100... tokens; the model's window has 1024"):
+        call(notes, "--ask", "x" * 100_000)
+    monkeypatch.setattr(learn, "load_pretrained", must_not_be_called)
+    with pytest.raises(UserError, match="--save .*brindle_cup.txt/adapter: can't be written"):
+        call(notes, "--save", notes / "adapter")
+
+
+def test_work_has_bounds(call, notes, capsys):
+    with pytest.raises(SystemExit):
+        call(notes, "--edits", 10 ** 9)
+    assert "argument --edits: must be 1 or more, at most 1000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [inner_loop, selfedit])
+def test_a_prompt_beyond_the_window_is_one_line_with_both_numbers(program, call, tiny_folder,
+                                                                tmp_path):
+    record = {"title": "A", "context": "word " * 2000, "questions": [{"question": "Q?",
+                                                                      "answer": "a"}]}
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    with pytest.raises(UserError, match=r"a prompt has 10\d+ tokens; the model's window has 1024"):
+        call("--data", tmp_path / "a.json", "--model", tiny_folder, program=program)

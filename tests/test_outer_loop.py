@@ -199,6 +199,7 @@ def test_another_m_step_is_given_what_was_kept(argv, varied_rewards):
 
 @pytest.mark.parametrize("words", [
     "--outer-lr 1e30",
+    "--outer-lr 30 --outer-epochs 1",       # a single step: its loss was measured before it
     "--outer-lr 30 --outer-epochs 6"])      # the adapter is finite, and the merged model unusable
 def test_an_m_step_that_diverges_is_an_error_and_saves_nothing(words, argv, tmp_path):
     with pytest.raises(UserError, match="M-step of round 1 diverged; try a lower --outer-lr"):
@@ -552,3 +553,13 @@ def test_the_loop_on_a_real_model(smollm2, tmp_path):
     assert len(losses) >= 6
     assert sum(last for _, last in losses) < 0.7 * sum(first for first, _ in losses)
     assert (run_dir / "iter_1" / "model.safetensors").exists()
+
+
+def test_a_round_of_which_nothing_can_be_read_ends_in_a_summary(argv, monkeypatch, capsys):
+    def unreadable(task, text, token_ids=()):
+        return SelfEdit(text=text, token_ids=list(token_ids), note="unreadable")
+
+    monkeypatch.setattr("outer_loop.read_self_edit", unreadable)
+    monkeypatch.setattr("sys.argv", ["outer_loop.py", *argv, "--iterations", "1"])
+    outer_loop.main()
+    assert "with a self-edit 0.000 -> 0.000" in capsys.readouterr().out

@@ -51,8 +51,9 @@ class Balanced(HTMLParser):
 def rollout(t, split, task, edit, worth, **others):
     return {"iteration": t, "split": split, "arm": "", "task": task, "edit": edit,
             "title": f"town {task}", "reward": worth, "unadapted": 0.125,
-            "text": f"edit {edit} of task {task} at {t}", "directives": {}, "tools": [],
-            "documents": 1, "questions": ["Who?", "Where?"], "gold": ["Ann", "Rome"],
+            "token_ids": [], "cut": 0, "replies": 2, "text": f"edit {edit} of task {task} at {t}",
+            "directives": {}, "tools": [], "documents": 1, "questions": ["Who?", "Where?"],
+            "gold": ["Ann", "Rome"],
             "context": "Ann lives in Rome.", "kinds": ["forward", "reversed"], "forms": ["plain"],
             "answers": [["Ann", "Bath"]], "right": [[True, False]], "losses": [[2.0, 1.0]],
             "seconds": 0.1, "note": ""} | others
@@ -162,8 +163,8 @@ def test_the_task_that_is_shown(tmp_path, gains, told):
 
 @pytest.mark.parametrize("rollouts, metrics", [
     ([], []), (rounds()[:1], []), (rounds()[:2], MEASURED[:1]), (rounds()[:3], MEASURED[:1]),
-    ([rollout(0, "eval", 0, 0, 0.5, arm="its own self-edits", right=[[True, False], [False] * 2])],
-     [])])
+    ([rollout(0, "eval", 0, 0, 0.5, arm="its own self-edits", right=[[True, False], [False] * 2],
+              answers=[["a", "b"]] * 2, losses=[[None, 1]] * 2)], [])])
 def test_a_run_that_has_just_begun(tmp_path, rollouts, metrics):
     found, _ = a_run(tmp_path, rollouts, metrics)
     words = " ".join(found.words)
@@ -172,7 +173,7 @@ def test_a_run_that_has_just_begun(tmp_path, rollouts, metrics):
 
 
 def test_an_unreadable_self_edit_never_wins(tmp_path):
-    unreadable = dict(note="no JSON", documents=0, right=[], answers=[])
+    unreadable = dict(note="no JSON", documents=0, right=[], answers=[], losses=[])
     found, _ = a_run(tmp_path, [
         rollout(0, "train", 0, 0, 0.0, **unreadable), rollout(0, "train", 0, 1, 0.0),
         rollout(0, "eval", 0, 0, 0.0, **unreadable)])
@@ -200,7 +201,7 @@ def test_texts_of_others_are_inert(tmp_path):
 
 @pytest.mark.parametrize("damage", [{"reward": "<b>"}, {"questions": 3}, {"answers": [[]]}])
 def test_no_records_of_a_run(tmp_path, damage):
-    with pytest.raises(UserError, match="no page"):
+    with pytest.raises(UserError, match="no page|not a record of a run"):
         a_run(tmp_path, rounds(**damage), MEASURED)
 
 

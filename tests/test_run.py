@@ -32,8 +32,9 @@ from inner_loop import Answers
 from lora import Adapters, Lora, PROJECTIONS, Recipe
 from model import Transformer, load_pretrained
 from outer_loop import score, unadapted
-from support.config import PRESETS, Config, flag
-from support.files import Lines, UserError, cli
+from support.config import PRESETS, Config, flag, read_settings
+from support.files import (FIELDS, Lines, Parser, UserError, as_lines, check, cli, read_json,
+                           read_text)
 from support.ranks import Meter, Records
 from support.run import Run
 from tests.conftest import ROOT
@@ -166,7 +167,13 @@ def test_unknown_and_abbreviated_flags_are_errors(words, argv, capsys):
     ("--solved-at 0.5", "--solved-at: it goes with --update solved"),
     ("--update grpo --keep 2", "--keep: --update grpo takes no number"),
     ("--update grpo --strict", "--update grpo: --strict and --restart are for ReST-EM"),
+    ("--update grpo --edits 1", "--update grpo: with --edits 1 nothing is ever learned"),
     ("--prompt-file nowhere.txt", "nowhere.txt is missing"),
+    ("--prompt none --prompt-file nowhere.txt", "--prompt and --prompt-file: only one"),
+    ("--prompt-file pytest.ini", "--prompt-file pytest.ini: there is no {context} in it"),
+    ("--temperature -1", "--temperature -1.0: must be 0 or more, at most 100"),
+    ("--temperature nan", "--temperature nan: must be 0 or more, at most 100"),
+    ("--tasks 1" + "0" * 400, "--tasks 1"),
     ("--inner-targets w_proj", "--inner-targets 'w_proj': choose among q_proj"),
     ("--train-data nowhere.json", "nowhere.json is missing")])
 def test_a_bad_flag_is_one_line_that_names_it(words, message, argv, monkeypatch):
@@ -577,9 +584,9 @@ def test_two_processes_do_not_share_a_folder(argv):
 
 @pytest.mark.parametrize("name, line, problem", [
     ("edits.jsonl", "{", "line 2"), ("edits.jsonl", "[]", "line 2"), ("edits.jsonl", "", "line 2"),
-    ("edits.jsonl", '{"iteration": 0, "split": "eval", "task": 0, "edit": 0}', "a second one"),
-    ("rollouts.jsonl", '{"iteration": 0}', "'task'"), ("metrics.jsonl", "null", "line 1"),
-    ("metrics.jsonl", '{"iteration": 1, "eval_reward": 1}', "iteration 1 after 0 lines"),
+    ("edits.jsonl", '{"iteration": 0, "split": "eval", "task": 0, "edit": 0, "text": "", '
+                    '"token_ids": []}', "a second one"),
+    ("rollouts.jsonl", '{"iteration": 0}', "'split'"), ("metrics.jsonl", "null", "line 1"),
     ("metrics.jsonl", '{"iteration": 0, "eval_reward": null}', "line 1")])
 def test_a_damaged_record_is_named_by_file_and_line(name, line, problem, argv, begun):
     with (begun / name).open("a") as f:
@@ -865,3 +872,145 @@ def test_two_hundred_iterations_hold_no_more_memory_or_files_than_fifty(argv, mo
     assert len(read_lines(run.folder / "metrics.jsonl")) == 201
     assert used[200][0] - used[50][0] < 40 * 2 ** 20
     assert used[200][1] <= used[50][1]
+
+
+# ------------------------------------------------------------------------------- damaged records
+
+# What stands where a value of another kind belongs. All but the last three are of one JSON type.
+OTHERS = [None, True, "1", [], {}, -1, 10 ** 400, float("nan")]
+
+
+def damaged_lines(records, kind):
+    """(what was done, text) of a file of records: each field gone, or of another kind."""
+    record = records[0]
+    for name in record.keys() & {field.strip("?") for field in kind}:
+        if name in kind:
+            yield f"without {name}", as_lines([{k: v for k, v in record.items() if k != name}])
+        for value in OTHERS:
+            try:
+                check({name: value}, {name: kind.get(name, kind.get(name + "?"))})
+            except ValueError:
+                yield f"{name}: {str(value)[:9]}", json.dumps(record | {name: value}) + "\n"
+
+
+@pytest.mark.parametrize("name", ["edits", "rollouts", "metrics"])
+def test_a_record_with_a_field_gone_or_of_another_kind_is_named(name, whole, tmp_path):
+    cases = list(damaged_lines(getattr(whole, name).records, FIELDS[name]))
+    assert len(cases) > 40
+    kind = Lines if name == "metrics" else Records
+    for what, text in cases:
+        (tmp_path / f"{name}.jsonl").write_text(text)
+        with pytest.raises(UserError, match=f"{name}.jsonl, line 1: not a record of a run"):
+            kind(tmp_path / f"{name}.jsonl")
+            print(what)     # it was read
+
+
+def test_answers_that_do_not_fit_their_questions_are_named(whole, tmp_path):
+    record = next(r for r in whole.rollouts.records if r["right"])
+    for damage in ({"right": [[True]] * 2}, {"answers": []}, {"gold": ["a"]}, {"losses": []}):
+        (tmp_path / "rollouts.jsonl").write_text(as_lines([record | damage]))
+        with pytest.raises(UserError, match="its answers do not fit its questions"):
+            Records(tmp_path / "rollouts.jsonl")
+
+
+def other_lines(lines):
+    """{what was done: lines} of a file."""
+    return {"the first is gone": lines[1:], "the last is gone": lines[:-1],
+            "the last two are gone": lines[:-2], "all are gone": [], "one is gone": lines[:1] +
+            lines[2:], "the last is there twice": lines + lines[-1:],
+            "the first is there twice": lines[:1] + lines, "two change places": [
+                lines[1], lines[0], *lines[2:]]}
+
+
+@pytest.mark.parametrize("name", ["edits", "rollouts", "metrics"])
+def test_lines_that_are_gone_or_there_twice_are_said_or_made_again(name, whole, argv, tmp_path,
+                                                                  varied_rewards):
+    lines = (whole.folder / f"{name}.jsonl").read_text().splitlines(keepends=True)
+    before, said = what_was_computed(whole.folder), set()
+    for what, text in other_lines(lines).items():
+        folder = tmp_path / what
+        shutil.copytree(whole.folder, folder)
+        (folder / f"{name}.jsonl").write_text("".join(text))
+        try:
+            run_it([*argv, "--run-dir", folder])
+            if name != "edits":     # of these no more is needed when the run has ended
+                assert what_was_computed(folder) == before, what
+        except UserError as e:
+            assert f"{name}.jsonl" in str(e) and "\n" not in str(e)
+            said.add(what)
+    # Metrics are made again; a rollout of a round that is over is not.
+    assert {"the first is there twice", "the last is there twice"} <= said
+    assert ("the last is gone" in said) == (name == "rollouts")
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)] + ["own", "content"])
+def test_settings_of_another_kind_are_said(name, tmp_path):
+    config = dataclasses.asdict(Config())
+    for value in (None, 10 ** 400, {"a": 1}, "\ud800"):
+        if name == "own" and isinstance(value, dict):
+            continue
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(UserError, match="config.json: not") as stopped:
+            read_settings(tmp_path)
+        assert "\n" not in str(stopped.value)
+
+
+def test_of_another_tasks_records_no_table_is_made(whole, argv, tmp_path):
+    shutil.copytree(whole.folder, tmp_path / "run", dirs_exist_ok=True)
+    strange = whole.rollouts.of(2, "eval")[0] | {"task": 7}
+    (tmp_path / "run" / "rollouts.jsonl").write_text(as_lines([*whole.rollouts.records, strange]))
+    with pytest.raises(UserError, match="iteration 2, eval: these are not the 1 self-edits of 2"):
+        run_it(argv)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"there is no .task, self-edit. \(7, 0\) in this run"):
+        run_it(argv)
+
+
+# ------------------------------------------------------------------------------- hostile files
+
+def test_what_is_no_file_is_not_waited_for_and_a_byte_order_mark_is_no_text(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        for read in (read_text, read_json):
+            with pytest.raises(UserError, match="not a file"):
+                read(path)
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")
+    assert read_json(tmp_path / "a.json") == [1] and read_text(tmp_path / "a.json") == "[1]"
+    (tmp_path / "a.json").write_text("[1]\n[2]\n")
+    (tmp_path / "a.jsonl").write_text("[1]\n\n[2]\n")
+    assert read_json(tmp_path / "a.jsonl") == [[1], [2]]
+    with pytest.raises(UserError, match="name it .jsonl"):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_knows_no_nan(tmp_path):
+    lines = Lines(tmp_path / "lines.jsonl")
+    lines.add({"a": [float("nan"), float("-inf"), 1.5]})
+    assert read_lines(lines.path) == [{"a": [None, None, 1.5]}]
+
+
+@pytest.mark.parametrize("flag", ["--out", "--svg", "--save"])
+def test_what_can_not_be_written_is_said_before_the_work(flag, tmp_path):
+    (tmp_path / "file").write_text("")
+    parser = Parser()
+    parser.add_argument(flag)
+    with pytest.raises(UserError, match=f"{flag} .*file/x: can't be written"):
+        parser.parse_args([flag, str(tmp_path / "file" / "x")])
+    parser.parse_args([flag, str(tmp_path / "new" / "x")])
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_only_a_run_says_that_something_is_kept(argv, monkeypatch):
+    monkeypatch.setattr("support.files.HELD", {})       # as if no other test had a run
+
+    def fails():
+        raise PermissionError(13, "Permission denied", "a\x1b[2J\nb")
+
+    with pytest.raises(SystemExit) as stopped:
+        cli(fails)
+    assert stopped.value.code == ("error: a?[2J b: Permission denied; mend it and repeat the "
+                                  "command")
+    run = open_run(parse(argv))
+    with pytest.raises(SystemExit, match="what a run has finished is kept"):
+        cli(fails)
+    assert run.lock

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 # Before what takes long to import, so that Ctrl-C is a line from here on.
-from support.files import Parser, UserError, cli, positive, printable
+from support.files import (Parser, UserError, as_json, at_least, cli, positive,
+                           printable, read_json, replace_file)
 
 from data import text
 from engine.decode import Sampling, collect
@@ -22,22 +23,26 @@ from support.ranks import Meter
 from support.tokenizer import Tokenizer
 
 
+LEARNED = "learned.json"    # beside a saved adapter: its passages
+
+
 def learn(args, model, tok):
     """One adapter for plain texts, and each question before, in view and after."""
-    texts = text.load(args.files)
+    longest = min(text.LONGEST, model.config.max_len // 4)
+    texts = text.load(args.files, lambda passage: len(tok.encode(passage)), longest)
     tasks = [text.as_task(*pair) for pair in texts]
     tokens = sum(len(tok.encode(passage)) for _, passage in texts)
-    print(f"{', '.join(args.files)}: {len(texts)} passages, {tokens} tokens")
+    print(printable(f"{', '.join(args.files)}: {len(texts)} passages, {tokens} tokens"))
+    questions = args.ask or own_questions(model, tok, texts)
+    asked = [text.as_question(question, texts) for question in questions]
+    (before,) = ask(model, tok, [asked])
+    (in_view,) = ask(model, tok, [in_prompt(asked)])
+
     writing = Sampling(args.max_new, args.edits, temperature=0.5, top_p=0.95)
     seeds = [[seed_for(i, j) for j in range(args.edits)] for i in range(len(tasks))]
     edits = collect(
         sample_self_edits(model, tok, tasks, writing, seeds, progress=Meter("self-edits")))
     print(printable(f"a self-edit of the first passage:\n{edits[0][0].text}\n"))
-
-    questions = args.ask or own_questions(model, tok, texts)
-    asked = [text.as_question(question, texts) for question in questions]
-    (before,) = ask(model, tok, [asked])
-    (in_view,) = ask(model, tok, [in_prompt(asked)])
 
     # The sentences, the passages, and the pieces of all self-edits: documents of one training.
     # Sentences too, because what a small model writes of a text may be vague or wrong.
@@ -49,6 +54,8 @@ def learn(args, model, tok):
             documents += edit.documents
     job = make_job(model, tok, SelfEdit(documents=documents), 0, SMALL)
     ((_, trained),) = sft(model, [job], Meter(f"steps of training, {len(documents)} documents"))
+    if trained.diverged:
+        raise UserError("the training diverged; nothing was learned or saved")
     adapter = Adapters.stack(model, SMALL.lora, [trained.weights])
     (after,) = ask(model, tok, [asked], ANSWERS, adapter)
 
@@ -57,8 +64,11 @@ def learn(args, model, tok):
     show_answers(questions, {"before": before, "text in view": in_view, "after": after})
     if args.save:
         adapter.save(0, args.save)
-        print(f"saved {args.save}. Ask more:  python -m tools.learn --model {args.model} --adapter "
-              f'{args.save} --ask "..."')
+        # A question is put with the title of the passage that it is about: --adapter needs them.
+        records = [{"title": title, "context": passage} for title, passage in texts]
+        replace_file(Path(args.save) / LEARNED, as_json(records, indent=1))
+        print(printable(f"saved {args.save}, with the texts ({LEARNED}). Ask more:  python -m "
+                        f'tools.learn --model {args.model} --adapter {args.save} --ask "..."'))
     else:
         print("nothing is kept without --save DIR")
 
@@ -85,7 +95,12 @@ def show_answers(questions, rows: dict[str, list]):
 def ask_adapter(args, model, tok):
     """--adapter: questions with it and without it."""
     adapter = Adapters.load(model, args.adapter)
-    asked = [text.as_question(question, [("", "")]) for question in args.ask]
+    known = Path(args.adapter) / LEARNED
+    # Of another program's adapter nobody knows the texts.
+    kind = [{"title": str, "context": str}]
+    records = read_json(known, kind) if known.exists() else []
+    texts = [(record["title"], record["context"]) for record in records] or [("", "")]
+    asked = [text.as_question(question, texts) for question in args.ask]
     (before,) = ask(model, tok, [asked])
     (after,) = ask(model, tok, [asked], ANSWERS, adapter)
     show_answers(args.ask, {"without": before, "with": after})
@@ -97,7 +112,8 @@ def main():
     ap.add_argument("--model", required=True,
                     help="folder or hub id, such as HuggingFaceTB/SmolLM2-135M-Instruct")
     ap.add_argument("--ask", action="append", default=[], help="a question about them; again: more")
-    ap.add_argument("--edits", type=positive, default=2, help="of each passage (default: 2)")
+    ap.add_argument("--edits", type=at_least(1, 1000), default=2,
+                    help="of each passage (default: 2)")
     ap.add_argument("--max-new", type=positive, default=200, help="tokens of each (default: 200)")
     ap.add_argument("--save", metavar="DIR", help="write the adapter in PEFT's layout")
     ap.add_argument("--adapter", metavar="DIR", help="one that was saved: --ask it")
