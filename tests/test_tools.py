@@ -2,7 +2,6 @@
 tools/bench.py: its work is the paper's, all arms do the same, and a missing peer is named."""
 import json
 import re
-import subprocess
 import sys
 from itertools import chain
 
@@ -15,16 +14,13 @@ from inner_loop import inner_recipe
 from lora import Adapters
 from support.config import Config
 from support.files import UserError
-from tests.conftest import ROOT
+from tests.helpers import ROOT, call
 from tools import bench
 from tools import plan as program
 from tools.plan import CARDS, GIB, hardware_table, plan, planner
 
 LENGTHS = json.loads((ROOT / "data/lengths.json").read_text())
 CPU = torch.device("cpu")
-
-# ------------------------------------------------------------------------------- the plan
-
 KNOWLEDGE = Config(model="qwen2.5-7b")
 
 
@@ -52,7 +48,6 @@ def test_a_run_chooses_what_the_plan_says(monkeypatch):
     p = planner(KNOWLEDGE, 24)
     sampling, inner, answers = p.phases(50, 5, 3)
     monkeypatch.setattr(device, "free_memory", lambda device: p.free)
-
     assert sampling.side_by_side == f"{device.auto_rows(p.model, 240 + 2048)} texts"
     at_once = device.auto_answering(p.model, inner_recipe(KNOWLEDGE).lora)
     assert answers.side_by_side == f"{min(256, round(4.9 * at_once))} texts"
@@ -78,52 +73,37 @@ def test_a_folder_needs_no_weights_and_of_a_hub_id_only_the_config_is_fetched(tm
         return tmp_path
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-
     assert "0.49 B parameters" in plan(Config(model=str(tmp_path)), 24)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert asked == []
     assert "0.49 B parameters" in plan(Config(model="someone/a-model"), 8)
     assert asked == [("someone/a-model", ["config.json"])]
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-arc", "knowledge", "official", "arc"])
-def test_every_preset_has_a_plan(preset, monkeypatch, capsys, tmp_path):
+def test_every_preset_has_a_plan(preset, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     words = [] if preset.startswith("tiny") else ["--model", "Qwen/Qwen2.5-0.5B"]
-    monkeypatch.setattr(sys, "argv", ["outer_loop.py", "--preset", preset, "--plan", *words])
-
-    outer_loop.main()
-
-    out = capsys.readouterr().out
+    out = call(outer_loop, "--preset", preset, "--plan", *words)
     assert out.startswith("computed, not measured")
     assert "the whole run" in out
     assert list(tmp_path.iterdir()) == []       # nothing was run or written
 
 
-def test_the_readmes_table_is_the_plans():
+def test_the_readmes_table_is_the_plans_and_cards_are_called_by_their_memory():
     readme = (ROOT / "README.md").read_text()
-    for line in hardware_table():
-        assert line in readme
-
-
-def test_cards_are_called_by_their_memory():
+    assert all(line in readme for line in hardware_table())
     for gib, card in CARDS.items():
         assert gib - 1 <= card.gib <= gib
         assert card.flops > 1e12 and card.bandwidth > 1e11
 
 
-# ------------------------------------------------------------------------------- the bench's work
-
-def test_the_lengths_are_those_of_the_paper():
+def test_the_lengths_are_those_of_the_paper(tiny):
     flat = list(chain(*bench.LENGTHS))
     assert len(bench.LENGTHS) == 250
     assert 3 * 10 * len(flat) == 65_490     # seeds x epochs: the steps of a round
     assert 49 < sum(flat) / len(flat) < 50
-    assert min(flat) == 6
-    assert max(flat) == 392
-
-
-def test_jobs_have_documents_of_the_given_lengths(tiny):
+    assert (min(flat), max(flat)) == (6, 392)
+    # Jobs have documents of the given lengths, and all of them is learned.
     jobs = bench.make_jobs(tiny, [[5, 9], [30]])
     assert [[len(ids) for ids, _ in job.examples] for job in jobs] == [[5, 9], [30]]
     for ids, learn in chain(*(job.examples for job in jobs)):
@@ -141,24 +121,15 @@ def test_a_shape_is_that_of_the_model(name, parameters, tmp_path):
     assert model.dtype == torch.bfloat16
 
 
-def test_a_shapes_weights_are_random(tmp_path):
-    model = bench.shaped("small", tmp_path, "cpu", torch.float32)
-    for p in model.parameters():
-        assert p.std().item() == pytest.approx(0.02, rel=0.5)
-        assert p.mean().item() == pytest.approx(1 if p.dim() == 1 else 0, abs=0.02)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-# ------------------------------------------------------------------------------- the arms
-
 @pytest.fixture()
 def peer(tiny):
     return bench.Peer(tiny, pretrained=True)
 
 
-def test_all_arms_train_the_same_tokens(tiny, peer, monkeypatch):
+def test_all_arms_train_the_same_tokens_and_the_peers_adapters_learn(tiny, peer, monkeypatch):
     """Counted in each forward pass of our model and of the peer's."""
     jobs = bench.make_jobs(tiny, [[5, 9, 30], [12], [7, 7]])
+    before = [p.clone() for p in peer.weights]
     ours, theirs = [], []
     hidden = tiny.hidden
 
@@ -171,24 +142,14 @@ def test_all_arms_train_the_same_tokens(tiny, peer, monkeypatch):
 
     monkeypatch.setattr(tiny, "hidden", spy)
     peer.model.register_forward_pre_hook(their_spy, with_kwargs=True)
-
     bench.train(jobs, tiny, slots=3)
-    packed = list(ours)
+    assert sum(ours) == 5 + 7 + 7 + 9 + 12 + 30
+    assert len(ours) == 3         # as many steps as the longest job has
     ours.clear()
     bench.train(jobs, tiny, slots=1)
     peer.bare_loop(jobs)
 
-    documents = [5, 7, 7, 9, 12, 30]
-    assert sum(packed) == sum(documents)
-    assert len(packed) == 3         # as many steps as the longest job has
-    assert sorted(ours) == documents
-    assert sorted(theirs) == documents
-
-
-def test_the_peers_adapters_learn(tiny, peer):
-    """The arm to compare with is a training, too."""
-    before = [p.clone() for p in peer.weights]
-    peer.bare_loop(bench.make_jobs(tiny, [[5, 9, 30]]))
+    assert sorted(ours) == sorted(theirs) == [5, 7, 7, 9, 12, 30]
     assert all(p.dtype == torch.float32 for p in peer.weights)
     assert not any(torch.equal(old, new) for old, new in zip(before, peer.weights))
 
@@ -218,52 +179,29 @@ def test_both_arms_answer_the_same_questions_with_the_same_tokens(tiny, peer, mo
         adapters.init(i, i)
     bench.answer(tiny, adapters, questions, n_new=3)
     peer.answer(adapters.n, questions, n_new=3)
-
     assert len(ours) == 32
     assert ours == theirs
 
 
-def test_arms_run_in_turn_after_a_warm_up():
+def test_arms_run_in_turn_after_a_warm_up_and_each_has_its_own_time_and_peak_memory():
     calls = []
-
     timings = bench.compare(CPU, {name: lambda name=name: calls.append(name) for name in "ABC"},
                             repeats=2)
-
     assert "".join(calls) == "ABC" + "ABCABC"
     assert list(timings) == ["A", "B", "C"]
-    for timing in timings.values():
-        assert len(timing.seconds) == 2
-        assert len(timing.peaks) == 2
-
-
-def test_peak_memory_is_that_of_each_arm():
-    """Not of the process so far."""
+    assert all(len(timing.seconds) == len(timing.peaks) == 2 for timing in timings.values())
+    # Not the peak of the process so far.
     _, peak = bench.timed(CPU, lambda: torch.ones(300 * 2 ** 20, dtype=torch.uint8).sum())
     _, peak_after = bench.timed(CPU, int)
     assert peak - peak_after > 250 * 2 ** 20
-
-
-def test_the_floor_by_hand():
-    """4 FLOPs a weight and 6 a parameter of an adapter, for each token."""
+    # 4 FLOPs a weight and 6 a parameter of an adapter, for each token.
     floor = bench.Floor(weights=10, parameters=3, rate=580)
     assert floor.flops == 4 * 10 + 6 * 3
     assert floor.tokens_per_second == 10
 
 
-# ------------------------------------------------------------------------------- its program
-
 FEW = "--jobs 2 --repeats 1 --scaling 2 8 --n-new 2".split()
 SMALL_SUITE = "--suite --device cpu --shape small --peer-jobs 1".split()
-
-
-@pytest.fixture()
-def call(monkeypatch, capsys):
-    """bench.py with these words: what it prints."""
-    def run(*words):
-        monkeypatch.setattr("sys.argv", ["bench.py", *words, *FEW])
-        bench.main()
-        return capsys.readouterr().out
-    return run
 
 
 def assert_timed(out, *arms):
@@ -272,33 +210,19 @@ def assert_timed(out, *arms):
         assert re.search(rf"{arm}.* [\d.]+ s \[", out), out
 
 
-def test_without_the_peers_it_says_which_is_missing(tiny_folder, monkeypatch, call):
+def test_without_the_peers_it_says_which_is_missing(tiny_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    out = call("--model", str(tiny_folder), "--device", "cpu")
+    out = call(bench, "--model", tiny_folder, "--device", "cpu", *FEW)
     assert re.search("no peers: .*peft", out)
     assert_timed(out, "ours, packed", "ours, one slot", "ours, together")
     assert "ours over" not in out
     assert "PEFT" not in out
-
-
-def test_a_model_and_a_shape_are_one_too_many(call):
     with pytest.raises(UserError, match="--model or --shape, not both"):
-        call("--model", "m", "--shape", "smollm2-135m")
+        call(bench, "--model", "m", "--shape", "smollm2-135m")
 
 
 @pytest.mark.slow
-def test_bench_prints_a_table():
-    done = subprocess.run([sys.executable, "-m", "tools.bench", *FEW], capture_output=True,
-                          text=True)
-
-    assert done.returncode == 0, done.stderr
-    assert_timed(done.stdout, "ours, packed", "ours, one slot", "the fair peer", "ours, together",
-                 "one by one")
-    for words in ("floor", "ours over the fair peer", "extrapolated", "   8 self-edits"):
-        assert words in done.stdout
-
-
-def test_the_suite_trains_and_decodes_with_graphs_and_without(monkeypatch, call):
+def test_the_suite_trains_and_decodes_with_graphs_and_without(monkeypatch):
     asks = {}       # how often an arm asks whether the device has graphs
     asked, compare = [], bench.compare
 
@@ -311,8 +235,7 @@ def test_the_suite_trains_and_decodes_with_graphs_and_without(monkeypatch, call)
 
     monkeypatch.setattr(bench.decode, "has_graphs", lambda device: asked.append(device))
     monkeypatch.setattr(bench, "compare", spy)
-
-    out = call(*SMALL_SUITE)
+    out = call(bench, *SMALL_SUITE, *FEW)
 
     assert_timed(out, "ours, packed", "the fair peer", "ours, one slot", "one by one")
     for arm in ("ours, together", "ours, from the nucleus"):
@@ -324,15 +247,3 @@ def test_the_suite_trains_and_decodes_with_graphs_and_without(monkeypatch, call)
         assert words in out
     assert "failed" not in out
     assert "a round" not in out
-
-
-def test_a_part_of_the_suite_that_fails_is_named_and_the_next_one_runs(monkeypatch, call):
-    def broken(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-
-    monkeypatch.setattr(bench, "compare", broken)
-
-    out = call(*SMALL_SUITE)
-
-    for part in ("bench_training", "bench_answering"):
-        assert f"{part} failed: OutOfMemoryError: CUDA out of memory. Tried to allocate" in out
