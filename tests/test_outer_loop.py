@@ -252,6 +252,7 @@ def test_the_weights_of_self_edits(update, weights):
     assert [w for _, _, w in found] == pytest.approx(list(weights.values()), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_by_advantage_goes_to_its_end(argv, varied_rewards, capsys):
     run = run_it([*argv, "--update", "grpo", "--outer-epochs", "1"])
     assert len(run.metrics.records) == 3
