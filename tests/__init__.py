@@ -1,0 +1,3 @@
+import os
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")      # before it is imported

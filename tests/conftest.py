@@ -6,24 +6,19 @@ self-edits). Tests that need what is not there are skipped."""
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-from data import judges, tinyworld  # noqa: E402
-from data.judges import each  # noqa: E402
-from model import load_pretrained  # noqa: E402
-from support.checkpoint import EMBEDDED  # noqa: E402
-from support.tokenizer import Tokenizer  # noqa: E402
-from tests.helpers import CASES, SMALL, even_length  # noqa: E402
-from tests.make_checkpoint import make_checkpoint  # noqa: E402
-from tests.strict import StrictPatch  # noqa: E402
+from data import judges, tinyworld
+from data.judges import each
+from model import load_pretrained
+from support.checkpoint import EMBEDDED
+from support.tokenizer import Tokenizer
+from tests.helpers import CASES, SMALL, even_length, varied_run
+from tests.make_checkpoint import make_checkpoint
+from tests.strict import StrictPatch
 
 
 LEFT_OUT = []       # tests that pytest.ini leaves out
@@ -129,6 +124,13 @@ def argv(tiny_folder, passages, tmp_path):
             "--eval-data", str(passages), "--run-dir", str(tmp_path / "run"), *SMALL.split()]
 
 
+@pytest.fixture(scope="session")
+def whole(tiny_folder, passages, tmp_path_factory):
+    """A run of two rounds with baselines, whose rewards differ. Tests only read it."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return varied_run(tiny_folder, passages, folder, "--baselines")
+
+
 @pytest.fixture()
 def finished_run(tmp_path):
     """A run in the tiny world whose model after round 3 is still the untrained one."""
@@ -145,18 +147,19 @@ def varied_rewards(monkeypatch):
     monkeypatch.setitem(judges.RULES, "rule", each(even_length))
 
 
+def named_folder(variable, file):
+    """The folder that an environment variable names, in which this file must be."""
+    folder = Path(os.environ.get(variable, "nowhere"))
+    if not (folder / file).exists():
+        pytest.skip(f"{variable} names no folder with {file}")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared_data():
-    folder = Path(os.environ.get("NANOSEAL_DATA", "nowhere"))
-    if not (folder / "squad_val_60.json").exists():
-        pytest.skip("the released passages are not here (NANOSEAL_DATA)")
-    return folder
+    return named_folder("NANOSEAL_DATA", "squad_val_60.json")
 
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """Folder of a real pretrained checkpoint, SmolLM2-135M-Instruct in float32."""
-    folder = Path(os.environ.get("NANOSEAL_SMOLLM2", "nowhere"))
-    if not (folder / "config.json").exists():
-        pytest.skip("SmolLM2 is not here (NANOSEAL_SMOLLM2)")
-    return folder
+    return named_folder("NANOSEAL_SMOLLM2", "config.json")

@@ -1,20 +1,32 @@
-"""What several test files share: random peers, jobs that differ in everything, a run."""
+"""What several test files share: random peers, jobs that differ in everything, programs, runs."""
 import argparse
+import io
 import json
+import os
+import subprocess
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
                           Qwen3ForCausalLM)
 
+from data import judges
+from data.judges import each
 from data.tasks import load_data
 from engine import decode
-from engine.decode import Sampling, in_groups
+from engine.decode import Sampling, in_groups, quiet
 from lora import Adapters, Job, Lora, Recipe
 from model import load_pretrained
 from outer_loop import rest_em
 from support.config import add_flags, read_flags
 from support.run import Run
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------------- models
 
@@ -92,6 +104,27 @@ def work(model, case):
         return [prompts], sampling, range(20), None
     sampling = Sampling(50, max_rows=6, stop=STOP)
     return [prompts[:5], prompts[5:]], sampling, None, random_adapters(model, 2)
+
+
+# ------------------------------------------------------------------------------- programs
+
+def call(program, *words):
+    """What one of our programs prints, given these words."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.setattr("sys.argv", [program.__name__, *map(str, words)])
+        program.main()
+    return out.getvalue()
+
+
+def python(*words, status=0, **options):
+    """Python with these words in a process of its own, with one thread: what it said."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
+                          "CUDA_VISIBLE_DEVICES": ""}, **{"cwd": ROOT} | options)
+    assert done.returncode == status, done.stderr
+    return done
 
 
 # ------------------------------------------------------------------------------- runs
@@ -180,3 +213,55 @@ def changed(document, path, value):
     else:
         parent[path[-1]] = value
     return document
+
+
+def varied_run(model, data, folder, *words):
+    """A small run whose rewards differ, although its model is random."""
+    argv = ["--model", model, "--train-data", data, "--eval-data", data, "--run-dir", folder]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(judges.RULES, "rule", each(even_length))
+        return run_it([*argv, *SMALL.split(), *words])
+
+
+def weight_of(folder, name="model.layers.0.mlp.up_proj.weight"):
+    """A weight of a checkpoint: one that every M-step changes."""
+    return load_pretrained(folder, "cpu").state_dict()[name]
+
+
+def spy_on_sft(monkeypatch, module, name="sft"):
+    """The lists of jobs that a module gives to sft, or the jobs that it gives to sft_one."""
+    seen, train = [], getattr(module, name)
+
+    def spy(model, jobs, progress=quiet):
+        seen.append(jobs)
+        return train(model, jobs, progress)
+
+    monkeypatch.setattr(module, name, spy)
+    return seen
+
+
+def without(keys, records):
+    return [{key: value for key, value in r.items() if key not in keys} for r in records]
+
+
+def what_was_computed(folder, *but_for):
+    """Everything that a run wrote but for times, in an order of its own."""
+    found = []
+    for name in ("edits", "rollouts", "metrics"):
+        records = without({"seconds", *but_for}, read_lines(folder / f"{name}.jsonl"))
+        if name != "metrics":
+            records.sort(key=lambda r: json.dumps(r, sort_keys=True))
+        found.append(records)
+    return found
+
+
+def assert_same(folder, other, *but_for):
+    """Two runs wrote the same. In float64 everything is equal, losses as well as weights."""
+    assert what_was_computed(folder, *but_for) == what_was_computed(other, *but_for)
+    for t in (1, 2):
+        ours = load_file(folder / f"iter_{t}" / "model.safetensors")
+        theirs = load_file(other / f"iter_{t}" / "model.safetensors")
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name])
+    assert not list(folder.glob("*.part*"))

@@ -6,49 +6,42 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 import outer_loop
 from engine.decode import Sampling, quiet
 from exercises import bugs, tiny
-from inner_loop import ask, grade_all
 from lora import PROJECTIONS, Adapters, Lora
 from outer_loop import m_step
 from selfedit import SelfEdit, sample_self_edits
-from tests.helpers import open_run, read_lines, run_rest_em
-
-ROOT = Path(__file__).resolve().parent.parent
-
-# ------------------------------------------------------------------------------- exercises
-
-
-def run_module(*words, **variables):
-    """python -m with these words, in the project's folder."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"} | variables
-    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=env, capture_output=True,
-                          text=True)
+from tests.helpers import ROOT, open_run, python, read_lines, run_rest_em
 
 
 def check(which):
-    """What pytest says of exercises/check.py."""
-    return run_module("pytest", "exercises/check.py", "-q", "--tb=line", "-rf",
-                      "-p", "no:cacheprovider", EXERCISES=which)
+    """What pytest says of exercises/check.py: its exit status, and its output."""
+    words = ("exercises/check.py", "-q", "--tb=line", "-rf", "-p", "no:cacheprovider")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300", "EXERCISES": which})
+    return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_the_projects_own_functions_pass():
-    done = check("solutions")
-    assert done.returncode == 0, done.stdout
-    assert "skipped" not in done.stdout
+    status, said = check("solutions")
+    assert status == 0, said
+    assert "skipped" not in said
 
 
+@pytest.mark.slow
 def test_every_test_of_the_stubs_fails_and_says_why():
-    done = check("")
-    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    _, said = check("")
+    failed = [line for line in said.splitlines() if line.startswith("FAILED")]
     assert len(failed) >= 40
-    assert re.search(rf"^{len(failed)} failed in ", done.stdout, re.MULTILINE)   # none passed
+    assert re.search(rf"^{len(failed)} failed in ", said, re.MULTILINE)   # none passed
     numbers = [re.search(r"::Test(\d\d)", line)[1] for line in failed]
     assert set(numbers) == {f"{number:02}" for number in range(1, 13)}
     for line, number in zip(failed, numbers):
@@ -61,8 +54,6 @@ def test_a_plain_pytest_does_not_collect_them_and_lines_are_short():
     for path in (ROOT / "exercises").glob("*.py"):
         assert max(map(len, path.read_text().splitlines()), default=0) <= 100, path
 
-
-# ------------------------------------------------------------------------------- bugs
 
 def with_and_without(bug, measure):
     """What is measured without the bug and with it. Nothing raises."""
@@ -80,6 +71,7 @@ def test_there_are_eight_and_each_is_explained():
         assert f"| {number} | `{bug.__name__}` |" in answers
 
 
+@pytest.mark.slow
 def test_bugs_of_the_inner_loop_show_in_losses_and_accuracy():
     def measure(bug):
         """(accuracy, mean first loss) of towns trained on their passage alone."""
@@ -105,21 +97,6 @@ def test_bugs_of_the_inner_loop_show_in_losses_and_accuracy():
     assert measure(nullcontext) == (accuracy, loss)     # the patches are gone
 
 
-def test_a_hacked_judge_is_pleased_with_the_model_as_it_is():
-    model, tok = tiny.load()
-
-    def unadapted():
-        tasks = tiny.towns(6)
-        (answers,) = ask(model, tok, [tasks], tiny.ANSWERING)
-        right = sum(grade_all(tasks, [answer.texts for answer in answers]), [])
-        return sum(right) / len(right)
-
-    right, wrong = with_and_without(bugs.hacked_judge, unadapted)
-
-    assert right < 0.1
-    assert wrong > 0.3
-
-
 def test_ties_by_position_keep_the_shortest_though_no_reward_differs():
     edits = [[SelfEdit("text", [1] * length, ["text"]) for length in (30, 50, 10, 20)]] * 5
 
@@ -127,9 +104,8 @@ def test_ties_by_position_keep_the_shortest_though_no_reward_differs():
         kept = outer_loop.select(tiny.CONFIG, [[0.5] * 4] * 5, edits, [0] * 5, t=0)
         return sum(len(edits[i][j].token_ids) for i, j in kept) / len(kept)
 
-    right, wrong = with_and_without(bugs.ties_by_position, kept_tokens)
-
-    assert (right, wrong) == (40, 15)       # keep is 2: the first two, the shortest two
+    # keep is 2: the first two, the shortest two.
+    assert with_and_without(bugs.ties_by_position, kept_tokens) == (40, 15)
 
 
 def test_a_merge_in_bfloat16_is_not_what_was_trained():
@@ -147,11 +123,11 @@ def test_a_merge_in_bfloat16_is_not_what_was_trained():
         return (model(ids) - routed).abs().max().item()
 
     right, wrong = with_and_without(bugs.merge_in_bfloat16, gap)
-
     assert right < 1e-3
     assert wrong > 1e-2
 
 
+@pytest.mark.slow
 def test_without_eos_the_policy_forgets_to_stop():
     base, tok = tiny.load()
     tasks = tiny.towns(24, "train")
@@ -173,10 +149,10 @@ def test_without_eos_the_policy_forgets_to_stop():
         return sum(found) / len(found)
 
     right, wrong = with_and_without(bugs.eos_missing, surprise_at_eos)
-
     assert wrong > right + 0.5
 
 
+@pytest.mark.slow
 def test_a_stale_policy_writes_the_same_after_the_m_step(tmp_path):
     def texts(folder):
         """What the held-out towns' self-edits are before and after one round, at temperature 0."""
@@ -194,14 +170,13 @@ def test_a_stale_policy_writes_the_same_after_the_m_step(tmp_path):
     assert before == after
 
 
+@pytest.mark.slow
 def test_a_bug_can_be_run_by_its_number_and_an_unknown_one_is_a_line(tmp_path):
     """python -m exercises.bugs N, with the flags of outer_loop.py."""
     small = ("--iterations 0 --eval-tasks 2 --eval-edits 1 --no-baselines --inner-epochs 1 "
              f"--device cpu --run-dir {tmp_path / 'run'}")
-    done = run_module("exercises.bugs", "3", *small.split())
-    assert done.returncode == 0, done.stderr
+    python("-m", "exercises.bugs", "3", *small.split())
     (metrics,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert metrics["eval_unadapted"] > 0.2      # 3 is the hacked judge
-    unknown = run_module("exercises.bugs", "9")
-    assert unknown.returncode == 1
+    unknown = python("-m", "exercises.bugs", "9", status=1)
     assert unknown.stderr == "which bug? 1 to 8, then the flags of outer_loop.py\n"

@@ -1,23 +1,20 @@
 """The inner loop: a self-edit becomes a job, its adapter answers, the answers become a reward."""
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
+
 
 import pytest
-import torch
 
 import inner_loop
 from data.judges import each
 from engine.decode import Sampling
-from engine.train import Trained, batched, sft
-from inner_loop import (Answers, Outcome, ask, grade_all, in_prompt, make_job, reward,
-                        update_and_score)
+from engine.train import Trained, sft
+from inner_loop import (Answers, Outcome, ask, grade_all, make_job, reward, update_and_score)
 from lora import Adapters
 from model import load_pretrained
 from selfedit import SelfEdit, Task
 from support.files import UserError
 from support.tokenizer import Tokenizer
-from tests.helpers import RECIPE, even_length, mixed_jobs
+from tests.helpers import RECIPE, call, even_length, mixed_jobs
 from tests.make_checkpoint import make_checkpoint
 from tests.strict import must_not_be_called
 
@@ -42,14 +39,10 @@ def edit_of(*documents, **directives):
     return SelfEdit(documents=list(documents), directives=directives)
 
 
-# ------------------------------------------------------------------------------- theta'
-
-def test_a_job_has_an_example_for_each_document(tiny, tok):
+def test_a_job_has_an_example_for_each_document_and_follows_the_directives(tiny, tok):
     """A text longer than the window is cut, and such a pair is left out."""
     edit = edit_of("one two", "three", "a" * 5000, ("question ", "answer"), ("9" * 5000, "1"))
-
     job = make_job(tiny, tok, edit, 5, RECIPE)
-
     assert job.seed == 5
     assert job.recipe == RECIPE
     *texts, (pair, _) = job.examples
@@ -58,18 +51,11 @@ def test_a_job_has_an_example_for_each_document(tiny, tok):
     assert all(learn == [True] * len(ids) for ids, learn in texts)
     assert texts[0][0][-1] == texts[1][0][-1] == tok.eos
     assert tok.decode(pair) == "question answer"
-
-
-def test_a_job_follows_the_directives(tiny, tok):
     directed = make_job(tiny, tok, edit_of("text", lr=0.5, epochs=7), 0, RECIPE)
     assert directed.recipe == replace(RECIPE, lr=0.5, epochs=7)
-    assert directed.steps == 7
-
-
-def test_a_self_edit_that_asks_for_too_much_is_refused(tiny, tok):
+    # One that asks for too much is refused.
     many = edit_of(*["ab"] * 30)
     bounded = replace(RECIPE, epochs=3, batch=1, max_steps=80, max_tokens=1000)
-
     with pytest.raises(ValueError, match="asks for 90 steps of training, more than 80"):
         make_job(tiny, tok, many, 0, bounded)
     with pytest.raises(ValueError, match=r"asks for 1\d\d\d tokens of training, more than 1000"):
@@ -85,28 +71,24 @@ def test_tokens_to_learn(template, end, tmp_path):
     model = load_pretrained(folder, "cpu")
     tok = Tokenizer.from_pretrained(folder)
     assert tok.template == template
-    prompt = "Input:\n12\nOutput:\n"
+    prompt = tok.prompt("Input:\n12\nOutput:\n")
     completion = [*tok.encode("21"), tok.eos]
-
-    jobs = [make_job(model, tok, edit_of((prompt, "21"), completion_only=only), 0, RECIPE)
-            for only in (True, False)]
-    ((ids, learn),), ((same_ids, all_learned),) = (job.examples for job in jobs)
+    edit = edit_of(("Input:\n12\nOutput:\n", "21"), completion_only=True)
+    ((ids, learn),) = make_job(model, tok, edit, 0, RECIPE).examples
+    edit.directives["completion_only"] = False
+    (everything,) = make_job(model, tok, edit, 0, RECIPE).examples
 
     # The loss is on the completion alone, or on everything.
-    assert ids == tok.prompt(prompt) + completion
-    assert learn == [False] * len(tok.prompt(prompt)) + [True] * len(completion)
-    assert same_ids == ids
-    assert all_learned == [True] * len(ids)
+    assert ids == prompt + completion
+    assert learn == [False] * len(prompt) + [True] * len(completion)
+    assert everything == (ids, [True] * len(ids))
     # EOS is a special token. There is one BOS, in front, if the model has one.
     assert tok.decode([tok.eos]) == ""
-    if template == "llama3":
+    assert (tok.bos is not None) == (template == "llama3")
+    if tok.bos is not None:
         assert ids[0] == tok.bos
         assert ids.count(tok.bos) == 1
-    else:
-        assert tok.bos is None
 
-
-# ------------------------------------------------------------------------------- answers
 
 def trained_adapters(model, jobs):
     rows = [None] * len(jobs)
@@ -119,9 +101,7 @@ def test_answers_of_many_adapters_equal_one_at_a_time(model64, tok):
     groups = [[make_task(f"Town {i}", n=1 + i % 3)] for i in range(5)]
     adapters = trained_adapters(model64, mixed_jobs(n=5))
     sampling = Sampling(max_new=20)
-
     together = ask(model64, tok, groups, sampling, adapters)
-
     for group, answers, row in zip(groups, together, adapters.flat):
         alone = Adapters.stack(model64, RECIPE.lora, [row])
         assert [answers] == ask(model64, tok, [group], sampling, alone)
@@ -141,58 +121,37 @@ def test_replies_become_answers_by_the_tasks_vote(model64, tok):
     ((plain,),) = ask(model64, tok, [[make_task(n=4)]], GREEDY)
     task = replace(make_task(n=4), questions=["first", "second"],
                    vote=lambda replies: [replies[3], replies[0]])
-
     ((voted,),) = ask(model64, tok, [[task]], GREEDY)
-
     assert voted.texts == [plain.texts[3], plain.texts[0]]
     # A random model never ends what it writes: all four replies were cut.
     assert voted.cut == 4
 
 
-def test_the_context_can_stand_in_front_of_every_query():
-    task = make_task("Ava")
-    (shown,) = in_prompt([task])
-    assert shown.queries == ["Ava is a town.\n\nQ0? of Ava", "Ava is a town.\n\nQ1? of Ava"]
-    assert shown.questions == task.questions
-    assert task.queries == ["Q0? of Ava", "Q1? of Ava"]
-
-
-# ------------------------------------------------------------------------------- grading
-
-def judge_that_records(verdict):
-    """A judge that says the same of everything, and the list of what it was asked."""
-    calls = []
-
-    def judge(triples):
-        calls.append(triples)
-        return [verdict] * len(triples)
-    return judge, calls
-
-
 def test_each_judge_sees_all_of_its_answers_at_once_but_no_empty_one():
-    kind, kind_calls = judge_that_records(True)
-    strict, strict_calls = judge_that_records(False)
-    tasks = [replace(make_task("Ava", n=4), judge=kind),
-             replace(make_task("Bora"), judge=strict),
+    asked = []
+
+    def kind(triples):
+        asked.append(triples)
+        return [True] * len(triples)
+
+    def strict(triples):
+        asked.append(triples)
+        return [False] * len(triples)
+
+    tasks = [replace(make_task("Ava", n=4), judge=kind), replace(make_task("Bora"), judge=strict),
              replace(make_task("Cano", n=1), judge=kind)]
-
     verdicts = grade_all(tasks, [["", "a", " \n", "b"], ["c", "d"], ["e"]])
-
     assert verdicts == [[False, True, False, True], [False, False], [True]]
-    assert kind_calls == [[("Q1?", "A1", "a"), ("Q3?", "A3", "b"), ("Q0?", "A0", "e")]]
-    assert strict_calls == [[("Q0?", "A0", "c"), ("Q1?", "A1", "d")]]
+    assert asked == [[("Q1?", "A1", "a"), ("Q3?", "A3", "b"), ("Q0?", "A0", "e")],
+                     [("Q0?", "A0", "c"), ("Q1?", "A1", "d")]]
 
-
-# ------------------------------------------------------------------------------- rewards
 
 def test_an_outcome_is_the_mean_over_its_seeds():
     short = Trained(None, losses=[4.0], seconds=1.5, diverged=False)
     long = Trained(None, losses=[3.0, 2.0, 1.00004], seconds=0.5, diverged=False)
-
     outcome = Outcome()
     outcome.add(long, Answers(["a", "b"], cut=1), [True, False])
     outcome.add(short, Answers(["c", "d"], cut=2), [True, True])
-
     assert outcome.accuracy == [0.5, 1.0]
     assert reward(outcome, None, None) == 0.75
     assert outcome.answers == [["a", "b"], ["c", "d"]]
@@ -203,7 +162,7 @@ def test_an_outcome_is_the_mean_over_its_seeds():
     assert outcome.note == ""
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 16])
+@pytest.mark.parametrize("at_once", [2, 16])
 def test_rewards_are_those_of_the_three_lines_done_by_hand(model64, tok, monkeypatch, at_once):
     """Whatever number of adapters answer together."""
     monkeypatch.setattr(inner_loop, "auto_answering", lambda model, lora: at_once)
@@ -237,14 +196,6 @@ def scored(tiny, tok, edits, seeds=(1,), rule=always_right):
     return [outcomes[i] for i in range(len(edits))]
 
 
-def test_directives_override_the_recipe(tiny, tok):
-    """With a learning rate of 0 nothing is learned."""
-    edits = [edit_of("some text", lr=0.0, epochs=7), edit_of("some text")]
-    ((begin, end),), ((first, last),) = (outcome.losses for outcome in scored(tiny, tok, edits))
-    assert begin == end
-    assert first > last
-
-
 @pytest.mark.parametrize("edit, note", [
     (SelfEdit(), "nothing to learn"),
     (SelfEdit(note="not JSON: at character 3"), "not JSON"),
@@ -255,7 +206,6 @@ def test_directives_override_the_recipe(tiny, tok):
 def test_a_bad_edit_has_reward_0_and_a_note_and_harms_no_other(tiny, tok, edit, note):
     """Nor does a document that is longer than the window: it is learned as far as it goes."""
     short, bad, long = scored(tiny, tok, [edit_of("x"), edit, edit_of("a" * 5000)])
-
     assert bad.reward == 0
     assert note in bad.note
     for good in (short, long):
@@ -263,66 +213,22 @@ def test_a_bad_edit_has_reward_0_and_a_note_and_harms_no_other(tiny, tok, edit, 
         assert good.note == ""
 
 
-def test_a_diverged_adapter_is_not_asked(tiny, tok, monkeypatch):
+def test_an_adapter_that_diverged_or_was_never_trained_is_not_asked(tiny, tok, monkeypatch):
     monkeypatch.setattr(inner_loop, "ask", must_not_be_called)
-    (outcome,) = scored(tiny, tok, [edit_of("hot", lr=float("inf"))], seeds=[1, 2])
-    assert outcome.answers == [["", ""], ["", ""]]
-    assert outcome.accuracy == [0, 0]
+    edits = [edit_of("hot", lr=float("inf")), SelfEdit()]
+    hot, empty = scored(tiny, tok, edits, seeds=[1, 2])
+    assert hot.answers == [["", ""], ["", ""]]
+    assert hot.accuracy == [0, 0]
+    assert empty.reward == 0
 
 
-def test_there_may_be_bad_edits_alone(tiny, tok):
-    """Then there is no job, and nothing to answer."""
-    assert [outcome.reward for outcome in scored(tiny, tok, [SelfEdit(), SelfEdit()])] == [0, 0]
-
-
-def test_adapters_that_do_not_fit_together_answer_by_halves(model64, tok, monkeypatch, capsys):
-    edits = [edit_of(f"Town {i} is old.", "It is small.") for i in range(4)]
-    expected = scored(model64, tok, edits, rule=even_length)
-    stack = Adapters.stack
-
-    def little(model, lora, rows):
-        if len(rows) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return stack(model, lora, rows)
-
-    monkeypatch.setattr(Adapters, "stack", little)
-    outcomes = scored(model64, tok, edits, rule=even_length)
-
-    assert [outcome.answers for outcome in outcomes] == [outcome.answers for outcome in expected]
-    assert "out of memory: going on with 2 at a time" in capsys.readouterr().out
-
-
-def test_a_batch_that_took_long_is_not_waited_for(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("engine.train.time", SimpleNamespace(time=lambda: clock[0]))
-
-    def slowly():
-        for i in range(7):
-            clock[0] += 25.0
-            yield i
-
-    assert list(batched(slowly(), 100)) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert list(batched(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
-
-
-# ------------------------------------------------------------------------------- command line
-
-def run_main(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["inner_loop.py", *map(str, argv)])
-    inner_loop.main()
-
-
-def test_the_command_shows_a_passage_learned(tiny_folder, passages, monkeypatch, capsys):
-    run_main(monkeypatch, "--model", tiny_folder, "--data", passages, "--index", 1)
-    shown = capsys.readouterr().out
-    for words in ("The river of town 1 is the Ob1.", "--- self-edit", "Which river? (Ob1)", "of 2"):
-        assert words in shown
-
-
-def test_the_command_says_which_passages_there_are_and_why_nothing_was_learned(
-        tiny_folder, passages, monkeypatch):
+def test_the_command_shows_a_passage_learned(tiny_folder, passages, monkeypatch):
+    words = ["--model", tiny_folder, "--data", passages, "--index"]
+    shown = call(inner_loop, *words, 1)
+    for part in ("The river of town 1 is the Ob1.", "--- self-edit", "Which river? (Ob1)", "of 2"):
+        assert part in shown
     with pytest.raises(UserError, match="--index 6: there are passages 0 to 5"):
-        run_main(monkeypatch, "--model", tiny_folder, "--data", passages, "--index", 6)
+        call(inner_loop, *words, 6)
     monkeypatch.setattr(inner_loop, "sample_self_edits", lambda *_: [(0, [SelfEdit()])])
     with pytest.raises(UserError, match="nothing was learned: nothing to learn"):
-        run_main(monkeypatch, "--model", tiny_folder, "--data", passages)
+        call(inner_loop, *words, 1)

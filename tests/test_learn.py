@@ -1,7 +1,6 @@
 """Plain text is learned in one command, kept in PEFT's layout, and asked again."""
 import json
 import re
-import sys
 from dataclasses import replace
 
 import peft
@@ -19,7 +18,7 @@ from lora import Adapters, Lora
 from model import add_adapter, load_pretrained
 from support.config import PRESETS, Config
 from support.files import UserError
-from tests.helpers import ALL, CASES
+from tests.helpers import ALL, CASES, call
 from tests.strict import must_not_be_called
 from tools import learn
 
@@ -33,15 +32,9 @@ def notes(tmp_path):
 
 
 @pytest.fixture()
-def call(tiny_folder, monkeypatch, capsys):
-    """tools/learn.py, or another program, with these words: what it prints."""
-    def run(*words, program=learn):
-        words = [program.__name__, *map(str, words)]
-        model = ["--model", str(tiny_folder)] if program is learn else []
-        monkeypatch.setattr(sys, "argv", [*words, *model])
-        program.main()
-        return capsys.readouterr().out
-    return run
+def learned(tiny_folder):
+    """What tools/learn.py prints with these words."""
+    return lambda *words: call(learn, *words, "--model", tiny_folder)
 
 
 def random_adapter(model):
@@ -58,19 +51,24 @@ def adapter(tiny, tmp_path):
     return tmp_path / "adapter"
 
 
-# ------------------------------------------------------------------------------- texts
-
 def in_tokens(passage):
     """As if each word were a token, and each character of a script without blanks."""
     return len(judges.normalise(passage))
 
 
-def test_paragraphs_are_joined_and_long_ones_cut():
+def test_a_text_is_titled_by_its_file_and_cut_at_sentences(notes):
+    (notes.parent / "other.md").write_text("More.")
+    assert text.load([notes], in_tokens) == [("brindle cup", " ".join(NOTES.split()))]
+    assert [title for title, _ in text.load([notes.parent], in_tokens)] == ["brindle cup", "other"]
+    # Paragraphs are joined, and long ones cut.
     long = "This is a sentence of seven words. " * 40
     found = text.passages(f"One.\n\nTwo\nlines.\n\n{long}\n\nEnd.", in_tokens)
     assert found[0].startswith("One. Two lines.")
     assert len(found) == 2 and max(map(in_tokens, found)) <= text.LONGEST
     assert " ".join(found) == " ".join(f"One. Two lines. {long} End.".split())
+    # The passage in view is the one that is asked about.
+    texts = [("a", "The river is the Ob."), ("b", "Jam is made of plums.")]
+    assert text.as_question("What is jam made of?", texts).context == ["b\nJam is made of plums."]
 
 
 @pytest.mark.parametrize("sentence, cuts", [
@@ -85,13 +83,7 @@ def test_a_text_of_any_script_is_learned_whole_and_cut_by_its_tokens(sentence, c
     assert len(text.sentences(whole)) == (100 if cuts else 1)
 
 
-def test_a_file_is_titled_by_its_name_and_a_folder_is_its_files(notes):
-    (notes.parent / "other.md").write_text("More.")
-    assert text.load([notes], in_tokens) == [("brindle cup", " ".join(NOTES.split()))]
-    assert [title for title, _ in text.load([notes.parent], in_tokens)] == ["brindle cup", "other"]
-
-
-@pytest.mark.parametrize("content, problem", [(b"", "no text"), (b" \n\n ", "no text"),
+@pytest.mark.parametrize("content, problem", [(b" \n\n ", "no text"),
                                               (b"\xff\xfe\x00", "not readable as text")])
 def test_what_is_no_text_is_one_line(content, problem, tmp_path):
     (tmp_path / "x").write_bytes(content)
@@ -101,23 +93,16 @@ def test_what_is_no_text_is_one_line(content, problem, tmp_path):
         text.load([tmp_path / "missing"], in_tokens)
 
 
-def test_the_passage_in_view_is_the_one_that_is_asked_about():
-    texts = [("a", "The river is the Ob."), ("b", "Jam is made of plums.")]
-    assert text.as_question("What is jam made of?", texts).context == ["b\nJam is made of plums."]
-
-
-# ------------------------------------------------------------------------------- the command
-
-def test_learn_ask_save_and_ask_again(call, notes, tmp_path):
+def test_learn_ask_save_and_ask_again(learned, notes, tmp_path):
     saved = tmp_path / "saved"
-    out = call("--max-new", 20, notes, "--ask", "Who founded it?", "--ask", "What is won?",
-               "--save", saved)
+    out = learned("--max-new", 20, notes, "--ask", "Who founded it?", "--ask", "What is won?",
+                  "--save", saved)
 
     for words in ("1 passages", "a self-edit of the first passage", "Who founded it?\n  before",
-                  "text in view", "\n  after", "steps in", f"--adapter {saved}"):
+                  "text in view", "steps in", f"--adapter {saved}"):
         assert words in out
-    assert len([line for line in out.splitlines() if "  after" in line]) == 2
-    again = call("--max-new", 20, "--adapter", saved, "--ask", "Who founded it?")
+    assert out.count("\n  after") == 2
+    again = learned("--max-new", 20, "--adapter", saved, "--ask", "Who founded it?")
     assert "without" in again and "with " in again
     # It is asked as before: with the topic of the passage.
     def answers(out, name):
@@ -128,34 +113,27 @@ def test_learn_ask_save_and_ask_again(call, notes, tmp_path):
     first, last = (float(x) for x in out.split("loss ")[1].split("\n")[0].split(" -> "))
     assert last < first - 0.5
     with pytest.raises(UserError, match="exists already"):
-        call(notes, "--save", saved)
+        learned(notes, "--save", saved)
 
 
-def test_without_a_question_it_asks_its_own(call, notes):
-    out = call("--max-new", 20, notes)
-    assert "these questions are the model's own" in out
-    assert "nothing is kept without --save" in out
-
-
-def test_one_s_own_self_edit_is_scored(call, tmp_path):
+def test_one_s_own_self_edit_is_scored(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("The ruler of Lorzun is Garwyn.\nWhich town is ruled by Garwyn? Lorzun\n")
-    out = call("--data", "tune", "--index", 3, "--self-edit", path, program=inner_loop)
+    out = call(inner_loop, "--data", "tune", "--index", 3, "--self-edit", path)
     assert "ruled by Garwyn? (Lorzun)\n  before: 'Dalthorpe'\n  after:  'Lorzun'" in out
     assert int(re.search(r"right: 0 -> (\d+) of 11", out)[1]) > 4
 
 
 @pytest.mark.parametrize("words, program, message", [
-    ("", learn, "either FILEs to learn, or --adapter DIR"),
-    ("x --adapter y --ask z", learn, "either FILEs to learn, or --adapter DIR"),
-    ("--adapter x", learn, "what is it to be asked?"),
-    ("--adapter x --ask y --save z", learn, "there is nothing new to save"),
+    ("--model m", learn, "either FILEs to learn, or --adapter DIR"),
+    ("--model m x --adapter y --ask z", learn, "either FILEs to learn, or --adapter DIR"),
+    ("--model m --adapter x", learn, "what is it to be asked?"),
+    ("--model m --adapter x --ask y --save z", learn, "there is nothing new to save"),
     ("--data tune --index 9999", inner_loop, "--index 9999: there are passages 0 to"),
-    ("--data nowhere", inner_loop, "nowhere is missing"),
-    ("--self-edit nowhere.txt", inner_loop, "nowhere.txt is missing")])
-def test_what_can_not_be_learned_or_asked_is_an_error(words, program, message, call):
+    ("--data nowhere", inner_loop, "nowhere is missing")])
+def test_what_can_not_be_learned_or_asked_is_an_error(words, program, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        call(*words.split(), program=program)
+        call(program, *words.split())
 
 
 @pytest.mark.parametrize("preset, recipe", [("tiny", inner_loop.TINY), ("small", inner_loop.SMALL)])
@@ -165,28 +143,22 @@ def test_the_inner_loop_is_that_of_a_preset(preset, recipe):
     assert replace(recipe, **bounds) == inner_recipe(cfg)
 
 
-# ------------------------------------------------------------------------------- adapters
-
 def test_a_saved_adapter_is_loaded_to_the_bit(tiny, adapter):
     loaded = Adapters.load(tiny, adapter)
     assert torch.equal(loaded.flat, random_adapter(tiny).flat)
     assert loaded.lora == Lora(4, 8, ALL)
 
 
-def test_added_to_the_weights_it_is_the_same(tiny, tiny_folder, adapter, monkeypatch, capsys):
+def test_added_to_the_weights_it_is_the_same(tiny, tiny_folder, adapter):
     ids = torch.randint(0, 256, (1, 12))
     with Adapters.load(tiny, adapter).route([12]):
         expected = tiny(ids)
     base = load_pretrained(tiny_folder, "cpu")
     assert not torch.allclose(base(ids), expected, atol=1e-2)
-
     add_adapter(base, adapter)
-
     torch.testing.assert_close(base(ids), expected, atol=1e-4, rtol=1e-3)
-    monkeypatch.setattr(sys, "argv", ["model.py", "--model", str(tiny_folder), "--adapter",
-                                      str(adapter), "--prompt", "ab", "--max-new", "4"])
-    transformer.main()
-    assert capsys.readouterr().out.startswith("ab")
+    words = f"--model {tiny_folder} --adapter {adapter} --prompt ab --max-new 4"
+    assert call(transformer, *words.split()).startswith("ab")
 
 
 def test_pefts_own_adapter_is_loaded(tmp_path):
@@ -199,32 +171,31 @@ def test_pefts_own_adapter_is_loaded(tmp_path):
                         init_lora_weights=False, task_type="CAUSAL_LM"))
     wrapped.save_pretrained(tmp_path / "adapter")
     ids = torch.randint(0, 320, (1, 9))
-
     with Adapters.load(ours, tmp_path / "adapter").route([9]):
         logits = ours(ids)
-
     torch.testing.assert_close(logits, wrapped(ids).logits, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("damage", ["nan", "missing", "half", "cut", "shape", "none"])
+def without_layer_1(tensors):
+    return {name: x for name, x in tensors.items() if "layers.1." not in name}
+
+
+# What becomes of the tensors.
+DAMAGE = {"nan": lambda tensors: {name: x * torch.nan for name, x in tensors.items()},
+          "missing": without_layer_1,
+          "half": lambda tensors: dict(list(tensors.items())[1:]),
+          "shape": lambda tensors: {name: x[:, :-1].clone() for name, x in tensors.items()}}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "cut", "none"])
 def test_a_damaged_adapter_is_one_line(damage, adapter, tiny):
     path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    name = min(tensors)
-    if damage == "nan":
-        tensors[name][0, 0] = torch.nan
-    if damage == "missing":
-        tensors = {n: x for n, x in tensors.items() if "layers.1." not in n}
-    if damage == "half":
-        del tensors[name]
-    if damage == "shape":
-        tensors[name] = tensors[name][:, :-1].clone()
-    save_file(tensors, path)
+    if damage in DAMAGE:
+        save_file(DAMAGE[damage](load_file(path)), path)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:100])
     if damage == "none":
         path.unlink()
-
     with pytest.raises(UserError) as stopped:
         Adapters.load(tiny, adapter)
     assert len(str(stopped.value).splitlines()) == 1
@@ -245,26 +216,25 @@ def test_a_folder_that_exists_is_not_overwritten(tiny, adapter):
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
 
 
-def test_what_can_not_be_saved_or_asked_is_said_before_the_work(call, notes, monkeypatch):
+def test_what_can_not_be_saved_or_asked_is_said_before_the_work(learned, notes, monkeypatch):
     monkeypatch.setattr(learn, "sample_self_edits", must_not_be_called)
     with pytest.raises(UserError, match="a prompt has 100... tokens; the model's window has 1024"):
-        call(notes, "--ask", "x" * 100_000)
+        learned(notes, "--ask", "x" * 100_000)
     monkeypatch.setattr(learn, "load_pretrained", must_not_be_called)
     with pytest.raises(UserError, match="--save .*brindle_cup.txt/adapter: can't be written"):
-        call(notes, "--save", notes / "adapter")
+        learned(notes, "--save", notes / "adapter")
 
 
-def test_work_has_bounds(call, notes, capsys):
+def test_work_has_bounds(learned, notes, capsys):
     with pytest.raises(SystemExit):
-        call(notes, "--edits", 10 ** 9)
+        learned(notes, "--edits", 10 ** 9)
     assert "argument --edits: must be 1 or more, at most 1000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", [inner_loop, selfedit])
-def test_a_prompt_beyond_the_window_is_one_line_with_both_numbers(program, call, tiny_folder,
-                                                                tmp_path):
+def test_a_prompt_beyond_the_window_is_one_line_with_both_numbers(program, tiny_folder, tmp_path):
     record = {"title": "A", "context": "word " * 2000, "questions": [{"question": "Q?",
                                                                       "answer": "a"}]}
     (tmp_path / "a.json").write_text(json.dumps([record]))
     with pytest.raises(UserError, match=r"a prompt has 10\d+ tokens; the model's window has 1024"):
-        call("--data", tmp_path / "a.json", "--model", tiny_folder, program=program)
+        call(program, "--data", tmp_path / "a.json", "--model", tiny_folder)

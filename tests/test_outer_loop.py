@@ -1,8 +1,7 @@
 """ReST-EM on a random model: what it measures, what it keeps, what it learns, what it says."""
 import json
 import re
-import subprocess
-import sys
+import runpy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,31 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import inner_loop
 import outer_loop
 from data import knowledge
 from data.tasks import in_order, load_tasks
 from engine.decode import Sampling, collect
-from engine.train import sft
-from inner_loop import ANSWERS, answering, ask, grade_all, make_job
-from lora import Adapters, Lora, PROJECTIONS, Recipe
+from inner_loop import ANSWERS, answering, ask, grade_all, update_and_score
+from lora import Lora, PROJECTIONS, Recipe
 from model import load_pretrained
 from outer_loop import by_kind, m_step, select, weigh
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits
 from support.config import PRESETS, Config
 from support.files import UserError
 from support.ranks import Records
-from support.report import curve, opening, summary
+from support.report import opening, summary
 from support.tokenizer import Tokenizer
-from tests.helpers import open_run, parse, read_lines, run_it, run_rest_em
-from tests.test_run import spy_on_sft, varied_run, weight_of
-
-
-@pytest.fixture(scope="module")
-def whole(tiny_folder, passages, tmp_path_factory):
-    """A run of two rounds with baselines. Tests only read it."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    return varied_run(tiny_folder, passages, folder, "--baselines")
+from tests.helpers import (ROOT, call, open_run, parse, run_it,
+                           spy_on_sft, weight_of)
 
 
 def right_answers(tasks, answers):
@@ -44,11 +34,8 @@ def right_answers(tasks, answers):
     return sum(map(sum, verdicts))
 
 
-# ------------------------------------------------------------------------------- Algorithm 1
-
 def test_every_iteration_is_measured_on_the_held_out_passages(whole):
     metrics = whole.metrics.records
-
     assert [m["iteration"] for m in metrics] == [0, 1, 2]
     for t, m in enumerate(metrics):
         held_out = whole.rollouts.of(t, "eval")
@@ -62,15 +49,18 @@ def test_every_iteration_is_measured_on_the_held_out_passages(whole):
         assert m["train_reward"] == (pytest.approx(np.mean(rewards)) if t else None)
 
 
-def test_every_round_has_k_self_edits_of_new_passages(whole):
-    first, second = whole.rollouts.of(0, "train"), whole.rollouts.of(1, "train")
-
-    for rollouts in (first, second):
+def test_every_round_has_k_self_edits_of_the_next_passages(whole):
+    train = in_order(load_tasks(whole, whole.cfg.train_data), whole.cfg.seed)
+    rewards = set()
+    for t in range(2):
+        rollouts = whole.rollouts.of(t, "train")
         assert [(r["task"], r["edit"]) for r in rollouts] == [
             (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
-    assert {r["title"] for r in first}.isdisjoint(r["title"] for r in second)
+        titles = [r["title"] for r in rollouts]
+        assert titles[::3] == [task.name for task in train[2 * t:2 * t + 2]]
+        rewards.update(r["reward"] for r in rollouts)
     # Without this the tests of what is kept would show nothing.
-    assert len({r["reward"] for r in first + second}) > 1
+    assert len(rewards) > 1
 
 
 def rank_of_change(run, t):
@@ -89,8 +79,7 @@ def test_each_m_step_goes_on_from_the_last_and_leaves_the_embedding(whole):
 
 def test_with_restart_each_round_goes_on_from_the_base(argv, varied_rewards):
     run = run_it([*argv, "--restart"])
-    assert rank_of_change(run, 1) == 4
-    assert rank_of_change(run, 2) == 4
+    assert [rank_of_change(run, t) for t in (1, 2)] == [4, 4]
 
 
 def test_with_strict_nothing_is_learned_where_nothing_helps(argv, monkeypatch):
@@ -131,15 +120,12 @@ def test_the_m_step_is_given_the_best_self_edit_of_each_passage(argv, varied_rew
     assert job.examples == expected
 
     out = capsys.readouterr().out
-    first, last = run.metrics.records
     for said in ("note: 1 rounds of 7 tasks, but there are 6: some will be seen again",
-                 f"before training: held-out reward {first['eval_reward']:.3f} [",
-                 f"round 1: mean reward {last['train_reward']:.3f}, without a self-edit ",
+                 f"round 1: mean reward {run.metrics.records[1]['train_reward']:.3f}, without a self-edit ",
                  "kept 7 self-edits with mean reward ", "M-step: 7 self-edits, 2 steps, "):
         assert said in out
     # Without the flag there are no baselines.
-    assert first["baselines"] == []
-    assert run.rollouts.of(0, "eval", "passage only") == []
+    assert run.metrics.records[0]["baselines"] == []
 
 
 def losses_around_an_m_step(argv, weights):
@@ -183,20 +169,6 @@ def test_by_advantage_the_better_self_edit_becomes_likelier_and_the_worse_one_le
     assert better < worse - 0.5
 
 
-def test_another_m_step_is_given_what_was_kept(argv, varied_rewards):
-    cfg = parse(argv)
-    seen = []
-
-    def learn(cfg, run, model, learned, t):
-        seen.append((t, [weight for _, _, weight in learned]))
-
-    run = open_run(cfg)
-    run_rest_em(run, learn)
-
-    assert seen == [(0, [1.0, 1.0]), (1, [1.0, 1.0])]       # one of each of two passages
-    assert torch.equal(weight_of(cfg.model), weight_of(run.folder / "iter_2"))
-
-
 @pytest.mark.parametrize("words", [
     "--outer-lr 1e30",
     "--outer-lr 30 --outer-epochs 1",       # a single step: its loss was measured before it
@@ -207,39 +179,22 @@ def test_an_m_step_that_diverges_is_an_error_and_saves_nothing(words, argv, tmp_
     assert not list((tmp_path / "run").glob("iter_*"))
 
 
-def test_rounds_take_passages_in_turn(whole):
-    train = in_order(load_tasks(whole, whole.cfg.train_data), whole.cfg.seed)
-    for t in range(2):
-        titles = [r["title"] for r in whole.rollouts.of(t, "train")]
-        assert titles[::3] == [task.name for task in train[2 * t:2 * t + 2]]
-
-
-# ------------------------------------------------------------------------------- bad self-edits
-
-def test_self_edits_that_say_nothing_do_not_stop_a_run(argv, varied_rewards, monkeypatch, capsys):
-    """Rewards of 0, with notes, and there is nothing for the M-step: the model stays as it is."""
-    monkeypatch.setattr(outer_loop, "read_self_edit",
-                        lambda task, text, ids: read_self_edit(task, "", ids))
-    run = run_it(argv)
-
-    assert len(run.metrics.records) == 3
-    assert len(run.rollouts.records) == 3 * 2 + 2 * 6
-    for r in run.rollouts.records:
-        assert r["reward"] == 0
-        assert "nothing to learn" in r["note"]
-    assert torch.equal(weight_of(run.folder / "iter_2"), weight_of(run.cfg.model))
-    assert "no self-edit to learn from" in capsys.readouterr().out
-
-
-def test_inner_loops_that_diverge_do_not_stop_a_run(argv, varied_rewards):
-    run = run_it([*argv, "--inner-lr", "1e30", "--iterations", "1"])
+@pytest.mark.parametrize("lr, note", [("0.001", "nothing to learn"), ("1e30", "diverged")])
+def test_bad_self_edits_do_not_stop_a_run(lr, note, argv, varied_rewards, monkeypatch, capsys):
+    """Rewards of 0, with notes. If none says anything, there is nothing for the M-step: the model
+    stays as it is."""
+    if lr == "0.001":
+        monkeypatch.setattr(outer_loop, "read_self_edit",
+                            lambda task, text, ids: read_self_edit(task, "", ids))
+    run = run_it([*argv, "--inner-lr", lr, "--iterations", "1"])
     assert len(run.rollouts.records) == 2 * 2 + 6
     for r in run.rollouts.records:
         assert r["reward"] == 0
-        assert "diverged" in r["note"]
+        assert note in r["note"]
+    same = torch.equal(weight_of(run.folder / "iter_1"), weight_of(run.cfg.model))
+    assert same == (lr == "0.001")
+    assert ("no self-edit to learn from" in capsys.readouterr().out) == same
 
-
-# ------------------------------------------------------------------------------- selection
 
 EDIT = SelfEdit(text="x", documents=["x"])
 EMPTY = SelfEdit()
@@ -273,9 +228,7 @@ def test_what_is_kept(words, scores, edits, kept):
 def test_random_keeps_as_many_as_best_whatever_their_rewards():
     edits, words = [[EDIT] * 20] * 50, "--update random --keep 2"
     without = [0] * 50
-
     kept = selected([[0] * 20] * 50, edits, words, without)
-
     assert [i for i, _ in kept] == [i // 2 for i in range(100)]
     assert len(set(kept)) == 100                    # no self-edit twice
     assert len({j for _, j in kept}) > 15           # any of them
@@ -284,31 +237,23 @@ def test_random_keeps_as_many_as_best_whatever_their_rewards():
     assert selected(rising, edits, words, without, t=1) != kept
 
 
-def weighed(update, scores, edits):
-    return weigh(parse([*WORDS, "--update", update]), scores, edits, [0, 0, 0], 0)
-
-
-@pytest.mark.parametrize("update, edits, weights", [
+@pytest.mark.parametrize("update, weights", [
     # ReST-EM weighs what it selects by 1.
-    ("best", EDITS, {(0, 0): 1, (1, 0): 1, (2, 1): 1}),
+    ("best", {(0, 0): 1, (1, 0): 1, (2, 1): 1}),
     # Rewards above their task's mean. The unreadable are included; where all rewards are equal
     # there is nothing to learn.
-    ("reinforce", [[EDIT, EMPTY, EDIT], THREE, THREE],
-     {(0, 0): 0.4, (0, 1): -0.5, (0, 2): 0.1, (2, 0): -0.1, (2, 1): 0.1})])
-def test_the_weights_of_self_edits(update, edits, weights):
-    found = weighed(update, [[0.9, 0.0, 0.6], [0.5, 0.5, 0.5], [0.1, 0.3, 0.2]], edits)
+    ("reinforce", {(0, 0): 0.4, (0, 1): -0.5, (0, 2): 0.1, (2, 0): -0.1, (2, 1): 0.1}),
+    # The same in standard deviations: 0.37 and 0.08.
+    ("grpo", {(0, 0): 1.069, (0, 1): -1.336, (0, 2): 0.267, (2, 0): -1.225, (2, 1): 1.225})])
+def test_the_weights_of_self_edits(update, weights):
+    rewards = [[0.9, 0.0, 0.6], [0.5, 0.5, 0.5], [0.1, 0.3, 0.2]]
+    edits = [[EDIT, EMPTY, EDIT], THREE, THREE]
+    found = weigh(parse([*WORDS, "--update", update]), rewards, edits, [0, 0, 0], 0)
     assert [(i, j) for i, j, _ in found] == list(weights)
-    assert [w for _, _, w in found] == pytest.approx(list(weights.values()))
+    assert [w for _, _, w in found] == pytest.approx(list(weights.values()), abs=1e-3)
 
 
-def test_the_weights_of_grpo_have_mean_0_and_deviation_1_in_each_task():
-    found = weighed("grpo", SCORES, EDITS)
-    for task in (0, 2):
-        row = np.array([w for i, _, w in found if i == task] + [0] * (task == 2))
-        assert row.mean() == pytest.approx(0)
-        assert row.std() == pytest.approx(1, abs=1e-4)
-
-
+@pytest.mark.slow
 def test_a_run_by_advantage_goes_to_its_end(argv, varied_rewards, capsys):
     run = run_it([*argv, "--update", "grpo", "--outer-epochs", "1"])
     assert len(run.metrics.records) == 3
@@ -316,24 +261,10 @@ def test_a_run_by_advantage_goes_to_its_end(argv, varied_rewards, capsys):
     assert "all of them, each weighed by its advantage" in opening(run.cfg, "A reward.")
 
 
-def test_the_reward_is_one_function_and_is_logged_as_it_was_used(argv, varied_rewards, monkeypatch):
-    """Shorter self-edits are worth more: the longest one gets the lowest reward."""
-    monkeypatch.setattr(inner_loop, "reward", lambda outcome, edit, task: -len(edit.token_ids))
-
-    run = run_it([*argv, "--iterations", "1"])
-
-    for r in run.rollouts.records:
-        if r["documents"]:
-            assert r["reward"] == -len(r["token_ids"])
-            assert all(isinstance(verdict, bool) for row in r["right"] for verdict in row)
-
-
 def test_a_prompt_may_be_a_file(argv, tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text("Teach {context} ({title}), {as} a {story}.\n")
-
     cfg = parse([*argv, "--prompt-file", str(path)])
-
     task = load_tasks(open_run(cfg), cfg.train_data)[0]
     title, context = task.context[0].split("\n", 1)
     assert task.prompt == f"Teach {context} ({title}), {{as}} a {{story}}.\n"
@@ -349,12 +280,9 @@ def test_best_of_five_is_what_the_release_kept(shared_data):
         rewards.append([edit["adapter_mean"] for edit in released])
         edits.append([read_self_edit(task, edit["text"]) for edit in released])
         picks.append(record["released_pick"])
-
     assert len(records) == 50
     assert selected(rewards, edits) == list(enumerate(picks))
 
-
-# ------------------------------------------------------------------------------- baselines
 
 def test_baselines_are_accuracies_on_the_same_questions_measured_once(whole):
     first, *others = whole.metrics.records
@@ -382,8 +310,6 @@ def test_accuracy_by_kind_of_question_by_hand():
     assert by_kind(kinds, records) == {"forward": pytest.approx(2 / 3), "reversed": 0.5}
 
 
-# ------------------------------------------------------------------------------- what it says
-
 def test_it_says_what_is_about_to_happen():
     said = opening(Config(**PRESETS["tiny"] | {"run_dir": "here"}), "Twice\nthe truth. More.")
     for words in ("2 rounds the model reads 20 passages and writes 8 self-edits",
@@ -393,12 +319,6 @@ def test_it_says_what_is_about_to_happen():
     puzzles = opening(Config(**PRESETS["tiny-arc"]), "")
     assert "10 puzzles" in puzzles
     assert "those with a reward of 1 or more" in puzzles
-
-
-def test_the_curve_is_as_long_as_the_reward():
-    lines = curve([{"iteration": 0, "eval_reward": 0.5}, {"iteration": 1, "eval_reward": 1.0}],
-                  width=8).splitlines()
-    assert lines == ["     0 |####    | 0.500", "     1 |########| 1.000"]
 
 
 def small_run(folder, gains, domain="tinyworld"):
@@ -473,86 +393,47 @@ def test_a_puzzle_that_was_solved_is_shown_as_grids(tmp_path):
                           "    3 3             3 0"]
 
 
-@pytest.mark.parametrize("words, settings", [(["--verbose"], True), ([], False)])
-def test_the_program_prints_a_summary_and_with_verbose_its_settings(words, settings, argv,
-                                                                    monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["outer_loop.py", *argv, "--iterations", "1", *words])
+def test_the_program_prints_a_summary_and_with_verbose_its_settings(argv):
+    for words in ([], ["--verbose"]):       # the second time it only reads what is there
+        out = call(outer_loop, *argv, "--iterations", "0", *words)
+        assert "\nwith a self-edit 0.000\n" in out
+        assert "report.html" in out.splitlines()[-1]
+        # Whatever a random model writes, a terminal gets nothing that it would obey.
+        assert out.replace("\n", "").isprintable()
+        assert bool(re.search("^ +inner_rank 4$", out, re.MULTILINE)) == bool(words)
 
-    outer_loop.main()
-
-    out = capsys.readouterr().out
-    assert "\nwith a self-edit 0.000 -> 0.000\n" in out
-    assert "report.html" in out.splitlines()[-1]
-    shown = re.search("^ +inner_rank 4$", out, re.MULTILINE)
-    assert bool(shown) == settings
-
-
-# ------------------------------------------------------------------------------- programs
 
 @pytest.mark.parametrize("command", [
     "model.py --model MODEL --max-new 3",
     "lora.py --model MODEL --steps 2",
     "selfedit.py --model MODEL --data data/example_eval.json --edits 1",
     "inner_loop.py --model MODEL --data data/example_eval.json"])
-def test_every_file_runs_by_itself(command, tiny_folder):
+def test_every_file_runs_by_itself(command, tiny_folder, monkeypatch, capsys):
     words = command.replace("MODEL", str(tiny_folder)).split()
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout) > 20
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(words[0], run_name="__main__")
+    assert len(capsys.readouterr().out) > 20
 
-
-# ------------------------------------------------------------------------------- real weights
 
 @pytest.mark.slow
 def test_a_real_model_learns_a_passage(smollm2):
     """SmolLM2 on four invented passages, which it can't know before. The self-edit of each is of
     questions with their true answers."""
-    tasks = knowledge.load("data/example_eval.json")
-    model = load_pretrained(smollm2, "cpu")
-    tok = Tokenizer.from_pretrained(smollm2)
+    tasks = knowledge.load(ROOT / "data/example_eval.json")
+    model, tok = load_pretrained(smollm2, "cpu"), Tokenizer.from_pretrained(smollm2)
     recipe = Recipe(Lora(16, 32, PROJECTIONS), lr=2e-3, epochs=5, batch=1)
     sampling = replace(ANSWERS, max_new=32)
-    jobs = []
+    edits = []
     for task in tasks:
-        lines = []
-        for i, (question, answer) in enumerate(zip(task.questions, task.answers), 1):
-            lines.append(f"Question {i}: {question}\nAnswer: {answer}")
-        edit = read_self_edit(task, "\n".join(lines))
-        jobs.append(make_job(model, tok, edit, 0, recipe))
+        pairs = zip(task.questions, task.answers)
+        edits.append(SelfEdit(documents=[f"Question: {q}\nAnswer: {a}" for q, a in pairs]))
 
     (answers,) = ask(model, tok, [tasks], sampling)
-    before = right_answers(tasks, answers)
-    trained = dict(sft(model, jobs))
-    weights = [trained[i].weights for i in range(len(tasks))]
-    adapters = Adapters.stack(model, recipe.lora, weights)
-    groups = ask(model, tok, [[task] for task in tasks], sampling, adapters)
-    after = right_answers(tasks, [answer for (answer,) in groups])
+    outcomes = dict(update_and_score(model, tok, tasks, edits, [[0]] * 4, recipe, sampling))
 
-    print(f"right of 12: {before} -> {after}")
-    assert len(tasks) == 4
-    assert before <= 1
-    assert after >= 5
-
-
-@pytest.mark.slow
-def test_the_loop_on_a_real_model(smollm2, tmp_path):
-    sizes = ("--iterations 1 --tasks 2 --edits 2 --seeds 1 --eval-tasks 2 --max-edit-tokens 60 "
-             "--inner-epochs 3")
-    run_dir = tmp_path / "run"
-    command = [sys.executable, "outer_loop.py", "--preset", "knowledge", "--model", smollm2,
-               "--train-data", "data/example_train.json", "--eval-data", "data/example_eval.json",
-               "--run-dir", run_dir, *sizes.split()]
-
-    done = subprocess.run(command, capture_output=True, text=True)
-
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr
-    rollouts = read_lines(run_dir / "rollouts.jsonl")
-    assert len(rollouts) == 8
-    losses = [r["losses"][0] for r in rollouts if not r["note"]]    # [first, last]
-    assert len(losses) >= 6
-    assert sum(last for _, last in losses) < 0.7 * sum(first for first, _ in losses)
-    assert (run_dir / "iter_1" / "model.safetensors").exists()
+    assert right_answers(tasks, answers) <= 1       # of 12
+    assert sum(sum(outcome.right[0]) for outcome in outcomes.values()) >= 5
 
 
 def test_a_round_of_which_nothing_can_be_read_ends_in_a_summary(argv, monkeypatch, capsys):

@@ -9,75 +9,39 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import weakref
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import inner_loop
 import outer_loop
 from data import judges
 from data.judges import each
-from data.tasks import judge_model, judge_of, load_tasks
+from data.tasks import judge_of, load_tasks
 from engine import decode, train
-from engine.decode import quiet
-from inner_loop import Answers
+from inner_loop import inner_recipe
 from lora import Adapters, Lora, PROJECTIONS, Recipe
-from model import Transformer, load_pretrained
-from outer_loop import score, unadapted
+from model import Transformer
+from outer_loop import outer_recipe, score, unadapted
 from support.config import PRESETS, Config, flag, read_settings
 from support.files import (FIELDS, Lines, Parser, UserError, as_lines, check, cli, read_json,
                            read_text)
-from support.ranks import Meter, Records
+from support.ranks import Records
 from support.run import Run
-from tests.conftest import ROOT
-from tests.helpers import SMALL, even_length, open_run, parse, read_lines, run_it
-from tests.test_ranks import assert_same, what_was_computed
+from tests.helpers import (assert_same, call, even_length, open_run, parse, python, read_lines,
+                           run_it, weight_of, what_was_computed)
 
 NEEDED = ["--model", "m", "--train-data", "a", "--eval-data", "b"]
-UP = "model.layers.0.mlp.up_proj.weight"    # a weight that every M-step changes
-
-
-def varied_run(model, data, folder, *words):
-    """A small run whose rewards differ, although its model is random."""
-    argv = ["--model", model, "--train-data", data, "--eval-data", data, "--run-dir", folder]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(judges.RULES, "rule", each(even_length))
-        return run_it([*argv, *SMALL.split(), *words])
-
-
-@pytest.fixture(scope="module")
-def whole(tiny_folder, passages, tmp_path_factory):
-    """A run that was left alone. Tests only read it."""
-    return varied_run(tiny_folder, passages, tmp_path_factory.mktemp("runs") / "whole")
 
 
 def is_even(answer):
     """The verdict on an answer, where rewards are varied. An empty one is wrong."""
     return bool(answer) and even_length("", "", answer)
-
-
-def weight_of(folder, name=UP):
-    return load_pretrained(folder, "cpu").state_dict()[name]
-
-
-def spy_on_sft(monkeypatch, module, name="sft"):
-    """The lists of jobs that a module gives to sft, or the jobs that it gives to sft_one."""
-    seen, train = [], getattr(module, name)
-
-    def spy(model, jobs, progress=quiet):
-        seen.append(jobs)
-        return train(model, jobs, progress)
-
-    monkeypatch.setattr(module, name, spy)
-    return seen
 
 
 # ------------------------------------------------------------------------------- presets
@@ -102,18 +66,12 @@ ARC = dict(
 
 
 @pytest.mark.parametrize("words, values", [
-    (["knowledge", *NEEDED], KNOWLEDGE), (["arc", "--model", "m"], ARC)])
+    (["knowledge", *NEEDED], KNOWLEDGE), (["arc", "--model", "m"], ARC),
+    # Padded rows, no stop at newlines.
+    (["official", *NEEDED], KNOWLEDGE | {"pad_to": 2048, "stop": "eos"}),
+    (["cpt-v1", *NEEDED], KNOWLEDGE | {"inner_epochs": 3, "inner_batch": 8})])
 def test_a_preset_holds_the_papers_values(words, values):
     assert vars(parse(["--preset", *words])).items() >= values.items()
-
-
-@pytest.mark.parametrize("preset, changes", [
-    ("official", {"pad_to": 2048, "stop": "eos"}),      # padded rows, no stop at newlines
-    ("cpt-v1", {"inner_epochs": 3, "inner_batch": 8})])
-def test_a_preset_is_knowledge_but_for_some_values(preset, changes):
-    knowledge = parse(["--preset", "knowledge", *NEEDED, "--run-dir", "r"])
-    other = parse(["--preset", preset, *NEEDED, "--run-dir", "r"])
-    assert other == dataclasses.replace(knowledge, **changes)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -122,143 +80,91 @@ def test_every_preset_is_a_valid_config(preset):
     cfg = parse(["--preset", preset, *(f"{flag(name)}=something" for name in missing)])
     assert vars(cfg).items() >= PRESETS[preset].items()
     assert cfg.run_dir == f"runs/{preset}"
+    if preset == "tiny":
+        assert cfg == parse([])
 
 
 # ------------------------------------------------------------------------------- flags
 
-def test_without_flags_the_preset_is_the_tiny_world():
-    assert parse([]) == parse(["--preset", "tiny"])
-
-
 def test_a_flag_beats_its_preset_and_a_switch_can_be_turned_off():
-    cfg = parse(["--preset", "official", *NEEDED, "--pad-to", "0", "--inner-targets", "q_proj",
-                 "k_proj", "--clip", "2", "--strict"])
-
-    assert cfg.pad_to == 0
-    assert cfg.stop == "eos"
-    assert cfg.inner_targets == ["q_proj", "k_proj"]
-    assert cfg.clip == 2.0
-    assert cfg.strict is True
-    assert parse(["--preset", "tiny"]).baselines is True
-    assert parse(["--preset", "tiny", "--no-baselines"]).baselines is False
-
-
-@pytest.mark.parametrize("words", [["--inner-l", "1"], ["--learning-rate", "1"]])
-def test_unknown_and_abbreviated_flags_are_errors(words, argv, capsys):
-    with pytest.raises(SystemExit):
-        parse([*argv, *words])
-    assert f"unrecognized arguments: {words[0]}" in capsys.readouterr().err
+    words = "--pad-to 0 --inner-targets q_proj k_proj --clip 2 --strict"
+    cfg = parse(["--preset", "official", *NEEDED, *words.split()])
+    assert vars(cfg).items() >= {"pad_to": 0, "stop": "eos", "clip": 2.0, "strict": True,
+                                 "inner_targets": ["q_proj", "k_proj"]}.items()
+    assert parse([]).baselines is True
+    assert parse(["--no-baselines"]).baselines is False
 
 
 @pytest.mark.parametrize("words, message", [
     ("--judge x", "--judge 'x': choose among rule, gist, substring, model, openai"),
-    ("--stop now", "--stop 'now': choose among newline, eos"),
-    ("--prompt p", "--prompt 'p': choose among implications"),
     ("--dtype int4", "--dtype 'int4': choose among float32, bfloat16, float64"),
-    ("--domain x", "--domain 'x': choose among knowledge, arc, tinyworld, tinyarc"),
-    ("--inner-schedule x", "--inner-schedule 'x': choose among linear, cosine"),
-    ("--update worst", "--update 'worst': choose among best, solved, random, reinforce, grpo"),
+    ("--inner-targets w_proj", "--inner-targets 'w_proj': choose among q_proj"),
+    ("--prompt p", "--prompt 'p': choose among implications"),
     ("--tasks 0", "--tasks 0: must be 1 or more"),
     ("--clip -1", "--clip -1.0: must be more than 0"),
     ("--model=", "--model is missing (-h explains)"),
-    ("--eval-data=", "--eval-data is missing (-h explains)"),
-    ("--directives", "--directives: it does nothing in the domain knowledge, only in tinyworld"),
     ("--views 3", "--views: it does nothing in the domain knowledge, only in arc and tinyarc"),
     ("--solved-at 0.5", "--solved-at: it goes with --update solved"),
     ("--update grpo --keep 2", "--keep: --update grpo takes no number"),
     ("--update grpo --strict", "--update grpo: --strict and --restart are for ReST-EM"),
     ("--update grpo --edits 1", "--update grpo: with --edits 1 nothing is ever learned"),
-    ("--prompt-file nowhere.txt", "nowhere.txt is missing"),
     ("--prompt none --prompt-file nowhere.txt", "--prompt and --prompt-file: only one"),
     ("--prompt-file pytest.ini", "--prompt-file pytest.ini: there is no {context} in it"),
     ("--temperature -1", "--temperature -1.0: must be 0 or more, at most 100"),
     ("--temperature nan", "--temperature nan: must be 0 or more, at most 100"),
     ("--tasks 1" + "0" * 400, "--tasks 1"),
-    ("--inner-targets w_proj", "--inner-targets 'w_proj': choose among q_proj"),
     ("--train-data nowhere.json", "nowhere.json is missing")])
-def test_a_bad_flag_is_one_line_that_names_it(words, message, argv, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["outer_loop.py", *argv, *words.split()])
+def test_a_bad_flag_is_one_line_that_names_it(words, message, argv):
     with pytest.raises(SystemExit) as ended:
-        cli(outer_loop.main)
+        cli(lambda: call(outer_loop, *argv, *words.split()))
     assert ended.value.code.startswith(f"error: {message}")
     assert "\n" not in ended.value.code
 
 
-def test_a_bad_flag_ends_the_program_with_status_1_and_no_traceback(argv):
-    done = subprocess.run([sys.executable, "outer_loop.py", *argv, "--tasks", "0"],
-                          capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == "error: --tasks 0: must be 1 or more\n"
+def test_another_process_an_abbreviated_flag_and_an_unknown_one_are_errors(argv):
+    run = open_run(parse(argv))
+    done = python("outer_loop.py", *argv, status=1)
+    assert done.stderr.startswith(f"error: another process is at work in {run.folder}")
+    assert len(done.stderr.splitlines()) == 1
+    for word in ("--inner-l", "--learning-rate"):
+        with pytest.raises(SystemExit, match="2"):
+            parse([*argv, word, "1"])
 
 
 def test_help_shows_every_field_with_its_comment_and_its_default(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")   # so that argparse breaks no words
     monkeypatch.setattr("sys.argv", ["outer_loop.py", "-h"])
-
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="0"):
         outer_loop.main()
 
-    assert ended.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split("options:")[1].split())
+    shown = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(Config):
         name = flag(field.name)
         # The flag, what follows it, and then a word of its comment: not its default, nor a flag.
-        value = r" [A-Z]+( \[.*?\])?"
-        if field.type is bool:
-            value = name.replace("--", ", --no-")
+        value = name.replace("--", ", --no-") if field.type is bool else r" [A-Z]+( \[.*?\])?"
         assert re.search(rf" {name}{value} (?!--)\w", shown), name
-    for line in (
-            "--model STR folder or hub id of a Llama, Qwen2/2.5 or Qwen3 checkpoint --domain",
-            "--inner-rank INT LoRA's rank (1 or more, at most 4096; default: 32)",
-            "--inner-lr FLOAT learning rate, which falls to 0 (more than 0; default: 0.001)",
-            "--inner-targets NAME [NAME ...] adapted layers (default: q_proj v_proj)",
-            "--outer-rank INT LoRA's rank in the M-step (1 or more, at most 4096; default: 64)",
-            "--strict, --no-strict keep a self-edit only if it beats the un-adapted model (Eq. 2) "
-            "--res"):
-        assert line in shown
+    assert "--inner-rank INT LoRA's rank (1 or more, at most 4096; default: 32)" in shown
+    assert "--inner-targets NAME [NAME ...] adapted layers (default: q_proj v_proj)" in shown
 
 
 # Every value differs from its default.
-BOTH = "--clip 0.5 --weight-decay 0.1 --slots 2"
-INNER = ("--inner-rank 2 --inner-alpha 12 --inner-targets q_proj k_proj --inner-lr 0.005 "
-         "--inner-schedule cosine --inner-warmup 2 --inner-epochs 3 --inner-batch 2 --pad-to 300 "
-         "--max-steps 1000 --max-train-tokens 9000")
-OUTER = ("--outer-rank 3 --outer-alpha 5 --outer-targets o_proj up_proj --outer-lr 0.002 "
-         "--outer-epochs 4 --outer-batch 6")
+FLAGS = """--clip 0.5 --weight-decay 0.1 --slots 2 --pad-to 300 --max-steps 1000
+--max-train-tokens 9000 --inner-rank 2 --inner-alpha 12 --inner-targets q_proj k_proj
+--inner-lr 0.005 --inner-schedule cosine --inner-warmup 2 --inner-epochs 3 --inner-batch 2
+--outer-rank 3 --outer-alpha 5 --outer-targets o_proj up_proj --outer-lr 0.002 --outer-epochs 4
+--outer-batch 6"""
 
 
-def test_the_flags_of_both_loops_reach_their_jobs(argv, varied_rewards, monkeypatch):
-    inner_jobs = spy_on_sft(monkeypatch, inner_loop)
-    outer_jobs = spy_on_sft(monkeypatch, outer_loop, "sft_one")
-
-    run_it([*argv, "--iterations", "1", *BOTH.split(), *INNER.split(), *OUTER.split()])
-
-    recipes = [job.recipe for job in chain(*inner_jobs)]
-    assert recipes == [Recipe(
+def test_the_flags_of_both_loops_are_in_their_recipes(argv):
+    cfg = parse([*argv, *FLAGS.split()])
+    assert inner_recipe(cfg) == Recipe(
         Lora(rank=2, alpha=12, targets=["q_proj", "k_proj"]), lr=0.005, epochs=3, batch=2,
         schedule="cosine", warmup=2, completion_only=False, clip=0.5, weight_decay=0.1,
-        pad_to=300, slots=2, max_steps=1000, max_tokens=9000)] * len(recipes)
-    assert len(recipes) == 2 + 2 * 3 * 2 + 2    # held out, 2 passages x 3 x 2 seeds, held out
-    (job,) = outer_jobs
-    assert job.recipe == Recipe(
+        pad_to=300, slots=2, max_steps=1000, max_tokens=9000)
+    assert outer_recipe(cfg) == Recipe(
         Lora(rank=3, alpha=5, targets=["o_proj", "up_proj"]), lr=0.002, epochs=4, batch=6,
         schedule="linear", warmup=0, completion_only=False, clip=0.5, weight_decay=0.1,
         pad_to=0, slots=0)
-
-
-# ------------------------------------------------------------------------------- progress, lines
-
-def test_without_a_terminal_progress_is_a_line_every_ten_seconds(monkeypatch, capsys):
-    clock = SimpleNamespace(now=0)
-    monkeypatch.setattr("support.ranks.time", SimpleNamespace(time=lambda: clock.now))
-    meter = Meter("steps")
-
-    for now, done in ((11, 1), (19, 2), (22, 3), (40, 4)):
-        clock.now = now
-        meter(done, 4)
-
-    # 19 s is too soon after 11 s, and the last step is the end.
-    assert capsys.readouterr().out == "    1/4 steps, eta 33s\n    3/4 steps, eta 7s\n"
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"b', b'{"b": 2}', '{"b": "Ü'.encode()[:-1]])
@@ -267,11 +173,9 @@ def test_whole_lines_are_kept_and_a_torn_last_one_is_dropped(torn, tmp_path):
     lines = Lines(path)
     lines.add({"a": 1}, {"b": "Über"})
     lines.add({"c": [2]})
-    assert lines.records == [{"a": 1}, {"b": "Über"}, {"c": [2]}]
     whole = '{"a": 1}\n{"b": "Über"}\n{"c": [2]}\n'.encode()
     assert path.read_bytes() == whole
-
-    for kept, records in ((whole, lines.records), (b"", [])):
+    for kept, records in ((whole, [{"a": 1}, {"b": "Über"}, {"c": [2]}]), (b"", [])):
         path.write_bytes(kept + torn)
         again = Lines(path)
         assert again.records == records
@@ -280,65 +184,36 @@ def test_whole_lines_are_kept_and_a_torn_last_one_is_dropped(torn, tmp_path):
         assert read_lines(path) == again.records == [*records, {"d": 3}]
 
 
-def test_records_of_an_iteration_a_split_and_an_arm(tmp_path):
-    records = Records(tmp_path / "lines.jsonl")
-    place = {"task": 0, "edit": 0}
-    second = {"iteration": 0, "split": "train", "task": 1, "edit": 0}
-    first = {"iteration": 0, "split": "train", "arm": "", "task": 0, "edit": 2}
-    other = {"iteration": 0, "split": "train", "arm": "passage only"} | place
-    records.add(second, {"iteration": 0, "split": "eval"} | place)
-    records.add({"iteration": 1, "split": "train"} | place, first, other)
-
-    assert records.of(0, "train") == [first, second]
-    assert records.of(0, "train", "passage only") == [other]
-
-
 # ------------------------------------------------------------------------------- what is on disk
-
-def test_a_runs_folder_holds_all_of_it(whole):
-    assert {path.name for path in whole.folder.iterdir()} == {
-        ".lock", "config.json", "edits.jsonl", "rollouts.jsonl", "metrics.jsonl", "report.html",
-        "iter_1", "iter_2"}
-    config = json.loads((whole.folder / "config.json").read_text())
-    assert vars(whole.cfg).items() <= config.items()
-    for lines in (whole.edits, whole.rollouts, whole.metrics):
-        assert read_lines(lines.path) == lines.records
-    assert [lines.path.stem for lines in (whole.edits, whole.rollouts, whole.metrics)] == [
-        "edits", "rollouts", "metrics"]
-
 
 def test_a_rollout_is_a_self_edit_as_it_was_sampled_and_what_came_of_it(whole):
     sampled = {}
     for r in whole.edits.records:
         sampled[r["iteration"], r["split"], r["task"], r["edit"]] = (r["text"], r["token_ids"])
+    rollouts = [r for r in whole.rollouts.records if r["arm"] == ""]
 
-    assert len(whole.rollouts.records) == len(sampled)
-    for r in whole.rollouts.records:
+    assert len(rollouts) == len(sampled)
+    for r in rollouts:
         place = r["iteration"], r["split"], r["task"], r["edit"]
         assert (r["text"], r["token_ids"]) == sampled[place]
         assert whole.tok.decode(r["token_ids"]).strip() == r["text"]
         # An entry for each seed; the reward is the mean of the judge's verdicts on the answers.
         seeds = 2 if r["split"] == "train" else 1
         verdicts = [[is_even(answer) for answer in answers] for answers in r["answers"]]
-        assert len(r["answers"]) == seeds
-        assert len(r["losses"]) == seeds
+        assert len(r["answers"]) == len(r["losses"]) == seeds
         assert r["right"] == verdicts
         assert r["reward"] == pytest.approx(sum(chain(*verdicts)) / (2 * seeds))
         assert r["replies"] == 2 * seeds    # two questions each
         assert 0 <= r["cut"] <= r["replies"]
-        assert r["seconds"] >= 0
-        assert r["note"] == ""
 
 
 def test_un_adapted_accuracies_are_those_of_the_model_as_it_is(whole):
     tasks = load_tasks(whole, whole.cfg.eval_data)
-
     for t in (0, 1, 2):
         expected = unadapted(whole, whole.load(t), tasks)
         by_title = {task.name: accuracy for task, accuracy in zip(tasks, expected)}
         found = whole.rollouts.of(t, "train") + whole.rollouts.of(t, "eval")
         assert [r["unadapted"] for r in found] == [by_title[r["title"]] for r in found]
-
     # Passages differ in iteration 2 at least; else it would not matter whose accuracy it is.
     assert len({r["unadapted"] for r in found}) > 1
 
@@ -356,10 +231,8 @@ def test_the_weight_of_the_m_step_stands_in_each_rollout(whole):
 def test_one_model_is_held_at_a_time(argv, whole, monkeypatch):
     """The weights that a run holds are given up before others are read."""
     run = open_run(parse(argv))
-    held = run.load(0)
-    assert run.load(0) is held
-    former = weakref.ref(held)
-    del held
+    former = weakref.ref(run.load(0))
+    assert run.load(0) is former()
     read = run.read_model
 
     def read_model(source):
@@ -370,7 +243,8 @@ def test_one_model_is_held_at_a_time(argv, whole, monkeypatch):
     monkeypatch.setattr(run, "read_model", read_model)
     model = run.load(1, whole.folder)
 
-    assert torch.equal(model.state_dict()[UP], weight_of(whole.folder / "iter_1"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(model.state_dict()[name], weight_of(whole.folder / "iter_1", name))
 
 
 # ------------------------------------------------------------------------------- draws
@@ -380,39 +254,35 @@ def test_rewording_an_arm_s_name_changes_no_draw(argv):
     run = open_run(parse(argv))
     tasks = load_tasks(run, run.cfg.eval_data)[:2]
     edits = [[task.references["passage only"]] for task in tasks]
-
     arms = []
     for name in ("passage only", "the passage alone"):
         score(run, run.load(0), tasks, edits, 0, "eval", [0.0, 0.0], n_seeds=2, arm=name)
         arms.append([(r["losses"], r["answers"]) for r in run.rollouts.of(0, "eval", name)])
-
     assert arms[0] == arms[1]
     assert len(arms[0]) == 2
 
 
 def test_no_draw_depends_on_how_many_there_are(argv, tmp_path, varied_rewards):
     """A run with more self-edits has the same first ones, and the same rewards for them."""
-    def first_round(*words):
+    def first_round(n):
+        words = ["--iterations", "1", "--edits", n, "--run-dir", tmp_path / f"of {n}"]
         found = {}
-        for r in run_it([*argv, "--iterations", "1", *words]).rollouts.of(0, "train"):
+        for r in run_it([*argv, *words]).rollouts.of(0, "train"):
             found[r["task"], r["edit"]] = (r["text"], r["reward"])
+        assert len(found) == 2 * n
         return found
 
-    few = first_round("--edits", "2")
-    many = first_round("--edits", "3", "--run-dir", str(tmp_path / "many"))
-
-    assert len(few) == 4
-    assert len(many) == 6
-    assert few.items() <= many.items()
+    assert first_round(2).items() <= first_round(3).items()
 
 
 # ------------------------------------------------------------------------------- resuming
 
 @pytest.mark.parametrize("owner, name, moment", [
-    *((Lines, "add", n) for n in (1, 2, 3, 6, 9, 14, 20)), (Transformer, "save_pretrained", 1)])
+    *((Lines, "add", n) for n in (2, 5, 9, 14)), (Transformer, "save_pretrained", 1)])
 def test_what_is_cut_short_is_made_again(owner, name, moment, argv, whole, varied_rewards):
     """The process dies in the middle of its n-th write, or before weights are saved; the same
     command ends as if it had not."""
+    argv = [*argv, "--baselines", "--rows", "3"]    # sampled a task at a time
     original, calls = getattr(owner, name), []
 
     def dying(self, *args):
@@ -429,13 +299,13 @@ def test_what_is_cut_short_is_made_again(owner, name, moment, argv, whole, varie
         patch.setattr(owner, name, dying)
         with pytest.raises(KeyboardInterrupt):
             run_it(argv)
-
+    gc.collect()
+    # One self-edit had been kept when the second was cut short.
+    kept = open_run(parse(argv)).edits.records
+    assert len(kept) == 1 or moment != 2
+    gc.collect()
     # The last digits of losses depend on which jobs trained side by side.
     assert_same(run_it(argv).folder, whole.folder, "losses")
-
-
-def verbose_lines(capsys):
-    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("  Town ")]
 
 
 def test_a_run_that_has_ended_computes_nothing_again_but_may_be_asked_for_more(
@@ -444,56 +314,31 @@ def test_a_run_that_has_ended_computes_nothing_again_but_may_be_asked_for_more(
     folder = run_it(argv).folder
     before = what_was_computed(folder)
     with monkeypatch.context() as patch:
-        patch.setattr("outer_loop.ask", None)
-        patch.setattr("inner_loop.sft", None)
-        patch.setattr("outer_loop.sft_one", None)
+        for place in ("outer_loop.ask", "inner_loop.sft", "outer_loop.sft_one"):
+            patch.setattr(place, None)
         run_it(argv)
     assert what_was_computed(folder) == before
-    assert verbose_lines(capsys) == []
+    assert "  Town " not in capsys.readouterr().out
 
     run = run_it([*argv, "--iterations", "2", "--verbose"])
 
     assert [m["iteration"] for m in run.metrics.records] == [0, 1, 2]
-    lines = verbose_lines(capsys)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  Town ")]
     assert len(lines) == 6 + 2      # a line per self-edit
     for line in lines:
         assert re.match(r"  Town \d [01]\.[0-2]: reward \d\.\d\d \(un-adapted \d\.\d\d\), ", line)
 
 
-def test_self_edits_are_kept_while_others_are_written(argv, tmp_path, varied_rewards):
-    """A kill in the middle of sampling loses none that was finished."""
-    argv = [*argv, "--tasks", "5", "--rows", "3"]     # a task at a time
-    whole = run_it([*argv, "--run-dir", str(tmp_path / "whole")])
-    add = Records.add
-
-    def killed(records, *new):
-        add(records, *new)
-        if len(records.records) >= 8:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Records, "add", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run_it(argv)
-    gc.collect()
-    kept = read_lines(tmp_path / "run" / "edits.jsonl")
-    assert len(kept) >= 8
-    assert {r["split"] for r in kept} == {"eval", "train"}
-
-    assert_same(run_it(argv).folder, whole.folder, "losses")
-
-
 # ------------------------------------------------------------------------------- whose folder
 
 @pytest.mark.parametrize("words, folder", [
-    ("", "runs/tiny"), ("--seed 1", "runs/tiny-seed1"), ("--seed 0", "runs/tiny"),
-    ("--slots 3 --verbose --iterations 9", "runs/tiny"), ("--directives", "runs/tiny-directives"),
-    ("--seed 2 --update random", "runs/tiny-seed2-updaterandom"),
-    ("--inner-targets q_proj v_proj", "runs/tiny-inner_targetsq_proj-v_proj"),
-    ("--no-baselines --preset tiny-arc", "runs/tiny-arc-baselinesFalse"),
-    ("--run-dir here --seed 4", "here")])
+    ("--seed 1", "tiny-seed1"), ("--seed 0 --slots 3 --verbose --iterations 9", "tiny"),
+    ("--directives --seed 2 --update random", "tiny-directives-seed2-updaterandom"),
+    ("--inner-targets q_proj v_proj", "tiny-inner_targetsq_proj-v_proj"),
+    ("--no-baselines --preset tiny-arc", "tiny-arc-baselinesFalse")])
 def test_another_experiment_has_another_folder(words, folder):
-    assert parse(words.split(), needed=()).run_dir == folder
+    assert parse(words.split()).run_dir == f"runs/{folder}"
+    assert parse([*words.split(), "--run-dir", "here"]).run_dir == "here"
 
 
 def settled(argv, program="outer_loop", **own):
@@ -519,12 +364,21 @@ def test_another_program_and_other_settings_or_files_are_refused(argv, begun):
         settled(argv, "eval single")
     with pytest.raises(UserError, match="edits_from: another"):
         settled(argv, edits_from=["b"])
-
-
-@pytest.mark.parametrize("words", ["--slots 3", "--rows 2", "--recompute", "--device cpu",
-                                   "--verbose", "--iterations 7"])
-def test_machine_and_length_are_no_part_of_what_a_run_is(words, argv, begun):
-    settled([*argv, *words.split()])
+    # The machine and the length are no part of what a run is.
+    settled([*argv, *"--slots 3 --rows 2 --recompute --device cpu --verbose".split()])
+    settled([*argv, "--iterations", "7"])
+    # A setting that an older run lacks had its default; one that is unknown may change results.
+    path = begun / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"select": "random"}))
+    with pytest.raises(UserError, match=r"other settings \(select: 'random'"):
+        settled(argv, edits_from=["a"])
+    for name in ("max_steps", "program", "own", "content"):
+        del config[name]
+    path.write_text(json.dumps(config))
+    settled(argv)
+    with pytest.raises(UserError, match="max_steps: 2000"):
+        settled([*argv, "--max-steps", "7"])
 
 
 def test_a_moved_run_resumes_and_data_and_model_are_known_by_their_content(
@@ -547,43 +401,16 @@ def test_a_moved_run_resumes_and_data_and_model_are_known_by_their_content(
         settled(moved)
 
 
-def test_a_missing_setting_of_an_older_run_has_its_default_and_an_unknown_one_is_refused(argv,
-                                                                                         begun):
-    """What a run of another version did may not be what this one would do."""
-    path = begun / "config.json"
-    config = json.loads(path.read_text())
-    older = {name: value for name, value in config.items()
-             if name not in ("max_steps", "program", "own", "content")}
-    path.write_text(json.dumps(older))
-    settled(argv)
-    with pytest.raises(UserError, match="max_steps: 2000"):
-        settled([*argv, "--max-steps", "7"])
-
-    path.write_text(json.dumps(config | {"select": "random"}))
-    with pytest.raises(UserError, match=r"other settings \(select: 'random'"):
-        settled(argv, edits_from=["a"])
-
-
 def test_a_mistaken_first_command_blocks_nothing(argv):
     """Until something is computed, a folder is nobody's."""
     with pytest.raises(UserError, match="typo.json is missing"):
         run_it([*argv, "--eval-data", "typo.json"])
     settled([*argv, "--seed", "5"])
-    run_it(argv)
-
-
-def test_two_processes_do_not_share_a_folder(argv):
-    run = open_run(parse(argv))
-
-    done = subprocess.run([sys.executable, "outer_loop.py", *argv], capture_output=True, text=True)
-
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: another process is at work in {run.folder}")
-    assert len(done.stderr.splitlines()) == 1
+    settled(argv)
 
 
 @pytest.mark.parametrize("name, line, problem", [
-    ("edits.jsonl", "{", "line 2"), ("edits.jsonl", "[]", "line 2"), ("edits.jsonl", "", "line 2"),
+    ("edits.jsonl", "{", "line 2"), ("edits.jsonl", "", "line 2"),
     ("edits.jsonl", '{"iteration": 0, "split": "eval", "task": 0, "edit": 0, "text": "", '
                     '"token_ids": []}', "a second one"),
     ("rollouts.jsonl", '{"iteration": 0}', "'split'"), ("metrics.jsonl", "null", "line 1"),
@@ -596,7 +423,7 @@ def test_a_damaged_record_is_named_by_file_and_line(name, line, problem, argv, b
     assert problem in str(stopped.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "{", "\x00"])
+@pytest.mark.parametrize("text", ["[]", "null", "{", "\x00"])
 def test_a_damaged_config_is_one_line(text, argv, begun):
     (begun / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json: not"):
@@ -611,100 +438,52 @@ def test_passages_that_do_not_fit_or_ask_nothing_are_skipped(argv, passages, tmp
     path = tmp_path / "mixed.json"
     path.write_text(json.dumps([long, good[1] | {"questions": []}, *good]))
     run = open_run(parse(argv))
-
     assert [task.name for task in load_tasks(run, path)] == ["Town 0", "Town 1"]
-
     out = capsys.readouterr().out
-    assert re.search(r"skipped: 'Town 0': \d+ tokens are more than half of the model's window", out)
+    assert re.search(r"'Town 0': \d+ tokens are more than half of the model's window", out)
     assert "record 1 ('Town 1') has no questions" in out
     path.write_text(json.dumps([long]))
-    with pytest.raises(UserError, match="nothing fits in the model's context window"):
+    with pytest.raises(UserError, match="nothing fits"):
         load_tasks(run, path)
 
 
 # ------------------------------------------------------------------------------- judges
 
-def test_a_judge_without_room_on_the_device_is_on_the_host(argv, monkeypatch, capsys):
-    read_model, attempts = Run.read_model, []
-
-    def full(run, source):
-        attempts.append(source)
-        if len(attempts) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return read_model(run, source)
-
-    run = open_run(parse([*argv, "--judge", "model"]))
-    monkeypatch.setattr(Run, "read_model", full)
-
-    assert judge_model(run).device.type == "cpu"
-    assert "works on the host" in capsys.readouterr().out
-
-
-def answer_backwards(model, tok, groups, sampling, adapters=None):
-    """An inner_loop.ask that gives the words of each gold answer in reverse order."""
-    def answers(task):
-        return Answers([" ".join(reversed(gold.split())) for gold in task.answers], 0)
-    return [[answers(task) for task in tasks] for tasks in groups]
-
-
-# One gold answer is a word, Ob0; the other, Ana0 Reis, is two: only the order of these is wrong.
-@pytest.mark.parametrize("judge, right", [("rule", [True, True]), ("substring", [True, False])])
-def test_the_verdicts_of_a_run_are_its_judges(judge, right, argv, monkeypatch):
-    monkeypatch.setattr("inner_loop.ask", answer_backwards)
-    monkeypatch.setattr("outer_loop.ask", answer_backwards)
-
-    run = run_it([*argv, "--judge", judge, "--iterations", "1"])
-
-    assert len(run.rollouts.records) == 2 + 6 + 2
-    for r in run.rollouts.records:
-        assert r["unadapted"] == sum(right) / 2
-        assert all(verdicts == right for verdicts in r["right"])
-
-
 def test_the_model_that_judges_is_the_base_in_every_iteration(argv, tiny_folder, tmp_path,
                                                               monkeypatch):
     """A yardstick must not move, although the model that it measures does."""
+    name = "model.layers.0.mlp.up_proj.weight"
     judged = []     # (whether the first M-step is over, a weight of the judge)
 
     def spy(model, tok, triples):
-        judged.append(((tmp_path / "run/iter_1").exists(), model.state_dict()[UP].clone()))
+        judged.append(((tmp_path / "run/iter_1").exists(), model.state_dict()[name].clone()))
         return [even_length(*triple) for triple in triples]
 
     monkeypatch.setattr(judges, "model_judge", spy)
-    run = run_it([*argv, "--judge", "model"])
+    run = run_it([*argv, "--judge", "model", "--iterations", "1"])
 
-    base = weight_of(tiny_folder)
-    assert not torch.equal(weight_of(run.folder / "iter_1"), base)
+    base = weight_of(tiny_folder, name)
+    assert not torch.equal(weight_of(run.folder / "iter_1", name), base)
     assert {moved for moved, _ in judged} == {False, True}
     assert all(torch.equal(weight, base) for _, weight in judged)
-    right = set()
     for r in run.rollouts.records:
         for answers, verdicts in zip(r["answers"], r["right"]):
             assert verdicts == [is_even(answer) for answer in answers]
-            right.update(verdicts)
-    assert right == {False, True}
 
 
-def test_a_service_needs_a_key_and_its_verdicts_are_kept_in_the_runs_folder(argv, monkeypatch):
+def test_a_rule_is_itself_and_a_service_needs_a_key_and_keeps_its_verdicts(argv, monkeypatch):
+    rule = judge_of(open_run(parse([*argv, "--judge", "substring"])))
+    assert rule is judges.RULES["substring"]
     cfg = parse([*argv, "--judge", "openai"])
-    triples = [("q", "gold", "even"), ("q", "gold", "odd")]
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match="needs OPENAI_API_KEY"):
         load_tasks(open_run(cfg), cfg.train_data)       # before anything is computed
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
-
-    def verdicts(triples):
-        return [(triple, even_length(*triple)) for triple in triples]
-
-    monkeypatch.setattr(judges, "openai_verdicts", verdicts)
-    assert judge_of(open_run(cfg))(triples) == [True, False]
+    monkeypatch.setattr(judges, "openai_verdicts", lambda triples: [(triples[0], True)])
+    assert judge_of(open_run(cfg))([("q", "gold", "x")]) == [True]
     monkeypatch.setattr(judges, "openai_verdicts", None)    # resumed, it asks about nothing twice
-    assert judge_of(open_run(cfg))(triples) == [True, False]
-
-    kept = read_lines(open_run(cfg).folder / "judge.jsonl")
-    who = "gpt-4.1 at https://api.openai.com/v1"
-    assert kept == [{"judge": who, "triple": list(triples[0]), "verdict": True},
-                    {"judge": who, "triple": list(triples[1]), "verdict": False}]
+    assert judge_of(open_run(cfg))([("q", "gold", "x")]) == [True]
+    assert len(read_lines(open_run(cfg).folder / "judge.jsonl")) == 1
 
 
 # ------------------------------------------------------------------------------- crashes
@@ -782,31 +561,21 @@ def hurt_runs(kind, *argv):
     print(ended)
 
 
-def hurt(kind, argv):
-    """The exit statuses of the runs that were hurt; what was said on stderr."""
+# At least so many end in this way.
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, least, status", [
+    ("operations", 25, -signal.SIGKILL), ("moments", 16, -signal.SIGKILL), ("disk", 5, 1)])
+def test_a_kill_at_any_moment_or_a_full_disk_loses_nothing(kind, least, status, argv):
     program = "import sys; from tests.test_run import hurt_runs; hurt_runs(*sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", program, kind, *argv], capture_output=True,
-                          text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1]), done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind, least", [("operations", 25), ("moments", 16)])
-def test_a_kill_before_any_file_operation_or_at_any_moment_loses_nothing(kind, least, argv):
-    ended, _ = hurt(kind, argv)
-    assert ended.count(-signal.SIGKILL) >= least
-    assert set(ended) <= {-signal.SIGKILL, 0}
-    assert ended[-1] == 0 or kind == "moments"
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_line_and_loses_nothing(argv):
-    ended, said = hurt("disk", argv)
-    assert ended.count(1) >= 5
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    done = python("-c", program, kind, *argv)
+    ended = json.loads(done.stdout.strip().splitlines()[-1])
+    assert ended.count(status) >= least
+    assert set(ended) <= {status, 0}
+    assert ended[-1] == 0 or kind != "operations"
+    # A full disk is said in one line each time.
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == ended.count(1)
-    assert "Traceback" not in said
+    assert "Traceback" not in done.stderr
     assert all("what a run has finished is kept" in line for line in lines)
 
 

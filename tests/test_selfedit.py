@@ -5,24 +5,19 @@ from dataclasses import replace
 from itertools import chain
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from data import knowledge, tinyarc
-from data.arc import write_json_edit
 from engine.decode import Sampling, collect
-from selfedit import (PROMPTS, QUERY, TOOLS, read_json_edit, read_self_edit, sample_self_edits,
+from selfedit import (PROMPTS, QUERY, SelfEdit, read_json_edit, read_self_edit, sample_self_edits,
                       seed_for, split_documents)
 
-# ------------------------------------------------------------------------------- prompts
-
 # Appendix B of the paper: what is asked for, and how the prompt ends.
+LIST = "list of implications derived directly or indirectly from the content"
 ASKED = {
-    "implications": ("produce a list of implications derived directly or indirectly from the "
-                     "content", "Implications:\n"),
-    "implications-long": ("produce a long list of implications derived directly or indirectly from "
-                          "the content", "Implications:\n"),
-    "implications-very-long": ("produce a very long list of implications derived directly or "
-                               "indirectly from the content", "Implications:\n"),
+    "implications": (f"produce a {LIST}", "Implications:\n"),
+    "implications-long": (f"produce a long {LIST}", "Implications:\n"),
+    "implications-very-long": (f"produce a very long {LIST}", "Implications:\n"),
     "rewrite": ("rewrite it in a few different ways, each one separated by a newline",
                 "Rewritten passages:\n"),
     "self-qa": ("rewrite it in a question-answer format", "Question 1: ")}
@@ -33,27 +28,19 @@ def test_prompts_to_the_letter():
     for name, (what, end) in ASKED.items():
         expected[name] = (f"Let's read the following passage and {what}.\n\n"
                           f"Passage:\nT\nC\n\n{end}")
-
-    shown = {name: prompt.format(title="T", context="C") for name, prompt in PROMPTS.items()}
-
-    assert shown == expected
+    assert {name: p.format(title="T", context="C") for name, p in PROMPTS.items()} == expected
     assert QUERY.format(title="T", question="Q?") == (
         "Let's answer a question directly and concisely.\nQuestion: Topic: T\nQ?\nAnswer:\n")
 
 
-# ------------------------------------------------------------------------------- passages
-
 @pytest.mark.parametrize("text, pieces", [
     # Nothing in it.
-    ("", []),
     (" \n\n---\n ", []),
     # Lines, and rules between them.
-    ("one", ["one"]),
     ("one\n\n  two \n---\nthree---four", ["one", "two", "three", "four"]),
     # Words before a numbered list go. A first line that is an item itself goes as well, if the
     # second one is number 1: so does the official code.
     ("Sure, here is a list:\n\n1. a\n2. b", ["1. a", "2. b"]),
-    ("1. a\n2. b", ["1. a", "2. b"]),
     ("1. a\n1. b", ["1. b"]),
     # Questions and answers. The prompt ends with 'Question 1: ', so a text begins after it.
     ("Who?\nAnswer: Me\nQuestion 2: Why?\nAnswer: So\nit is.",
@@ -77,12 +64,9 @@ def test_released_self_edits_have_as_many_documents_as_their_authors_counted(
     for task, record in zip(knowledge.load(path), json.loads(path.read_text())):
         edit = read_self_edit(task, record["released"][method]["edit"])
         counts.append(len(edit.documents))
-
     assert len(counts) == 60
     assert sum(counts) / 60 == pytest.approx(documents, abs=5e-4)
 
-
-# ------------------------------------------------------------------------------- puzzles
 
 GOOD = {"data_generation": {"use_basic_augmentations": True,
                             "use_size_augmentations": False,
@@ -99,12 +83,6 @@ def changed(part, **values):
     return json.dumps(GOOD | {part: GOOD[part] | values})
 
 
-def without(part, key):
-    """The good self-edit, which lacks a key."""
-    rest = {name: value for name, value in GOOD[part].items() if name != key}
-    return json.dumps(GOOD | {part: rest})
-
-
 @pytest.mark.parametrize("text, tools, directives", [
     (json.dumps(GOOD, indent=2), ["basic"], {}),
     (changed("data_generation", use_repeat_augmentations=True, use_size_augmentations=True),
@@ -118,60 +96,45 @@ def test_a_json_self_edit_is_read(text, tools, directives):
     assert type(found[1]["lr"]) is float
 
 
-@pytest.mark.parametrize("tools", [[], ["chain"], list(TOOLS)])
-@pytest.mark.parametrize("completion_only", [False, True])
-def test_what_is_written_is_read(tools, completion_only):
-    text = write_json_edit(tools, completion_only, lr=0.003, epochs=7)
-    directives = {"completion_only": completion_only, "lr": 0.003, "epochs": 7}
-    assert read_json_edit(text) == (tools, directives)
-
-
 # Why it isn't a self-edit -> such texts. The official code crashes on several of these.
 REFUSED = {
-    "not JSON": [
-        "", "Here it is: " + GOOD_TEXT, "```json\n" + GOOD_TEXT + "\n```", GOOD_TEXT + "\nOk.",
-        GOOD_TEXT[:-1], GOOD_TEXT.replace("true", "True"), "[" * 100_000],
-    "the self-edit must be an object": ["[]", "null", "7", '"text"'],
+    "not JSON": ["", "```json\n" + GOOD_TEXT + "\n```", GOOD_TEXT + "\nOk.", GOOD_TEXT[:-1],
+                 "[" * 100_000],
+    "the self-edit must be an object": ["[]", "null"],
     "with the keys data_generation, training": [
         json.dumps({"training": GOOD["training"]}), json.dumps(GOOD | {"more": 1})],
     "training must be an object": [
-        json.dumps(GOOD | {"training": None}), without("training", "strategy"),
+        json.dumps(GOOD | {"training": None}), json.dumps(GOOD | {"training": {}}),
         changed("training", seed=1)],
     "data_generation must be an object": [
         json.dumps(GOOD | {"data_generation": ["basic"]}),
-        without("data_generation", "use_basic_augmentations"),
         changed("data_generation", use_other_augmentations=True)],
     "twice": [GOOD_TEXT.replace('"strategy"', '"strategy": "", "strategy"')],
-    "true or false": [changed("data_generation", use_basic_augmentations=value)
-                      for value in ("true", 1, None)],
+    "true or false": [changed("data_generation", use_basic_augmentations=1)],
     "strategy": [changed("training", strategy=value)
-                 for value in ("train", None, ["train_using_all_tokens"])],
+                 for value in ("train", ["train_using_all_tokens"])],
     "learning_rate": [
         *(changed("training", learning_rate=value)
-          for value in ("1e-4", True, None, 0, -1e-4, 1e9, math.nan, math.inf)),
+          for value in ("1e-4", True, 0, 1e9, math.nan, math.inf)),
         # Numbers that are too large for a float, and for Python's reading of whole ones.
         GOOD_TEXT.replace("0.0001", "1" + "0" * 400), GOOD_TEXT.replace("0.0001", "1e999")],
     "digits": [GOOD_TEXT.replace("0.0001", "1" * 5000)],
     "num_train_epochs": [changed("training", num_train_epochs=value)
-                         for value in (2.0, "2", True, 0, 10 ** 9)]}
+                         for value in (2.0, True, 0, 10 ** 9)]}
+
+
+@pytest.fixture(scope="module")
+def puzzle():
+    return tinyarc.load("train")[0]
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_what_is_no_json_self_edit_is_a_note_with_its_reason_and_nothing_to_train_on(why):
-    puzzle = tinyarc.load("train")[0]
+def test_what_is_no_json_self_edit_is_a_note_with_its_reason_and_nothing_to_train_on(why, puzzle):
     for text in REFUSED[why]:
-        with pytest.raises(ValueError, match=why):
-            read_json_edit(text)
-
         edit = read_self_edit(puzzle, text, token_ids=[1, 2])
-
         assert why in edit.note
-        assert edit.documents == []
-        assert edit.directives == {}
-        assert edit.tools == []
         # What was written is kept all the same: the M-step's log and the rollouts show it.
-        assert edit.text == text.strip()
-        assert edit.token_ids == [1, 2]
+        assert edit == SelfEdit(text=text.strip(), token_ids=[1, 2], note=edit.note)
 
 
 any_json = st.recursive(
@@ -179,6 +142,7 @@ any_json = st.recursive(
     lambda inside: st.lists(inside) | st.dictionaries(st.text(), inside))
 
 
+@settings(max_examples=50, deadline=None)
 @given(any_json)
 def test_no_json_can_crash_the_reader(value):
     texts = [json.dumps(value), json.dumps(GOOD | {"training": value}),
@@ -190,8 +154,6 @@ def test_no_json_can_crash_the_reader(value):
             continue
         assert 0 < directives["lr"] <= 1
 
-
-# ------------------------------------------------------------------------------- sampling
 
 SEEDS = [[seed_for(0, 0, 0), seed_for(0, 0, 1)], [seed_for(0, 1, 0), seed_for(0, 1, 1)]]
 HOT = Sampling(max_new=40, n=2, temperature=1.0)
@@ -208,7 +170,6 @@ def sampled(tiny, tok, tasks, sampling=HOT, seeds=SEEDS):
 
 
 def test_a_seed_depends_on_its_key_alone():
-    assert seed_for(0, 1, "train") == seed_for(0, 1, "train")
     assert seed_for(0, 1, "train") != seed_for(0, 1, "eval")
     # Known from an earlier version: a resumed run must see the same draws.
     assert seed_for(0, 1, "train", 2, 3, "edit") == 129953328104625
@@ -217,7 +178,6 @@ def test_a_seed_depends_on_its_key_alone():
 def test_sampled_edits_keep_their_ids_and_no_draw_depends_on_what_else_is_sampled(tiny, tok,
                                                                                   two_tasks):
     edits = sampled(tiny, tok, two_tasks)
-
     for edit in edits:
         assert tok.decode(edit.token_ids).strip() == edit.text
         assert 0 < len(edit.token_ids) <= 40

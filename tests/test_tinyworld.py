@@ -1,9 +1,6 @@
 """The tiny world's towns and notes, the tiny puzzles, their checkpoints, and the loop on both."""
 import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,19 +11,15 @@ from data import arc, pretrain_tiny, tinyarc, tinyworld as world
 from data.arc import write_json_edit
 from data.tasks import read_tasks
 from engine.decode import Sampling
-from inner_loop import grade_all
 from model import load_pretrained
 from outer_loop import baselines, score, summary, unadapted
-from selfedit import EMPTY, SelfEdit, read_self_edit, sample_self_edits
+from selfedit import EMPTY, read_self_edit, sample_self_edits
 from support.checkpoint import EMBEDDED
 from support.files import UserError
 from support.tokenizer import Tokenizer
-from tests.helpers import open_run, parse, read_lines, run_rest_em
+from tests.helpers import open_run, parse, python, read_lines, run_rest_em, weight_of
 
-ROOT = Path(__file__).resolve().parent.parent
 PUZZLES = EMBEDDED.with_name("tiny-arc")
-
-# ------------------------------------------------------------------------------- towns
 
 
 def test_no_town_and_no_rule_is_given_out_twice():
@@ -45,8 +38,8 @@ def test_no_town_and_no_rule_is_given_out_twice():
     (world, "my.json", "for a file of passages: --preset knowledge"),
     (tinyarc, "test", "train, eval, tune")])
 def test_everything_follows_from_a_seed_and_another_split_is_refused(domain, split, said):
-    first, second = domain.load("eval"), domain.load("eval")
-    assert [task.prompt for task in first] == [task.prompt for task in second]
+    first, second = ([task.prompt for task in domain.load("eval")] for _ in range(2))
+    assert first == second
     with pytest.raises(UserError, match=said):
         domain.load(split)
 
@@ -61,6 +54,12 @@ def test_pretraining_reads_no_name_that_is_given_out():
     for kind in world.LAST:
         assert words.isdisjoint(world.NAMES[kind, True])
         assert not words.isdisjoint(world.NAMES[kind, False])
+    # Questions are phrased as no note is.
+    in_notes, in_tests = set(), set()
+    for relation in world.RELATIONS.values():
+        in_notes |= {*relation.ask, *relation.ask_back}
+        in_tests |= {relation.question, relation.question_back}
+    assert in_notes.isdisjoint(in_tests)
 
 
 def test_a_town_is_asked_about_in_both_directions_and_without_its_passage():
@@ -81,15 +80,6 @@ def test_a_town_is_asked_about_in_both_directions_and_without_its_passage():
             assert answer not in question
 
 
-def test_the_answer_alone_is_right():
-    task = world.load("train")[0]
-    for form, right in [(" {}.", True), ("{} of course", False), ("Nowhere", False)]:
-        answers = [form.format(answer) for answer in task.answers]
-        assert grade_all([task], [answers]) == [[right] * 11]
-
-
-# ------------------------------------------------------------------------------- notes
-
 def some_towns(n=100):
     rng = random.Random(1)
     return [world.make_town(rng, out=True) for _ in range(n)]
@@ -97,8 +87,8 @@ def some_towns(n=100):
 
 def test_a_passage_can_be_read_and_lines_are_recognised_by_their_form():
     rng = random.Random(1)
-    another = some_towns(1)[0]
-    for town in some_towns()[1:]:
+    another, *towns = some_towns()
+    for town in towns:
         assert world.read_passage(town.passage) == (town.name, town.facts)
         lines = [("copy", sentence) for sentence in town.sentences]
         lines += [("vague", world.VAGUE[0].format(t=town.name)), ("garbled", "Bla bla."),
@@ -128,39 +118,11 @@ def test_what_a_note_teaches_is_known():
             assert world.taught(town.say(relation, form, rng), town.passage) == fact
             found.add(fact)
         assert found == set(asked.values())
-
-
-def test_a_line_without_the_town_or_the_truth_teaches_nothing():
-    for town in some_towns():
-        first, *others = town.sentences
-        relation = list(world.read_passage(town.passage)[1])[0]
-        lie = town.say(relation, "plain", random.Random(1), value="Nonsuch")
-        assert world.taught(first, town.passage) == (relation, "forward")
-        for line in [*others, lie, world.VAGUE[0].format(t=town.name)]:
+        # A line without the town, or without the truth, teaches nothing.
+        assert world.taught(town.sentences[0], town.passage)[1] == "forward"
+        for line in [*town.sentences[1:], town.say(relation, form, rng, value="Nonsuch")]:
             assert world.taught(line, town.passage) is None
 
-
-def test_questions_are_phrased_as_no_note_is():
-    in_notes, in_tests = set(), set()
-    for relation in world.RELATIONS.values():
-        in_notes |= {*relation.ask, *relation.ask_back}
-        in_tests |= {relation.question, relation.question_back}
-    assert in_notes.isdisjoint(in_tests)
-
-
-def test_what_self_edits_are_made_of():
-    town = world.make_town(random.Random(0), out=True)
-    task = world.town_task(town)
-    plain = town.say("river", "plain", random.Random(0))
-    first = SelfEdit(text=f"{plain}\nBla bla.", directives={"lr": 0.01, "epochs": 5})
-    second = SelfEdit(text=f"{plain}\n{plain}", directives={"lr": 0.01, "epochs": 10})
-    shares = world.describe([task], [[first, second]])
-    # Of the lines; of the self-edits.
-    assert shares == {"plain": 3 / 4, "garbled": 1 / 4, "lr 0.01": 1, "epochs 5": 1 / 2,
-                      "epochs 10": 1 / 2}
-
-
-# ------------------------------------------------------------------------------- self-edits
 
 STUDY = "Study at rate 0.01 for 10 rounds."
 NO_DIRECTIVE = "its first line is no directive"
@@ -171,9 +133,7 @@ NO_DIRECTIVE = "its first line is no directive"
     (True, f"{STUDY}\nA note.", ["A note."], {"lr": 0.01, "epochs": 10}, ""),
     (False, "\n", [], {}, EMPTY),
     (True, STUDY, [], {}, EMPTY),
-    (True, "A note.", [], {}, NO_DIRECTIVE),
     (True, "Study at rate 0.02 for 10 rounds.\nA note.", [], {}, NO_DIRECTIVE),    # no such rate
-    (True, "Study at rate 0.01 for 99999 rounds.\nA note.", [], {}, NO_DIRECTIVE),
     (True, f"{STUDY} Also:\nA note.", [], {}, NO_DIRECTIVE),
     (True, "", [], {}, NO_DIRECTIVE)])
 def test_documents_are_the_lines_and_the_passage(directives, text, lines, chosen, note):
@@ -183,8 +143,6 @@ def test_documents_are_the_lines_and_the_passage(directives, text, lines, chosen
     assert edit.directives == chosen
     assert edit.note == note
 
-
-# ------------------------------------------------------------------------------- puzzles
 
 def pairs_in(text):
     """The (input, output) pairs of a text: what stands in lines of digits."""
@@ -216,7 +174,6 @@ def test_pretraining_reads_self_edits_and_copies_and_no_rule_that_is_given_out()
     for _ in range(300):
         pieces = pretrain_tiny.puzzle_text(rng, 0.5)
         texts.append("".join(piece for piece, _ in pieces))
-
     assert 3 < sum("strategy" in text for text in texts) < 100
     for text in texts:
         rule = {}
@@ -227,15 +184,12 @@ def test_pretraining_reads_self_edits_and_copies_and_no_rule_that_is_given_out()
         assert copies or not tinyarc.held_out(rule)
 
 
-# ------------------------------------------------------------------------------- the checkpoints
-
 @pytest.mark.parametrize("folder, domain", [(EMBEDDED, world), (PUZZLES, tinyarc)])
 def test_the_checkpoints_open_in_transformers(folder, domain):
     ours = load_pretrained(folder, "cpu", torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     tok = Tokenizer.from_pretrained(folder)
     their_tok = AutoTokenizer.from_pretrained(folder)
-
     for task in domain.load("tune")[:20]:
         ids = tok.encode(task.prompt)
         assert ids == their_tok(task.prompt, add_special_tokens=False)["input_ids"]
@@ -247,6 +201,7 @@ def test_the_checkpoints_open_in_transformers(folder, domain):
             torch.testing.assert_close(ours(batch), theirs(batch).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_what_the_checkpoint_can_do(tmp_path):
     """It knows nothing of a town and reads nearly all in its passage. Trained on the passage it
     answers forward questions, and no reversed ones."""
@@ -256,7 +211,6 @@ def test_what_the_checkpoint_can_do(tmp_path):
     without = unadapted(run, model, tasks)
 
     closed, read, passage = baselines(run, model, tasks, without)
-
     assert closed["name"] == "un-adapted"
     assert closed["reward"] == pytest.approx(sum(without) / 16)
     assert closed["reward"] < 0.06
@@ -268,41 +222,23 @@ def test_what_the_checkpoint_can_do(tmp_path):
     assert passage["by_kind"]["reversed"] < 0.15
 
 
-def pretrain(folder):
-    """A few steps of the script that made the checkpoint: the loss that it prints on the way."""
-    command = [sys.executable, "-m", "data.pretrain_tiny", "--tokens", "20000", "--out", folder]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
-
-
-@pytest.mark.parametrize("config", [pretrain_tiny.CONFIG, pretrain_tiny.PUZZLES])
-def test_a_model_of_another_width_has_as_many_heads(config):
-    half = pretrain_tiny.scaled(config, 64)
-    assert pretrain_tiny.scaled(config, 128) == config
-    assert half["hidden_size"] == half["head_dim"] * half["num_attention_heads"] == 64
-    assert half["intermediate_size"] == 172
-    assert {name for name in config if config[name] != half[name]} == {
-        "hidden_size", "head_dim", "intermediate_size"}
-
-
-def test_widths_that_can_not_be_had(tmp_path):
-    command = [sys.executable, "-m", "data.pretrain_tiny", "--dim", "50", "--out", tmp_path / "m"]
-    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode and failed.stderr == "error: --dim must be a multiple of 16\n"
-
-
 @pytest.mark.slow
 def test_pretraining_learns_and_is_deterministic(tmp_path):
-    losses = pretrain(tmp_path / "first")
-    assert losses[-1] < losses[0] - 0.05
-    assert pretrain(tmp_path / "second") == losses
+    """A few steps of the script that made the checkpoint."""
+    losses = []
+    for folder in ("first", "second"):
+        words = ["-m", "data.pretrain_tiny", "--tokens", "20000", "--out", tmp_path / folder]
+        losses.append([float(x) for x in re.findall(r"loss ([\d.]+)", python(*words).stdout)])
+    assert losses[0][-1] < losses[0][0] - 0.05
+    assert losses[0] == losses[1]
     a = load_pretrained(tmp_path / "first", "cpu").state_dict()
     b = load_pretrained(tmp_path / "second", "cpu").state_dict()
-    for name in a:
-        assert torch.equal(a[name], b[name])
+    assert all(torch.equal(a[name], b[name]) for name in a)
     # It begins with the tokenizer of the checkpoint.
     made = (tmp_path / "first" / "tokenizer.json").read_text()
     assert made == (EMBEDDED / "tokenizer.json").read_text()
+    failed = python("-m", "data.pretrain_tiny", "--dim", "50", "--out", tmp_path / "m", status=1)
+    assert failed.stderr == "error: --dim must be a multiple of 16\n"
 
 
 @pytest.fixture()
@@ -311,33 +247,23 @@ def run(tmp_path):
     return open_run(parse(words))
 
 
-@pytest.fixture()
-def six_tasks(run):
-    return read_tasks(run, "tune")[:6]
-
-
-def share_solved(run, tasks, edits):
-    """The mean reward of one self-edit for each task."""
-    return np.mean(score(run, run.load(0), tasks, [[edit] for edit in edits], 0, "an arm",
-                         without=[0] * len(tasks), n_seeds=1))
-
-
-def test_the_checkpoint_solves_nothing_without_training_enough(run, six_tasks):
-    text = write_json_edit([], completion_only=True, lr=0.001, epochs=1)
-    weak = [read_self_edit(task, text) for task in six_tasks]
-    assert unadapted(run, run.load(0), six_tasks) == [0] * 6
-    assert share_solved(run, six_tasks, weak) == 0
-
-
 @pytest.mark.slow
-def test_the_oracle_s_training_solves_most(run, six_tasks):
-    oracle = [task.references["oracle"] for task in six_tasks]
-    assert share_solved(run, six_tasks, oracle) > 0.6
+def test_the_oracle_s_training_solves_most_and_too_little_solves_nothing(run):
+    def share_solved(arm, edits):
+        """The mean reward of one self-edit for each task."""
+        return np.mean(score(run, run.load(0), tasks, [[edit] for edit in edits], 0, "eval",
+                             without=[0] * 6, n_seeds=1, arm=arm))
+
+    tasks = read_tasks(run, "tune")[:6]
+    weak = write_json_edit([], completion_only=True, lr=0.001, epochs=1)
+    assert unadapted(run, run.load(0), tasks) == [0] * 6
+    assert share_solved("weak", [read_self_edit(task, weak) for task in tasks]) == 0
+    assert share_solved("oracle", [task.references["oracle"] for task in tasks]) > 0.6
 
 
-def test_its_self_edits_can_be_read_and_differ(run, six_tasks):
+def test_its_self_edits_can_be_read_and_differ(run):
     sampling = Sampling(max_new=128, n=24, temperature=1.0)
-    ((_, edits),) = sample_self_edits(run.load(0), run.tok, six_tasks[:1], sampling,
+    ((_, edits),) = sample_self_edits(run.load(0), run.tok, read_tasks(run, "tune")[:1], sampling,
                                       [list(range(24))])
     unreadable = [edit for edit in edits if edit.note]
     assert len(unreadable) < 6
@@ -346,28 +272,15 @@ def test_its_self_edits_can_be_read_and_differ(run, six_tasks):
     assert rates == set(pretrain_tiny.RATES)
 
 
-# ------------------------------------------------------------------------------- the loop
-
-FEW = ("--device cpu --iterations 1 --tasks 4 --edits 4 --eval-tasks 4 --eval-edits 1 --keep 1 "
-       "--run-dir")
+FEW = ("--device cpu --iterations 1 --tasks 3 --edits 4 --eval-tasks 2 --eval-edits 1 --keep 1 "
+       "--inner-epochs 6 --run-dir")
 
 
-def best_of_each_task(folder):
-    """The mean of the highest rewards of the four training tasks."""
-    best = {}
-    for r in read_lines(folder / "rollouts.jsonl"):
-        if r["split"] == "train":
-            best[r["task"]] = max(r["reward"], best.get(r["task"], 0))
-    assert len(best) == 4
-    return sum(best.values()) / 4
-
-
+@pytest.mark.slow
 def test_the_loop_end_to_end(tmp_path, capsys):
     """One small round on the embedded checkpoint."""
     folder = tmp_path / "run"
-    cfg = parse([*FEW.split(), folder])
-    run = open_run(cfg)
-
+    run = open_run(parse([*FEW.split(), folder]))
     held_out = run_rest_em(run)
 
     # The rewards are what the answers are worth.
@@ -377,65 +290,34 @@ def test_the_loop_end_to_end(tmp_path, capsys):
         right = [answer.strip(" .") == gold for answer, gold in zip(answers, r["gold"])]
         assert r["right"] == [right]
         assert r["reward"] == pytest.approx(sum(right) / 11)
-
     # They differ, and each task's best self-edit is kept.
-    rewards = [r["reward"] for r in records if r["split"] == "train"]
-    assert len(rewards) == 16
+    rewards = [r["reward"] for r in run.rollouts.of(0, "train")]
+    assert len(rewards) == 12
     assert len(set(rewards)) > 3
-    assert 0.2 < sum(rewards) / 16 < 0.95
-    best = best_of_each_task(folder)
-    assert f"kept 4 self-edits with mean reward {best:.3f}" in capsys.readouterr().out
-
+    best = [max(rewards[i:i + 4]) for i in (0, 4, 8)]
+    assert f"kept 3 self-edits with mean reward {np.mean(best):.3f}" in capsys.readouterr().out
     # The policy changes.
-    before = load_pretrained(EMBEDDED, "cpu").state_dict()
-    after = load_pretrained(folder / "iter_1", "cpu").state_dict()
-    assert before.keys() == after.keys()
-    assert any(not torch.equal(before[name], after[name]) for name in before)
-
+    before, after = (weight_of(source) for source in (EMBEDDED, folder / "iter_1"))
+    assert not torch.equal(before, after)
     # What it reports.
     first, last = run.metrics.records
-    assert [first["iteration"], last["iteration"]] == [0, 1]
-    assert len(first["baselines"]) == 3
-    assert last["baselines"] == []
     assert sum(first["made_of"].values()) == pytest.approx(1)
-    assert first["eval_by_kind"].keys() == {"forward", "reversed"}
+    assert last["eval_by_kind"].keys() == {"forward", "reversed"}
     text = summary(run, held_out)
-    for words in ("un-adapted", "before training it writes", "after round 1 it writes"):
-        assert words in text
+    assert "after round 1 it writes" in text
     assert any(task.context[0] in text for task in held_out)
 
 
 @pytest.mark.slow
-def test_random_selection_does_not_keep_the_best(tmp_path, capsys):
-    folder = tmp_path / "run"
-    cfg = parse([*FEW.split(), folder, "--update", "random"])
-    run_rest_em(open_run(cfg))
-    best = best_of_each_task(folder)
-    printed = capsys.readouterr().out
-    assert "kept 4 self-edits" in printed
-    assert f"kept 4 self-edits with mean reward {best:.3f}" not in printed
-
-
-@pytest.mark.slow
-def test_the_policy_learns_to_teach_itself(tmp_path):
-    """The default run with one iteration less, on other towns than the README reports: the
-    held-out reward rises."""
-    cfg = parse(["--device", "cpu", "--iterations", "2", "--eval-data", "tune", "--seed", "7",
-                 "--run-dir", tmp_path / "run"])
-    run = open_run(cfg)
+@pytest.mark.parametrize("preset, gain", [("tiny", 0.05), ("tiny-arc", 0.1)])
+def test_the_policy_learns_to_teach_itself(preset, gain, tmp_path):
+    """The default run, on other towns and puzzles than the README reports: the held-out reward
+    rises."""
+    run = open_run(parse(["--preset", preset, "--device", "cpu", "--eval-data", "tune", "--seed",
+                          "7", "--run-dir", tmp_path / "run"]))
     run_rest_em(run)
     first, last = run.metrics.records[0], run.metrics.records[-1]
-    assert last["eval_reward"] > first["eval_reward"] + 0.05
-    assert last["eval_by_kind"]["reversed"] > first["eval_by_kind"]["reversed"] + 0.1
-
-
-@pytest.mark.slow
-def test_the_policy_learns_to_choose(tmp_path):
-    """The default run on other puzzles than the README reports: more of them are solved after two
-    rounds."""
-    cfg = parse(["--preset", "tiny-arc", "--device", "cpu", "--eval-data", "tune", "--seed", "7",
-                 "--run-dir", tmp_path / "run"])
-    run = open_run(cfg)
-    run_rest_em(run)
-    first, last = run.metrics.records[0], run.metrics.records[-1]
-    assert last["eval_reward"] > first["eval_reward"] + 0.1
+    assert last["eval_reward"] > first["eval_reward"] + gain
+    if preset == "tiny":
+        kinds = [m["eval_by_kind"]["reversed"] for m in (first, last)]
+        assert kinds[1] > kinds[0] + 0.1

@@ -18,7 +18,7 @@ from engine import device
 from inner_loop import inner_recipe
 from support.config import Config
 from support.files import UserError
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.strict import must_not_be_called
 from tools import bench
 from tools import plan as program
@@ -55,7 +55,6 @@ def test_a_run_chooses_what_the_plan_says(monkeypatch):
     p = planner(KNOWLEDGE, 24)
     sampling, inner, answers = p.phases(50, 5, 3)
     monkeypatch.setattr(device, "free_memory", lambda device: p.free)
-
     assert sampling.side_by_side == f"{device.auto_rows(p.model, 240 + 2048)} texts"
     at_once = device.auto_answering(p.model, inner_recipe(KNOWLEDGE).lora)
     assert answers.side_by_side == f"{min(256, round(4.9 * at_once))} texts"
@@ -82,35 +81,25 @@ def test_a_folder_needs_no_weights_and_of_a_hub_id_only_the_config_is_fetched(tm
         return tmp_path
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-
     assert "0.49 B parameters" in plan(Config(model=str(tmp_path)), 24)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert asked == []
     assert "0.49 B parameters" in plan(Config(model="someone/a-model"), 8)
     assert asked == [("someone/a-model", ["config.json"])]
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-arc", "knowledge", "official", "arc"])
-def test_every_preset_has_a_plan(preset, monkeypatch, capsys, tmp_path):
+def test_every_preset_has_a_plan(preset, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     words = [] if preset.startswith("tiny") else ["--model", "Qwen/Qwen2.5-0.5B"]
-    monkeypatch.setattr(sys, "argv", ["outer_loop.py", "--preset", preset, "--plan", *words])
-
-    outer_loop.main()
-
-    out = capsys.readouterr().out
+    out = call(outer_loop, "--preset", preset, "--plan", *words)
     assert out.startswith("computed, not measured")
     assert "the whole run" in out
     assert list(tmp_path.iterdir()) == []       # nothing was run or written
 
 
-def test_the_readmes_table_is_the_plans():
+def test_the_readmes_table_is_the_plans_and_cards_are_called_by_their_memory():
     readme = (ROOT / "README.md").read_text()
-    for line in hardware_table():
-        assert line in readme
-
-
-def test_cards_are_called_by_their_memory():
+    assert all(line in readme for line in hardware_table())
     for gib, card in CARDS.items():
         assert gib - 1 <= card.gib <= gib
         assert card.flops > 1e12 and card.bandwidth > 1e11
@@ -179,16 +168,6 @@ def test_a_shape_is_that_of_the_model(name, parameters, tmp_path):
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.dtype == torch.bfloat16
 
-
-def test_a_shapes_weights_are_random(tmp_path):
-    model = bench.shaped("small", tmp_path, "cpu", torch.float32)
-    for p in model.parameters():
-        assert p.std().item() == pytest.approx(0.02, rel=0.5)
-        assert p.mean().item() == pytest.approx(1 if p.dim() == 1 else 0, abs=0.02)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-# ------------------------------------------------------------------------------- the arms
 
 @pytest.fixture()
 def run():
