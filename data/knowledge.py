@@ -11,6 +11,7 @@ import urllib.request
 from collections import defaultdict
 from pathlib import Path
 
+from data.choices import describe  # noqa: F401 (text has no choices: {})
 from data.judges import RULES, normalise
 from selfedit import EMPTY, QUERY, SelfEdit, Task, fill, split_documents
 from support.files import Parser, UserError, cli, positive, printable, read_json, replace_file
@@ -223,11 +224,6 @@ def read_edits(files, tasks: list[Task]) -> dict[str, list[str]]:
             raise UserError(f"no {kind} self-edit of {lacking[0][:80]!r} in "
                             f"{', '.join(map(str, files))}")
     return {kind: [texts[task.context[0]] for task in tasks] for kind, texts in found.items()}
-
-
-def describe(tasks, edits):
-    """What self-edits are made of, for the statistics: nothing is counted in this domain."""
-    return {}
 
 
 def main():

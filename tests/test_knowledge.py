@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from data import arc, judges, knowledge, tinyworld
-from data.arc import write_json_edit
+from data.arc import TOOLS, read_json_edit, write_json_edit
 from data.knowledge import read_edits
-from selfedit import EMPTY, TOOLS, read_json_edit, read_self_edit, split_documents
+from selfedit import EMPTY, read_self_edit, split_documents
 from support.files import UserError, cli
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "data"
