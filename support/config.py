@@ -245,8 +245,8 @@ def read_flags(args, needed) -> Config:
             raise UserError(f"{flag(name)}: it does nothing in the domain {cfg.domain}, only in "
                             f"{' and '.join(ONLY_FOR[name])}")
     if cfg.domain == "knowledge" and cfg.directives and given.keys() & {"prompt", "max_documents"}:
-        raise UserError("--directives: it has a prompt and documents of its own; leave out --prompt "
-                        "and --max-documents")
+        raise UserError("--directives: it has a prompt of its own and documents by its tools; "
+                        "leave out --prompt and --max-documents")
     if "solved_at" in given and cfg.update != "solved":
         raise UserError("--solved-at: it goes with --update solved")
     if "keep" in given and cfg.update not in ("best", "random"):
