@@ -1,10 +1,13 @@
 """Does a small model write better self-edits once it has imitated those of a larger one?
 
     python -m lab.imitate --model DIR_OR_HUB_ID --data TRAIN.json --out FOLDER
+    python -m lab.imitate --directives --epochs 2 --lr 1e-3 ...     # see below
 
 TRAIN.json: training passages with "released_edits": [{"text", "adapter_mean"}], as the authors'
 release has them. The M-step itself learns the best of each passage, those after which the larger
-model answered best. FOLDER is a checkpoint for `eval.py single` and `outer_loop.py --model FOLDER`.
+model answered best. With --directives they are choices of how to study (data/study.py), drawn at
+random, as SmolLM2 does not keep to their form by itself; no released_edits are needed. FOLDER is a
+checkpoint for `eval.py single` and `outer_loop.py --model FOLDER`.
 """
 import random
 import time

@@ -16,10 +16,13 @@ import pytest
 
 from data import arc, judges, knowledge, study, tinyworld
 from data.arc import TOOLS, read_json_edit, write_json_edit
+from data.choices import write_choices
 from data.knowledge import read_edits
 from inner_loop import SMALL, make_job
 from selfedit import EMPTY, read_self_edit, split_documents
 from support.files import UserError, cli
+from tests.helpers import SMALL as SMALL_RUN, run_it
+from tests.make_checkpoint import make_checkpoint
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "data"
 # The first passage of the fixture `passages`.
@@ -587,3 +590,24 @@ def test_a_budget_of_tokens_refuses_longer_training(passages, tiny, tok):
     assert make_job(tiny, tok, short, 0, within).recipe.batch == 4
     with pytest.raises(ValueError, match=f"asks for {5 * tokens} tokens of training"):
         make_job(tiny, tok, long, 0, within)
+
+
+def test_a_run_asks_for_choices_and_learns_by_them(passages, tmp_path):
+    # With room for the prompt in bytes.
+    wide = make_checkpoint(tmp_path / "wide", max_position_embeddings=4096)
+    argv = ["--model", wide, "--train-data", passages, "--eval-data", passages,
+            *SMALL_RUN.split(), "--iterations", "0", "--directives", "--run-dir", tmp_path / "run"]
+    chosen = write_choices(study.FORM, ["windows"], {"lr": 0.001, "epochs": 2, "batch": 4})
+    record = {"iteration": 0, "split": "eval", "arm": "", "edit": 0, "token_ids": [1]}
+    (tmp_path / "run").mkdir()
+    # What the model wrote: one that chooses, and one that is text.
+    (tmp_path / "run" / "edits.jsonl").write_text(
+        json.dumps(record | {"task": 0, "text": chosen}) + "\n"
+        + json.dumps(record | {"task": 1, "text": "The river."}) + "\n")
+
+    good, bad = run_it(argv).rollouts.of(0, "eval")
+
+    assert (good["directives"], good["tools"]) == (
+        {"lr": 0.001, "epochs": 2, "batch": 4}, ["windows"])
+    assert good["documents"] == 1 and good["note"] == "" and good["losses"]
+    assert (bad["documents"], bad["reward"]) == (0, 0) and "not JSON" in bad["note"]
