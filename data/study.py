@@ -10,9 +10,10 @@ is written by the model, so a self-edit is as true as its passage.
 import random
 from dataclasses import replace
 
+from data import tinyworld
 from data.choices import Choice, Form, read_choices, write_choices
 from data.text import sentences
-from selfedit import EMPTY, PASSAGE, STUDY_PROMPT, SelfEdit, Task, seed_for
+from selfedit import EMPTY, STUDY_PROMPT, SelfEdit, Task, seed_for
 from support.files import Parser, cli
 
 TOOLS = ("passage", "sentences", "titled_sentences", "windows")
@@ -69,12 +70,13 @@ def directed(task: Task) -> Task:
 def main():
     Parser(description="Print self-edits drawn at random, and documents by each tool.").parse_args()
     rng = random.Random(0)
-    print(PASSAGE + "\n")
+    town = tinyworld.load("eval")[0]
+    print(town.context[0] + "\n")
     for _ in range(3):
         print(random_edit(rng))
     for tool in TOOLS:
         print(f"\n--- {tool}")
-        print("\n".join(map(repr, documents("Harminster", PASSAGE, [tool]))))
+        print("\n".join(map(repr, documents(town.name, town.context[0], [tool]))))
 
 
 if __name__ == "__main__":
