@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.parametrize("error, line", [
     (UserError("that is wrong"), "error: that is wrong$"),
-    (KeyboardInterrupt(), "error: interrupted; what a run has finished")])
+    (KeyboardInterrupt(), "error: interrupted$")])
 def test_what_the_user_can_mend_is_one_line_and_a_bug_keeps_its_traceback(error, line):
     def main():
         raise error
@@ -58,7 +58,7 @@ def test_a_json_file_is_read_as_written_and_replaced_whole_or_not_at_all(tmp_pat
     path = tmp_path / "a.json"
     with pytest.raises(UserError, match="a.json is missing$"):
         read_json(path)
-    with pytest.raises(UserError, match="not readable as JSON"):
+    with pytest.raises(UserError, match="not a file"):
         read_json(tmp_path)     # a folder
 
     replace_file(path, "1")
@@ -183,7 +183,7 @@ OTHER_FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config.jso
 JSON_FILES = ["config.json", *OTHER_FILES]
 NO_JSON = [b"", b"{", b"\xff\xfe", b'{"a": "\\ud800"}', b"[" * 100_000,
            b'{"vocab_size": ' + b"9" * 5000 + b"}"]
-OTHER_JSON = [*[(content, "not readable as JSON") for content in NO_JSON], (b"{}", ""),
+OTHER_JSON = [*[(content, "not readable as ") for content in NO_JSON], (b"{}", ""),
               *[(content, "not a JSON object") for content in (b"[]", b"null", b"12")]]
 
 

@@ -121,7 +121,7 @@ def test_the_m_step_is_given_the_best_self_edit_of_each_passage(argv, varied_rew
 
     out = capsys.readouterr().out
     for said in ("note: 1 rounds of 7 tasks, but there are 6: some will be seen again",
-                 f"round 1: mean reward {run.metrics.records[1]['train_reward']:.3f}, without a self-edit ",
+                 f"round 1: mean reward {run.metrics.records[1]['train_reward']:.3f}, without ",
                  "kept 7 self-edits with mean reward ", "M-step: 7 self-edits, 2 steps, "):
         assert said in out
     # Without the flag there are no baselines.

@@ -67,14 +67,15 @@ def test_the_shares_of_three_ranks_are_a_partition_of_like_costs(costs, loads, m
     assert [sum(costs[i] for i in share) for share in shares] == loads
 
 
-def test_what_a_killed_rank_had_finished_is_taken_in(tmp_path):
+def test_what_a_killed_rank_had_finished_is_taken_in(whole, tmp_path):
     path = tmp_path / "rollouts.jsonl"
-    Lines(path).add({"task": 0}, {"task": 1})
-    Lines(tmp_path / "rollouts.part2.jsonl").add({"task": 1}, {"task": 2})  # 1 was written already
+    zero, one, two = whole.rollouts.records[:3]
+    Lines(path).add(zero, one)
+    Lines(tmp_path / "rollouts.part2.jsonl").add(one, two)      # one was written already
     with (tmp_path / "rollouts.part2.jsonl").open("a") as f:
-        f.write('{"task": 3')                                               # a torn line
-    assert SharedLines(path).records == [{"task": 0}, {"task": 1}, {"task": 2}]
-    assert read_lines(path) == [{"task": 0}, {"task": 1}, {"task": 2}]
+        f.write('{"task": 3')                                   # a torn line
+    assert SharedLines(path).records == [zero, one, two]
+    assert read_lines(path) == [zero, one, two]
     assert [p.name for p in tmp_path.iterdir()] == ["rollouts.jsonl"]
 
 

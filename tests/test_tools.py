@@ -18,7 +18,7 @@ from engine import device
 from inner_loop import inner_recipe
 from support.config import Config
 from support.files import UserError
-from tests.helpers import ROOT
+from tests.helpers import ROOT, call
 from tests.strict import must_not_be_called
 from tools import bench
 from tools import plan as program
@@ -252,7 +252,7 @@ FEW = "--jobs 2 --steps 4 --repeats 1 --n-new 8 --device cpu".split()
 
 
 @pytest.fixture()
-def call(monkeypatch, capsys):
+def benched(monkeypatch, capsys):
     """bench.py with these words: what it prints, and the error it ends with."""
     def run(*words):
         monkeypatch.setattr("sys.argv", ["bench.py", *FEW, *words])
@@ -265,9 +265,9 @@ def call(monkeypatch, capsys):
     return run
 
 
-def test_on_a_cpu_without_the_peer_it_says_which_is_missing(monkeypatch, tmp_path, call):
+def test_on_a_cpu_without_the_peer_it_says_which_is_missing(monkeypatch, tmp_path, benched):
     monkeypatch.setitem(sys.modules, "peft", None)
-    out, error = call("--model", "small", "--out", str(tmp_path / "figures.md"))
+    out, error = benched("--model", "small", "--out", str(tmp_path / "figures.md"))
     assert error is None
     assert re.search("left out: .*peft", out)
     for arm in (bench.OURS, bench.ONE, bench.ROUND):
@@ -276,7 +276,7 @@ def test_on_a_cpu_without_the_peer_it_says_which_is_missing(monkeypatch, tmp_pat
     assert (tmp_path / "figures.md").read_text() == out
 
 
-def test_a_part_that_fails_is_a_line_and_the_next_one_runs(monkeypatch, call):
+def test_a_part_that_fails_is_a_line_and_the_next_one_runs(monkeypatch, benched):
     def broken(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
@@ -287,7 +287,7 @@ def test_a_part_that_fails_is_a_line_and_the_next_one_runs(monkeypatch, call):
     monkeypatch.setattr(bench, "command", passed)
     monkeypatch.setattr(bench, "generate", broken)
 
-    out, error = call("--gpu", "--model", "small")
+    out, error = benched("--gpu", "--model", "small")
 
     parts = re.findall("## (.*)", out)
     assert parts[:3] == ["the card", "tests", "0.5B, steady"]
