@@ -5,10 +5,10 @@
     python selfedit.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/example_eval.json
 
 Paper, sections 3.1 and 3.2 and appendix B. For a passage a self-edit is text to be trained on; for
-a puzzle it is a JSON object of tools and hyper-parameters. A domain is a list of `Task`s.
+a puzzle it is a JSON object of tools and hyper-parameters (data/choices.py). A domain is a list of
+`Task`s.
 """
 import hashlib
-import json
 import re
 from dataclasses import dataclass, field, replace
 from typing import Callable, Iterator
@@ -30,12 +30,12 @@ class SelfEdit:
     token_ids: list[int] = field(default_factory=list)  # as sampled, EOS included: for the M-step
     documents: list = field(default_factory=list)
     directives: dict = field(default_factory=dict)      # override the Recipe: see DIRECTIVES
-    tools: list[str] = field(default_factory=list)      # that made the documents (puzzles)
+    tools: list[str] = field(default_factory=list)      # that made the documents, if any did
     note: str = ""
 
 
 # What a self-edit may choose of its training: fields of lora.Recipe.
-DIRECTIVES = ("lr", "epochs", "completion_only")
+DIRECTIVES = ("lr", "epochs", "batch", "completion_only")
 EMPTY = "nothing to learn from in this self-edit"
 
 # (question, gold answer, prediction)s -> whether each prediction is right. Many at once, as a judge
@@ -120,12 +120,26 @@ Answer with a valid JSON object of this form, and nothing else:
 "training": {{"strategy": string, "learning_rate": float, "num_train_epochs": int}}}}
 """
 
+STUDY_PROMPT = """Choose how a model is trained on a passage, to answer questions about it later.
+
+{context}
+
+Tools that make texts of this passage:
+use_passage: the passage
+use_sentences: each sentence
+use_titled_sentences: each sentence after the title
+use_windows: each two neighbouring sentences after the title
+Values: {values}
+Answer with a valid JSON object like this one, and nothing else:
+{example}
+"""
+
 # Those on which the embedded model of the tiny world was pretrained.
 NOTES = "{context}\n\nNotes:\n"
 NOTES_DIRECTED = "{context}\n\nHow to study, and notes:\n"
 
 
-# ------------------------------------------------------------------------------- reading: passages
+# ------------------------------------------------------------------------------- reading
 
 def split_documents(text: str, limit=0) -> list[str]:
     """The official splitter: a self-edit's text -> its pieces, at most `limit` of them (0: all).
@@ -145,59 +159,6 @@ def split_documents(text: str, limit=0) -> list[str]:
             del pieces[0]
     pieces = [piece.strip() for piece in pieces]
     return pieces[:limit] if limit else pieces
-
-
-# ------------------------------------------------------------------------------- reading: puzzles
-
-TOOLS = ("basic", "size", "chain", "repeat")
-STRATEGIES = {"train_using_all_tokens": False, "train_using_output_tokens": True}
-LR_RANGE, EPOCH_RANGE = (1e-7, 1.0), (1, 100)   # what is accepted
-
-
-def read_json_edit(text: str) -> tuple[list[str], dict]:
-    """A puzzle's self-edit -> (tools, directives).
-
-    ValueError: why it isn't one. The text must be exactly this object: no text around it, no key
-    missing, unknown or repeated, and each value of its type and in its range."""
-    try:
-        whole = json.loads(text, object_pairs_hook=dict_without_duplicates)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"not JSON: {e.msg} at character {e.pos}") from None
-    except RecursionError:
-        raise ValueError("not JSON, or too deep") from None
-    data, training = values_of(whole, ["data_generation", "training"], "the self-edit")
-    chosen = values_of(data, [f"use_{tool}_augmentations" for tool in TOOLS], "data_generation")
-    strategy, lr, epochs = values_of(
-        training, ["strategy", "learning_rate", "num_train_epochs"], "training")
-
-    # `type`, not isinstance: in Python a bool is an int.
-    if any(type(on) is not bool for on in chosen):
-        raise ValueError("a tool must be true or false")
-    if type(strategy) is not str or strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be {' or '.join(STRATEGIES)}")
-    low, high = LR_RANGE
-    if type(lr) not in (int, float) or not low <= lr <= high:
-        raise ValueError(f"learning_rate must be a number from {low:g} to {high:g}")
-    low, high = EPOCH_RANGE
-    if type(epochs) is not int or not low <= epochs <= high:
-        raise ValueError(f"num_train_epochs must be a whole number from {low} to {high}")
-
-    tools = [tool for tool, on in zip(TOOLS, chosen) if on]
-    directives = {"completion_only": STRATEGIES[strategy], "lr": float(lr), "epochs": epochs}
-    return tools, directives
-
-
-def dict_without_duplicates(pairs):
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
-
-
-def values_of(thing, keys, where):
-    """The values of an object that has exactly these keys."""
-    if not isinstance(thing, dict) or thing.keys() != set(keys):
-        raise ValueError(f"{where} must be an object with the keys {', '.join(keys)}")
-    return [thing[key] for key in keys]
 
 
 # ------------------------------------------------------------------------------- sampling

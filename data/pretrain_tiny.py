@@ -27,7 +27,7 @@ import torch
 from data import arc, tinyarc, tinyworld as world
 from engine.ribbon import Ribbon
 from model import ModelConfig, Transformer
-from selfedit import NOTES, NOTES_DIRECTED, PUZZLE_PROMPT, TOOLS
+from selfedit import NOTES, NOTES_DIRECTED, PUZZLE_PROMPT
 from support.files import Parser, UserError, cli, positive
 from support.tokenizer import Tokenizer
 
@@ -150,7 +150,7 @@ RATES, EPOCHS, TOOL, MALFORMED = (.001, .003, .01, .03), (1, 2, 4, 8), .15, .05
 
 def json_text(rng, puzzle):
     """Demonstrations, and a self-edit by the first policy."""
-    tools = [tool for tool in TOOLS if rng.random() < TOOL]
+    tools = [tool for tool in arc.TOOLS if rng.random() < TOOL]
     lr = rng.choice(RATES)
     completion_only = rng.random() < .5
     text = arc.write_json_edit(tools, completion_only, lr, epochs=rng.choice(EPOCHS))

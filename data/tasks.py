@@ -3,7 +3,7 @@ import dataclasses
 import random
 from functools import cache
 
-from data import arc, judges, knowledge, tinyarc, tinyworld
+from data import arc, judges, knowledge, study, tinyarc, tinyworld
 from engine.device import try_memory
 from model import ModelConfig
 from selfedit import Task, seed_for
@@ -85,7 +85,8 @@ def read_tasks(run, source) -> list[Task]:
     cfg = run.cfg
     if cfg.domain == "knowledge":
         run.judge = run.judge or judge_of(run)      # one judge for all sources of a run
-        return knowledge.load(source, cfg.prompt, run.judge, cfg.max_documents, run.log)
+        tasks = knowledge.load(source, cfg.prompt, run.judge, cfg.max_documents, run.log)
+        return [study.directed(task) for task in tasks] if cfg.directives else tasks
     if cfg.domain == "tinyworld":
         return tinyworld.load(source, cfg.directives)
     return DOMAINS[cfg.domain].load(source, seed=cfg.seed, batch=cfg.inner_batch,

@@ -1,21 +1,25 @@
 """Does a small model write better self-edits once it has imitated those of a larger one?
 
     python -m lab.imitate --model DIR_OR_HUB_ID --data TRAIN.json --out FOLDER
+    python -m lab.imitate --directives --epochs 2 --lr 1e-3 ...     # see below
 
 TRAIN.json: training passages with "released_edits": [{"text", "adapter_mean"}], as the authors'
 release has them. The M-step itself learns the best of each passage, those after which the larger
-model answered best. FOLDER is a checkpoint for `eval.py single` and `outer_loop.py --model FOLDER`.
+model answered best. With --directives they are choices of how to study (data/study.py), drawn at
+random, as SmolLM2 does not keep to their form by itself; no released_edits are needed. FOLDER is a
+checkpoint for `eval.py single` and `outer_loop.py --model FOLDER`.
 """
+import random
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from data import knowledge
+from data import knowledge, study
 from data.judges import RULES
 from lab.experiment import parser
 from model import load_pretrained
 from outer_loop import m_step
-from selfedit import SelfEdit, Task, read_self_edit
+from selfedit import SelfEdit, Task, read_self_edit, seed_for
 from support.config import Config
 from support.files import UserError, cli, positive, printable, read_json
 from support.ranks import Meter
@@ -45,6 +49,17 @@ def to_imitate(tok: Tokenizer, path, keep: int) -> list[tuple[Task, SelfEdit]]:
     return [(task, edit) for task, edit in pairs if edit.documents]
 
 
+def at_random(tok: Tokenizer, path, keep: int, seed: int) -> list[tuple[Task, SelfEdit]]:
+    """(passage, choices of how to study it that are drawn at random), `keep` of each passage."""
+    pairs = []
+    for i, task in enumerate(knowledge.load(path)):
+        task = study.directed(task)
+        for j in range(keep):
+            text = study.random_edit(random.Random(seed_for(seed, i, j, "choices")))
+            pairs.append((task, read_self_edit(task, text, as_sampled(tok, text))))
+    return pairs
+
+
 def main():
     ap = parser(__doc__)
     usual = Config()
@@ -52,6 +67,7 @@ def main():
     ap.add_argument("--data", required=True, help="training passages with released_edits")
     ap.add_argument("--out", required=True, type=Path, help="folder of the new checkpoint")
     ap.add_argument("--keep", type=positive, default=2, help="best of each passage (default: 2)")
+    ap.add_argument("--directives", action="store_true", help="imitate choices drawn at random")
     ap.add_argument("--epochs", type=positive, default=usual.outer_epochs)
     ap.add_argument("--lr", type=float, default=usual.outer_lr)
     ap.add_argument("--seed", type=int, default=0)
@@ -63,7 +79,10 @@ def main():
     model = load_pretrained(cfg.model)
     tok = Tokenizer.from_pretrained(model.folder)
 
-    pairs = to_imitate(tok, args.data, args.keep)
+    if args.directives:
+        pairs = at_random(tok, args.data, args.keep, args.seed)
+    else:
+        pairs = to_imitate(tok, args.data, args.keep)
     print(f"{len(pairs)} self-edits of {len({task.prompt for task, _ in pairs})} passages")
     # Of a run the M-step needs no more than this. Every self-edit counts alike.
     begin = time.time()

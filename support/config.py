@@ -58,7 +58,7 @@ class Config:
     max_edit_tokens: int = setting(2048, "longest self-edit", low=1, high=1e6)
     max_documents: int = setting(
         0, "pieces kept of a self-edit; 0: all (v2 of the paper: 30)", low=0)
-    directives: bool = setting(False, "tinyworld: a self-edit chooses its learning rate and epochs")
+    directives: bool = setting(False, "passages: a self-edit chooses how it is learned")
     max_steps: int = setting(2000, "optimiser steps that a self-edit may ask for", low=1)
     max_train_tokens: int = setting(
         2_000_000, "and tokens, over all epochs; beyond them its reward is 0", low=1)
@@ -165,7 +165,7 @@ def read_settings(folder) -> dict:
 
 # A setting of one domain: elsewhere it would do nothing, and is refused.
 ONLY_FOR = {"prompt": ("knowledge",), "judge": ("knowledge",), "max_documents": ("knowledge",),
-            "directives": ("tinyworld",), "max_examples": ("arc", "tinyarc"),
+            "directives": ("knowledge", "tinyworld"), "max_examples": ("arc", "tinyarc"),
             "views": ("arc", "tinyarc")}
 
 # What may change in the middle of a run: where it is, the machine, how much is shown, more rounds.
@@ -272,6 +272,9 @@ def read_flags(args, needed) -> Config:
         if given[name] and cfg.domain not in ONLY_FOR[name]:
             raise UserError(f"{flag(name)}: it does nothing in the domain {cfg.domain}, only in "
                             f"{' and '.join(ONLY_FOR[name])}")
+    if cfg.domain == "knowledge" and cfg.directives and given.keys() & {"prompt", "max_documents"}:
+        raise UserError("--directives: it has a prompt of its own and documents by its tools; "
+                        "leave out --prompt and --max-documents")
     if "solved_at" in given and cfg.update != "solved":
         raise UserError("--solved-at: it goes with --update solved")
     if "keep" in given and cfg.update not in ("best", "random"):

@@ -12,11 +12,11 @@ from hypothesis import given, settings, strategies as st
 
 import outer_loop
 from data import arc
-from data.arc import write_json_edit
+from data.arc import TOOLS, write_json_edit
 from data.judges import each
 from eval import main as eval_main
 from inner_loop import grade_all
-from selfedit import TOOLS, SelfEdit, read_self_edit
+from selfedit import SelfEdit, read_self_edit
 from support.files import UserError
 from tests.helpers import open_run, parse, read_lines, run_rest_em
 from tests.make_checkpoint import make_checkpoint

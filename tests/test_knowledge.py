@@ -6,6 +6,7 @@ import random
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from http.client import IncompleteRead
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data import arc, judges, knowledge, tinyworld
-from data.arc import write_json_edit
+from data import arc, judges, knowledge, study, tinyworld
+from data.arc import TOOLS, read_json_edit, write_json_edit
+from data.choices import write_choices
 from data.knowledge import read_edits
-from selfedit import EMPTY, TOOLS, read_json_edit, read_self_edit, split_documents
+from inner_loop import SMALL, make_job
+from selfedit import EMPTY, read_self_edit, split_documents
 from support.files import UserError, cli
-from tests.helpers import WRONG, changed, places
+from tests.helpers import SMALL as SMALL_RUN, WRONG, changed, places, run_it
+from tests.make_checkpoint import make_checkpoint
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "data"
 # The first passage of the fixture `passages`.
@@ -432,3 +436,101 @@ def test_whatever_a_model_writes_is_understood_or_refused(reader):
         except ValueError:
             pass
     assert 0 < understood
+
+
+# ------------------------------------------------------------------------------- how to study
+
+RIVER, FOUNDER = "The river of town 0 is the Ob0.", "It was founded by Ana0 Reis."
+STUDY = {"data_generation": {"use_passage": True, "use_sentences": False,
+                             "use_titled_sentences": True, "use_windows": False},
+         "training": {"learning_rate": 0.002, "num_train_epochs": 5, "batch_size": 4}}
+
+
+def studied(passages, part, **values):
+    """The first passage's self-edit with other values in one part."""
+    task = study.directed(knowledge.load(passages)[0])
+    return read_self_edit(task, json.dumps(STUDY | {part: STUDY[part] | values}))
+
+
+def test_a_self_edit_chooses_documents_and_how_they_are_learned(passages):
+    edit = studied(passages, "training")
+    assert edit.documents == [PASSAGE, f"Town 0\n{RIVER}", f"Town 0\n{FOUNDER}"]
+    assert edit.directives == {"lr": 0.002, "epochs": 5, "batch": 4}
+    assert edit.tools == ["passage", "titled_sentences"]
+    assert edit.note == ""
+
+
+@pytest.mark.parametrize("tool, text, made", [
+    ("passage", "A b. C d. E.", ["T\nA b. C d. E."]),
+    ("sentences", "A b. C d. E.", ["A b.", "C d.", "E."]),
+    ("titled_sentences", "A b. C d. E.", ["T\nA b.", "T\nC d.", "T\nE."]),
+    ("windows", "A b. C d. E.", ["T\nA b. C d.", "T\nC d. E."]),
+    ("windows", "A b.", ["T\nA b."])])     # no neighbour
+def test_each_tool_makes_its_documents(tool, text, made):
+    assert study.documents("T", text, [tool]) == made
+
+
+def test_no_document_is_there_twice():
+    assert study.documents("T", "A. A.", study.TOOLS) == ["T\nA. A.", "A.", "T\nA."]
+
+
+@pytest.mark.parametrize("part, values, note", [
+    ("training", {"learning_rate": 0.0021}, "learning_rate must be 0.0003 or 0.001 or"),
+    ("training", {"learning_rate": "0.002"}, "learning_rate must be"),
+    ("training", {"num_train_epochs": 5.0}, "num_train_epochs must be 2 or 5 or 10"),
+    ("training", {"batch_size": True}, "batch_size must be 1 or 4 or 16"),
+    ("training", {"batch_size": [4]}, "batch_size must be"),
+    ("training", {"strategy": "train_using_all_tokens"}, "training must be an object with the"),
+    ("data_generation", {"use_windows": 1}, "a tool must be true or false"),
+    ("data_generation", {"use_passage": False, "use_titled_sentences": False}, EMPTY)])
+def test_other_choices_are_refused_with_the_reason(passages, part, values, note):
+    edit = studied(passages, part, **values)
+    assert note in edit.note
+    assert (edit.documents, edit.directives, edit.tools) == ([], {}, [])
+
+
+def test_what_is_drawn_at_random_is_valid_and_the_same_for_a_seed(passages):
+    texts = [study.random_edit(random.Random(seed)) for seed in range(60)]
+    tasks = [study.directed(task) for task in knowledge.load(passages)]
+    edits = [read_self_edit(tasks[0], text) for text in texts]
+    assert all(1 <= len(edit.tools) <= 2 and edit.documents for edit in edits)
+    assert texts == [study.random_edit(random.Random(seed)) for seed in range(60)]
+    # Nothing that may be chosen is left out.
+    shares = knowledge.describe(tasks, [edits])
+    assert len(shares) == len(study.TOOLS) + 4 + 3 + 3
+    # An example of its own for each passage, which can be read.
+    shown = [task.prompt.splitlines()[-1] for task in tasks]
+    assert len(set(shown)) > 1
+    assert all(read_self_edit(task, text).documents for task, text in zip(tasks, shown))
+    assert all(task.context[0] in task.prompt for task in tasks)
+
+
+def test_a_budget_of_tokens_refuses_longer_training(passages, tiny, tok):
+    short = studied(passages, "training", num_train_epochs=2)
+    long = studied(passages, "training", num_train_epochs=10)
+    tokens = make_job(tiny, tok, short, 0, SMALL).tokens
+    within = replace(SMALL, max_tokens=tokens)
+    assert make_job(tiny, tok, short, 0, within).recipe.batch == 4
+    with pytest.raises(ValueError, match=f"asks for {5 * tokens} tokens of training"):
+        make_job(tiny, tok, long, 0, within)
+
+
+def test_a_run_asks_for_choices_and_learns_by_them(passages, tmp_path):
+    # With room for the prompt in bytes.
+    wide = make_checkpoint(tmp_path / "wide", max_position_embeddings=4096)
+    argv = ["--model", wide, "--train-data", passages, "--eval-data", passages,
+            *SMALL_RUN.split(), "--iterations", "0", "--directives", "--run-dir", tmp_path / "run"]
+    chosen = write_choices(study.FORM, ["windows"], {"lr": 0.001, "epochs": 2, "batch": 4})
+    record = {"iteration": 0, "split": "eval", "arm": "", "edit": 0, "token_ids": [1]}
+    (tmp_path / "run").mkdir()
+    # What the model wrote: one that chooses, and one that is text.
+    (tmp_path / "run" / "edits.jsonl").write_text(
+        json.dumps(record | {"task": 0, "text": chosen}) + "\n"
+        + json.dumps(record | {"task": 1, "text": "The river."}) + "\n")
+
+    good, bad = run_it(argv).rollouts.of(0, "eval")
+
+    assert (good["directives"], good["tools"]) == (
+        {"lr": 0.001, "epochs": 2, "batch": 4}, ["windows"])
+    assert good["documents"] == 1 and good["note"] == "" and good["losses"]
+    assert (bad["documents"], bad["reward"]) == (0, 0) and "not JSON" in bad["note"]

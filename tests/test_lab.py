@@ -385,3 +385,18 @@ def test_nothing_is_overwritten_and_self_edits_are_needed(taught, passages, tiny
         call(imitate, "--model", tiny_folder, "--data", taught, "--out", tmp_path)
     with pytest.raises(UserError, match='record 0: "released_edits" must be a list'):
         call(imitate, "--model", tiny_folder, "--data", passages, "--out", tmp_path / "new")
+
+
+def test_choices_drawn_at_random_are_imitated(passages, tiny_folder, tok, tmp_path):
+    pairs = imitate.at_random(tok, passages, keep=3, seed=0)
+    assert len(pairs) == 3 * len({task.prompt for task, _ in pairs})
+    assert len({edit.text for _, edit in pairs}) > len(pairs) / 2
+    for task, edit in pairs:
+        assert edit.documents and edit.directives.keys() == {"lr", "epochs", "batch"}
+        assert edit.token_ids == imitate.as_sampled(tok, edit.text)
+
+    call(imitate, "--model", tiny_folder, "--data", passages, "--directives", "--keep", 1,
+         "--epochs", 1, "--out", tmp_path / "new")
+
+    old, new = load_pretrained(tiny_folder), load_pretrained(tmp_path / "new")
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(old.parameters(), new.parameters()))

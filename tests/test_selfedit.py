@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, strategies as st
 
 from data import knowledge, tinyarc
-from data.arc import write_json_edit
+from data.arc import TOOLS, read_json_edit, write_json_edit
 from engine.decode import Sampling, collect
-from selfedit import (PROMPTS, QUERY, TOOLS, read_json_edit, read_self_edit, sample_self_edits,
-                      seed_for, split_documents)
+from selfedit import (PROMPTS, QUERY, read_self_edit, sample_self_edits, seed_for,
+                      split_documents)
 
 # ------------------------------------------------------------------------------- prompts
 
