@@ -1,6 +1,6 @@
 """How to study a passage: self-edits that choose, as those of puzzles do (--directives).
 
-    python -m data.study    # a passage, self-edits drawn at random, and documents by each tool
+    python -m data.study    # what a model reads, and the documents that each tool makes of it
 
 Paper, abstract and section 2: a self-edit may set hyper-parameters and invoke tools that make the
 data. The paper has such self-edits of puzzles only. Here a self-edit of a passage names the tools
@@ -9,8 +9,9 @@ is written by the model, so a self-edit is as true as its passage.
 """
 import random
 from dataclasses import replace
+from pathlib import Path
 
-from data import tinyworld
+from data import knowledge
 from data.choices import Choice, Form, read_choices, write_choices
 from data.text import sentences
 from selfedit import EMPTY, STUDY_PROMPT, SelfEdit, Task, seed_for
@@ -68,15 +69,14 @@ def directed(task: Task) -> Task:
 
 
 def main():
-    Parser(description="Print self-edits drawn at random, and documents by each tool.").parse_args()
-    rng = random.Random(0)
-    town = tinyworld.load("eval")[0]
-    print(town.context[0] + "\n")
-    for _ in range(3):
-        print(random_edit(rng))
-    for tool in TOOLS:
-        print(f"\n--- {tool}")
-        print("\n".join(map(repr, documents(town.name, town.context[0], [tool]))))
+    Parser(description="Print what a model reads, and documents by each tool.").parse_args()
+    task = directed(knowledge.load(Path(__file__).with_name("example_eval.json"))[0])
+    print(task.prompt)
+    for key, tool in FORM.tools.items():
+        directives = {choice.directive: choice.among[0] for choice in FORM.training.values()}
+        print(f"--- {key}")
+        for document in task.read(write_choices(FORM, [tool], directives)).documents:
+            print(repr(document))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from data import knowledge, tinyarc
-from data.arc import TOOLS, read_json_edit, write_json_edit
+from data.arc import read_json_edit
 from engine.decode import Sampling, collect
 from selfedit import (PROMPTS, QUERY, SelfEdit, read_self_edit, sample_self_edits,
                       seed_for, split_documents)
