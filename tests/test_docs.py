@@ -105,7 +105,7 @@ CHANGES = {
     "A prompt": ("teacher", "selfedit.py",
                  r"^You will teach the following passage to a pupil(.|\n)*\nLesson:\n\n"
                  r"--- self-edit 0"),
-    "A reward": ("* len(edit.token_ids)", "inner_loop.py", r"iteration 1: held-out reward "),
+    "A reward": ("* len(edit.token_ids)", "inner_loop.py", r"after round 1: held-out reward "),
     "An update rule": ("softmax", "support/config.py", r"M-step: \d self-edits, "),
     "A domain": ("reversal", "support/config.py", r"every fact turned round \d"),
     "A family of models": ("Mistral", "support/checkpoint.py", "Answer:")}
