@@ -88,7 +88,7 @@ def test_every_file_function_and_link_exists(document):
 
 
 @pytest.mark.parametrize("document, lines, words", [
-    ("README.md", 130, 1200), ("docs/EXTENDING.md", 230, float("inf"))])
+    ("README.md", 130, 1300), ("docs/EXTENDING.md", 230, float("inf"))])
 def test_what_should_be_short_is(document, lines, words):
     text = (ROOT / document).read_text()
     assert len(text.splitlines()) <= lines
