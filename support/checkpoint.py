@@ -3,6 +3,7 @@
 A checkpoint is a folder in Hugging Face's layout (config.json, safetensors, tokenizer files) or the
 id of one on the hub. Weights are read from safetensors only: a pickle could run code.
 """
+import contextlib
 import json
 import os
 import re
@@ -253,11 +254,10 @@ def read_weights(paths, shapes, device, dtype, tied=False):
     return tensors
 
 
-def write_checkpoint(folder, config, tensors, tokenizer_from=None):
-    """Write a checkpoint whole or not at all, a power cut included. UserError if the folder exists.
-
-    config: config.json as a dict. tensors {name: tensor}. tokenizer_from: a folder whose tokenizer
-    files are copied."""
+@contextlib.contextmanager
+def whole_folder(folder):
+    """A draft to write files into, which then becomes the folder: whole or not at all, a power cut
+    included. UserError if the folder exists."""
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} exists already; nothing was overwritten")
@@ -265,21 +265,33 @@ def write_checkpoint(folder, config, tensors, tokenizer_from=None):
     shutil.rmtree(draft, ignore_errors=True)
     draft.unlink(missing_ok=True)
     draft.mkdir(parents=True)
+    yield draft
+    # safetensors lets nobody else read its files: they get the mode that texts have here.
+    usual = next(draft.glob("*.json")).stat().st_mode
+    for path in draft.iterdir():
+        path.chmod(usual)
+    for path in (*draft.iterdir(), draft):
+        sync(path)
+    draft.rename(folder)
+    sync(folder.parent)
 
+
+def write_checkpoint(folder, config, tensors, tokenizer_from=None):
+    """Write a checkpoint whole or not at all. UserError if the folder exists.
+
+    config: config.json as a dict. tensors {name: tensor}. tokenizer_from: a folder whose tokenizer
+    files are copied."""
     config = dict(config)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     for key in ("dtype", "torch_dtype"):    # as transformers 5 and 4 call it
         if key in config:
             config[key] = dtype
-    (draft / "config.json").write_text(json.dumps(config, indent=2))
-    save_file(tensors, draft / "model.safetensors", {"format": "pt"})
-    for name in TOKENIZER_FILES:
-        if tokenizer_from and (Path(tokenizer_from) / name).is_file():
-            shutil.copy(Path(tokenizer_from) / name, draft)
-    for path in (*draft.iterdir(), draft):
-        sync(path)
-    draft.rename(folder)
-    sync(folder.parent)
+    with whole_folder(folder) as draft:
+        (draft / "config.json").write_text(json.dumps(config, indent=2))
+        save_file(tensors, draft / "model.safetensors", {"format": "pt"})
+        for name in TOKENIZER_FILES:
+            if tokenizer_from and (Path(tokenizer_from) / name).is_file():
+                shutil.copy(Path(tokenizer_from) / name, draft)
 
 
 def read_adapter(name_or_path, weights):
@@ -330,19 +342,16 @@ def write_adapter(folder, rank, alpha, targets, pairs, base):
     """Write what `read_adapter` reads, for PEFT, too. UserError if the folder exists.
 
     base: the folder of the model that the adapter belongs to."""
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already; nothing was overwritten")
-    folder.mkdir(parents=True)
     tensors = {}
     for name, (A, B) in pairs.items():
         tensors[PEFT_NAME.format(name, "A")] = A.detach().clone()
         tensors[PEFT_NAME.format(name, "B")] = B.detach().clone()
-    save_file(tensors, folder / ADAPTER_FILES[1], {"format": "pt"})
     # Others must find the base: by its id if it lies in the hub's cache, else by its whole path.
     cache = base.parent.parent.name if base.parent.name == "snapshots" else ""
     found = "/".join(cache.split("--")[1:]) or str(base.absolute())
-    (folder / ADAPTER_FILES[0]).write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
-        "lora_dropout": 0.0, "bias": "none", "target_modules": list(targets),
-        "base_model_name_or_path": found}))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
+              "lora_dropout": 0.0, "bias": "none", "target_modules": list(targets),
+              "base_model_name_or_path": found}
+    with whole_folder(folder) as draft:
+        (draft / ADAPTER_FILES[0]).write_text(json.dumps(config))
+        save_file(tensors, draft / ADAPTER_FILES[1], {"format": "pt"})

@@ -70,7 +70,7 @@ def split_pattern(spec, where):
     if kinds == ["Split", "ByteLevel"] and not own_regex \
             and steps[0]["pattern"].get("Regex") in (LLAMA3, QWEN2):
         return steps[0]["pattern"]["Regex"]
-    raise UserError(f"{where}: pre_tokenizer {kinds} with use_regex = {own_regex} is not "
+    raise UserError(f"{where}: pre_tokenizer {kinds!s:.80} with use_regex = {own_regex} is not "
                     "implemented, or its pattern is not; use a Llama-3, Qwen2/2.5/3 or GPT-2 style "
                     "tokenizer")
 
