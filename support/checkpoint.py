@@ -178,6 +178,8 @@ def read_rope(raw, path):
     places = [raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key)]
     said = []
     for place in places or [{}]:
+        if not isinstance(place, dict):
+            raise UserError(f"{path}: rope_parameters = {place!r:.80} must be an object")
         given = {key: value for key, value in place.items() if value is not None}
         said.append({"rope_theta": theta} | given)
     rope = said[0]
@@ -198,7 +200,7 @@ def weight_files(folder):
     if single.is_file() or not index.exists():
         return [single]
     weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: no weight_map {{tensor: file}} in it")
     files = sorted({str(file) for file in weight_map.values()})
     for file in files:
