@@ -261,8 +261,11 @@ def main():
     print(printable(f"{task.context[0]}\n\n--- self-edit\n{edit.text}\n"))
     ((before,),) = ask(model, tok, [[task]])
 
-    # theta' <- SFT(theta, SE), and the same questions again: r(Ans, tau).
-    ((_, outcome),) = update_and_score(model, tok, [task], [edit], [[0]], recipe)
+    # theta' <- SFT(theta, SE), and the same questions again: r(Ans, tau). The passage is one of the
+    # documents, so what it teaches alone stands beside.
+    edits = [edit, task.references["passage only"]]
+    outcomes = dict(update_and_score(model, tok, [task] * 2, edits, [[0], [0]], recipe))
+    outcome, alone = outcomes[0], outcomes[1]
     if not outcome.right:
         raise UserError(f"nothing was learned: {outcome.note}")
     first, last = outcome.losses[0]
@@ -270,7 +273,8 @@ def main():
     for row in zip(task.questions, task.answers, before.texts, outcome.answers[0]):
         print(printable("{} ({})\n  before: {!r}\n  after:  {!r}".format(*row)))
     (known,) = grade_all([task], [before.texts])
-    print(f"right: {sum(known)} -> {sum(outcome.right[0])} of {len(known)}")
+    print(f"right: {sum(known)} -> {sum(outcome.right[0])} of {len(known)}; after the passage "
+          f"alone {sum(alone.right[0])}")
 
 
 if __name__ == "__main__":

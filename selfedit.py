@@ -16,7 +16,7 @@ from typing import Callable, Iterator
 from engine.decode import Sampling, quiet, write
 from model import load_pretrained
 from support.checkpoint import EMBEDDED
-from support.files import Parser, UserError, at_least, cli, positive, printable
+from support.files import Parser, UserError, at_least, cli, positive, printable, read_text
 from support.tokenizer import Tokenizer
 
 
@@ -146,13 +146,18 @@ def split_documents(text: str, limit=0) -> list[str]:
 
     A text with 'Question N:' and 'Answer:' in it is cut before each 'Question N:', others at line
     breaks and '---'. If the second line begins with '1.', the first is taken for an introduction
-    ('Sure, here is ...') and dropped; as in the official code, even if it is an item itself."""
+    ('Sure, here is ...') and dropped; as in the official code, even if it is an item itself.
+    NOTE(paper): a question and its answer stay together without numbers, too, in either order. The
+    official code cuts them at the line break."""
     text = text.strip()
     if re.search(r"Question\s+\d+:", text) and "Answer:" in text:
         # The prompt of self-qa ends with 'Question 1: ', so the text begins after it.
         if not re.match(r"Question\s+\d+:", text):
             text = "Question 1: " + text
         pieces = re.split(r"\n(?=Question\s+\d+:)", text)
+    elif re.search(r"(?m)^Question:", text) and re.search(r"(?m)^Answer:", text):
+        first = re.search(r"(?m)^(Question|Answer):", text)[0]
+        pieces = re.split(rf"\n(?={first})", text)
     else:
         pieces = [line for line in text.replace("---", "\n").splitlines() if line.strip()]
         if len(pieces) > 1 and pieces[1].strip().startswith("1."):
@@ -209,10 +214,15 @@ def main():
     ap.add_argument("--data", default="eval", help="a file of passages, or towns: tune, eval")
     ap.add_argument("--index", type=at_least(0), default=0, help="which of them (default: 0)")
     ap.add_argument("--prompt", choices=PROMPTS, help="of passages (default: implications)")
+    ap.add_argument("--prompt-file", metavar="FILE",
+                    help="a --prompt of your own: a text with {title} and {context} in it")
     ap.add_argument("--edits", type=positive, default=3, help="how many (default: 3)")
     args = ap.parse_args()
+    if args.prompt and args.prompt_file:
+        raise UserError("--prompt and --prompt-file: only one of them can be meant")
+    own = read_text(args.prompt_file) if args.prompt_file else args.prompt
     from data.tasks import one_task     # only here: what a self-edit is needs no data
-    prompt = one_task(args.data, args.index, args.prompt).prompt
+    prompt = one_task(args.data, args.index, own).prompt
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)
     print(printable(prompt))

@@ -225,7 +225,8 @@ def test_an_adapter_that_diverged_or_was_never_trained_is_not_asked(tiny, tok, m
 def test_the_command_shows_a_passage_learned(tiny_folder, passages, monkeypatch):
     words = ["--model", tiny_folder, "--data", passages, "--index"]
     shown = call(inner_loop, *words, 1)
-    for part in ("The river of town 1 is the Ob1.", "--- self-edit", "Which river? (Ob1)", "of 2"):
+    for part in ("The river of town 1 is the Ob1.", "--- self-edit", "Which river? (Ob1)",
+                 "of 2; after the passage alone "):
         assert part in shown
     with pytest.raises(UserError, match="--index 6: there are passages 0 to 5"):
         call(inner_loop, *words, 6)

@@ -43,6 +43,11 @@ def test_prompts_to_the_letter():
     # second one is number 1: so does the official code.
     ("Sure, here is a list:\n\n1. a\n2. b", ["1. a", "2. b"]),
     ("1. a\n1. b", ["1. b"]),
+    # Pairs without numbers, in either order.
+    ("Answer: Me\nQuestion: Who?\nAnswer: So\nQuestion: Why?",
+     ["Answer: Me\nQuestion: Who?", "Answer: So\nQuestion: Why?"]),
+    ("Question: Who?\nAnswer: Me\nQuestion: Why?\nAnswer: So",
+     ["Question: Who?\nAnswer: Me", "Question: Why?\nAnswer: So"]),
     # Questions and answers. The prompt ends with 'Question 1: ', so a text begins after it.
     ("Who?\nAnswer: Me\nQuestion 2: Why?\nAnswer: So\nit is.",
      ["Question 1: Who?\nAnswer: Me", "Question 2: Why?\nAnswer: So\nit is."]),
