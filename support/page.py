@@ -41,13 +41,14 @@ def write(folder) -> Path:
             path=path, cfg=SimpleNamespace(**vars(Config()) | cfg),
             metrics=Lines(path / "metrics.jsonl", repair=False),
             rollouts=Records(path / "rollouts.jsonl", repair=False))
+        groups = made_of(run)
         page = env.get_template("page.html").render(
             name=path.resolve().name, changed=time.strftime("%Y-%m-%d", last_change(path)),
             command=command(run, cfg), cfg=run.cfg, puzzles="arc" in run.cfg.domain,
             settings={name: last_part(value) for name, value in cfg.items()},
             learned=learned(run.cfg), when=when, colours=COLOURS,
-            metrics=run.metrics.records, story=story(run), curve=curve(run), made_of=made_of(run),
-            form_colours=form_colours(run), rivals=rivals(run), held_out=held_out(run),
+            metrics=run.metrics.records, story=story(run), curve=curve(run), made_of=groups,
+            form_colours=form_colours(groups), rivals=rivals(run), held_out=held_out(run),
             credit=credit(run), continual=continual(run), pictures=pictures(run))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
             TemplateError) as e:
@@ -142,14 +143,15 @@ def curve(run) -> dict:
     levels = {arm["name"]: arm["reward"] for arm in metrics[0]["baselines"]}
     levels["without a self-edit"] = levels.pop("un-adapted", metrics[0]["eval_unadapted"])
     band = []
-    for row in zip(*controls(run)):
+    beside = controls(run)
+    for row in zip(*beside):
         band.append({"mean": float(np.mean([m["eval_reward"] for m in row])),
                      "low": min(m["eval_ci"][0] for m in row),
                      "high": max(m["eval_ci"][1] for m in row)})
     return {"rounds": max(len(metrics) - 1, run.cfg.iterations, 1), "lines": lines,
             "shares": [m["eval_reward"] for m in metrics],
             "intervals": [m["eval_ci"] for m in metrics],
-            "levels": levels, "band": band, "n_controls": len(controls(run))}
+            "levels": levels, "band": band, "n_controls": len(beside)}
 
 
 def made_of(run) -> list[dict]:
@@ -178,9 +180,9 @@ def made_of(run) -> list[dict]:
     return [{"title": title, "parts": parts} for title, parts in groups.items()]
 
 
-def form_colours(run) -> dict[str, str]:
+def form_colours(groups: list[dict]) -> dict[str, str]:
     """{form of a line: its colour in the bars}."""
-    return {part["name"]: part["colour"] for group in made_of(run) for part in group["parts"]}
+    return {part["name"]: part["colour"] for group in groups for part in group["parts"]}
 
 
 # ------------------------------------------------------------------------------- tasks

@@ -70,8 +70,8 @@ class Run:
                                 f"({', '.join(differ)}); use the same, or another --run-dir")
             # What this run began with is kept, as it made what is read back.
             began = theirs.get("code", mine["code"])
-            for name, own in mine["code"].items():
-                if began.get(name) != own:
+            for name, fresh in mine["code"].items():
+                if began.get(name) != fresh:
                     self.log(f"note: {name} has changed since this run began; what it has computed "
                              "is kept. To compute it anew, name another --run-dir.")
             mine["code"] = began
