@@ -12,7 +12,6 @@ Refused: RoPE but 'default' and 'llama3', sliding windows, biases but Qwen2's. T
 Shapes: B rows, T tokens, D = dim, V vocabulary, H heads, K key/value heads, E = head_dim.
 """
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from engine.device import added, cpu_has_bfloat16, fused, together
+from engine.device import added, fused, together
 from engine.ribbon import Ribbon
 from support.checkpoint import (EMBEDDED, fetch, read_adapter, read_config, read_weights,
                                 weight_files, write_checkpoint)
@@ -207,9 +206,6 @@ def load_pretrained(name_or_path, device=None, dtype=None):
     memory (meta device) and each tensor is put in place as it is read, so there is one copy."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_bfloat16():
-        print("note: bfloat16 is slow on this CPU; float32 is faster", file=sys.stderr)
-
     folder = fetch(name_or_path)
     config = ModelConfig.from_folder(folder)
     # Shapes only: load_state_dict(assign=True) puts the tensors that are read in their place.

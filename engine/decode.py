@@ -339,14 +339,6 @@ class Rows:
 
 # ------------------------------------------------------------------------------- many texts
 
-@dataclass
-class Admitted:
-    """A prompt that is to be read now."""
-    prompt: int             # its number
-    adapter: int
-    places: list[int]       # the n rows that continue it
-
-
 class Grid:
     """Who sits where: `per` rows for each adapter, side by side; row p belongs to p // per."""
 
@@ -358,7 +350,8 @@ class Grid:
         self.per = n * max(1, min(at_once, max(map(len, queues))))
 
     def admit(self, prompts, alive, most):
-        """Idle rows take waiting prompts of their adapter, until `most` tokens are to be read."""
+        """Idle rows take waiting prompts of their adapter, until `most` tokens are to be read: a
+        list of (prompt's number, adapter, the n rows that continue it)."""
         admitted, tokens = [], 0
         for adapter, queue in enumerate(self.queues):
             # The n rows of a prompt are taken together, as one pass writes to all of them.
@@ -366,8 +359,8 @@ class Grid:
             idle = [row for row in own if row not in alive]
             while queue and len(idle) >= self.n and tokens < most:
                 places, idle = idle[:self.n], idle[self.n:]
-                admitted.append(Admitted(queue.popleft(), adapter, places))
-                tokens += len(prompts[admitted[-1].prompt])
+                admitted.append((queue[0], adapter, places))
+                tokens += len(prompts[queue.popleft()])
         return admitted
 
     def fold(self, alive, must):
@@ -462,13 +455,13 @@ def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
         admitted = grid.admit(prompts, alive, most)
         if admitted:
             tokens, texts = [0] * len(queues), []
-            for one in admitted:
-                tokens[one.adapter] += len(prompts[one.prompt])
-                texts += range(one.prompt * n, one.prompt * n + n)
-                alive |= dict.fromkeys(one.places, len(prompts[one.prompt]))
+            for prompt, adapter, places in admitted:
+                tokens[adapter] += len(prompts[prompt])
+                texts += range(prompt * n, prompt * n + n)
+                alive |= dict.fromkeys(places, len(prompts[prompt]))
             with adapters.route(tokens) if adapters else nullcontext():
-                rows.prefill([prompts[one.prompt] for one in admitted],
-                             [one.places for one in admitted], texts)
+                rows.prefill([prompts[prompt] for prompt, *_ in admitted],
+                             [places for *_, places in admitted], texts)
 
         # Make room for the next tokens. Fold the grid when half of it is idle.
         room = max(alive.values()) + steps + 1

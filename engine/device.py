@@ -33,13 +33,6 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def cpu_has_bfloat16():
-    """Whether this CPU multiplies bfloat16: three to four times as fast as float32 then."""
-    # Before torch 2.13 there is no such question.
-    found = getattr(torch.cpu, "get_capabilities", dict)()
-    return found.get("avx512_bf16", False) or found.get("amx_bf16", False)
-
-
 # ------------------------------------------------------------------------------- graphs
 
 def has_graphs(device):

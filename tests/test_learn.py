@@ -113,7 +113,7 @@ def test_learn_ask_save_and_ask_again(learned, notes, tmp_path):
     first, last = (float(x) for x in out.split("loss ")[1].split("\n")[0].split(" -> "))
     assert last < first - 0.5
     with pytest.raises(UserError, match="exists already"):
-        learned(notes, "--save", saved)
+        learned(notes, "--ask", "Who?", "--save", saved)
 
 
 def test_one_s_own_self_edit_is_scored(tmp_path):
@@ -125,9 +125,8 @@ def test_one_s_own_self_edit_is_scored(tmp_path):
 
 
 @pytest.mark.parametrize("words, program, message", [
-    ("--model m", learn, "either FILEs to learn, or --adapter DIR"),
+    ("--model m --ask z", learn, "either FILEs to learn, or --adapter DIR"),
     ("--model m x --adapter y --ask z", learn, "either FILEs to learn, or --adapter DIR"),
-    ("--model m --adapter x", learn, "what is it to be asked?"),
     ("--model m --adapter x --ask y --save z", learn, "there is nothing new to save"),
     ("--data tune --index 9999", inner_loop, "--index 9999: there are passages 0 to"),
     ("--data nowhere", inner_loop, "nowhere is missing")])
@@ -222,7 +221,7 @@ def test_what_can_not_be_saved_or_asked_is_said_before_the_work(learned, notes, 
         learned(notes, "--ask", "x" * 100_000)
     monkeypatch.setattr(learn, "load_pretrained", must_not_be_called)
     with pytest.raises(UserError, match="--save .*brindle_cup.txt/adapter: can't be written"):
-        learned(notes, "--save", notes / "adapter")
+        learned(notes, "--ask", "Who?", "--save", notes / "adapter")
 
 
 def test_work_has_bounds(learned, notes, capsys):

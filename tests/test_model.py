@@ -152,17 +152,6 @@ def test_attention_over_long_texts_keeps_no_scores_for_the_backward_pass():
     assert sum(kept) < 10 * q.nbytes
 
 
-@pytest.mark.parametrize("capabilities, note", [
-    ({"avx2": True, "avx512_bf16": False}, "note: bfloat16 is slow on this CPU"),
-    ({"avx512_bf16": True}, ""), ({"amx_bf16": True}, "")])
-def test_bfloat16_on_a_cpu_without_it_is_a_note(capabilities, note, tiny_folder, capsys,
-                                                monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert load_pretrained(tiny_folder, "cpu", torch.bfloat16).dtype == torch.bfloat16
-    said = capsys.readouterr().err
-    assert said.startswith(note) and bool(said) == bool(note)
-
-
 def test_a_model_is_frozen_and_tensors_that_are_not_needed_are_skipped(tiny, tiny_folder, tmp_path):
     """Some files hold a tied lm_head a second time, and old ones the frequencies of RoPE."""
     tensors = load_file(tiny_folder / "model.safetensors")

@@ -5,7 +5,6 @@
 
 The model writes self-edits of every passage, and one adapter learns them. There is no reward.
 """
-import re
 from pathlib import Path
 
 # Before what takes long to import, so that Ctrl-C is a line from here on.
@@ -33,8 +32,7 @@ def learn(args, model, tok):
     tasks = [text.as_task(*pair) for pair in texts]
     tokens = sum(len(tok.encode(passage)) for _, passage in texts)
     print(printable(f"{', '.join(args.files)}: {len(texts)} passages, {tokens} tokens"))
-    questions = args.ask or own_questions(model, tok, texts)
-    asked = [text.as_question(question, texts) for question in questions]
+    asked = [text.as_question(question, texts) for question in args.ask]
     (before,) = ask(model, tok, [asked])
     (in_view,) = ask(model, tok, [in_prompt(asked)])
 
@@ -61,7 +59,7 @@ def learn(args, model, tok):
 
     print(f"{len(trained.losses)} steps in {trained.seconds:.0f} s, "
           f"loss {trained.losses[0]:.2f} -> {trained.losses[-1]:.2f}")
-    show_answers(questions, {"before": before, "text in view": in_view, "after": after})
+    show_answers(args.ask, {"before": before, "text in view": in_view, "after": after})
     if args.save:
         adapter.save(0, args.save)
         # A question is put with the title of the passage that it is about: --adapter needs them.
@@ -71,18 +69,6 @@ def learn(args, model, tok):
                         f'tools.learn --model {args.model} --adapter {args.save} --ask "..."'))
     else:
         print("nothing is kept without --save DIR")
-
-
-def own_questions(model, tok, texts) -> list[str]:
-    """Without --ask the model writes questions of its own, about the first passages."""
-    print("no --ask: these questions are the model's own")
-    tasks = [text.as_task(*pair, prompt="self-qa") for pair in texts[:3]]
-    sampling = Sampling(100, temperature=0.3, top_p=0.95)
-    found = []
-    seeds = [[seed_for("questions", i)] for i in range(len(tasks))]
-    for (edit,) in collect(sample_self_edits(model, tok, tasks, sampling, seeds)):
-        found += re.findall(r"^(?:Question \d+:)?\s*(\S[^\n]*\?)", edit.text, re.MULTILINE)[:2]
-    return found or [f"What is {texts[0][0]}?"]
 
 
 def show_answers(questions, rows: dict[str, list]):
@@ -111,17 +97,16 @@ def main():
     ap.add_argument("files", nargs="*", metavar="FILE", help="plain texts, or folders of them")
     ap.add_argument("--model", required=True,
                     help="folder or hub id, such as HuggingFaceTB/SmolLM2-135M-Instruct")
-    ap.add_argument("--ask", action="append", default=[], help="a question about them; again: more")
+    ap.add_argument("--ask", action="append", required=True,
+                    help="a question about them; again: more")
     ap.add_argument("--edits", type=at_least(1, 1000), default=2,
                     help="of each passage (default: 2)")
     ap.add_argument("--max-new", type=positive, default=200, help="tokens of each (default: 200)")
     ap.add_argument("--save", metavar="DIR", help="write the adapter in PEFT's layout")
-    ap.add_argument("--adapter", metavar="DIR", help="one that was saved: --ask it")
+    ap.add_argument("--adapter", metavar="DIR", help="ask one that was saved; it learns nothing")
     args = ap.parse_args()
     if bool(args.files) == bool(args.adapter):
         raise UserError("either FILEs to learn, or --adapter DIR to ask (-h explains)")
-    if args.adapter and not args.ask:
-        raise UserError("--adapter: what is it to be asked? --ask \"...\"")
     if args.save and (args.adapter or Path(args.save).exists()):
         raise UserError(f"--save {args.save}: it exists already, or there is nothing new to save; "
                         "nothing was overwritten")

@@ -21,7 +21,7 @@ from model import ModelConfig, Transformer
 from outer_loop import outer_recipe
 from support.checkpoint import EMBEDDED, fetch
 from support.config import Config
-from support.files import Parser, UserError, cli
+from support.files import UserError
 
 GIB = 2 ** 30
 LENGTHS = json.loads(EMBEDDED.with_name("lengths.json").read_text())    # documents' of 250 edits
@@ -255,25 +255,3 @@ def line_of(phase: Phase, free: float) -> str:
     fits = "" if phase.memory <= free else "  does not fit"
     return (f"  {phase.name:<22}{phase.side_by_side:<44}{phase.memory / GIB:6.1f}{phase.steps:8d}"
             f"{phase.tokens:11d}{phase.flops / 1e15:9.1f}{phase.seconds / 60:9.2f}{fits}")
-
-
-def hardware_table() -> list[str]:
-    """The README's rows: the preset knowledge on two cards."""
-    lines = []
-    for gib, model in ((24, "Qwen2.5-1.5B"), (80, "Qwen2.5-7B")):
-        p = planner(Config(model=model), gib)
-        a_round, _, seconds, peak = p.run()
-        adapters = a_round[1].side_by_side.split()[0]
-        lines.append(f"| {gib} GB ({p.card.name}) | {model} | {adapters} | {peak / GIB:.0f} GiB | "
-                     f"{seconds / 60:.0f} minutes (computed) |")
-    return lines
-
-
-def main():
-    """Print the rows of the README's table that are computed."""
-    Parser(description=main.__doc__).parse_args()
-    print("\n".join(hardware_table()))
-
-
-if __name__ == "__main__":
-    cli(main)
