@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from data import knowledge, study
 from data.judges import RULES
 from lab.experiment import parser
@@ -69,14 +71,17 @@ def main():
     ap.add_argument("--keep", type=positive, default=2, help="best of each passage (default: 2)")
     ap.add_argument("--directives", action="store_true", help="imitate choices drawn at random")
     ap.add_argument("--epochs", type=positive, default=usual.outer_epochs)
+    ap.add_argument("--batch", type=positive, default=usual.outer_batch)
     ap.add_argument("--lr", type=float, default=usual.outer_lr)
+    ap.add_argument("--dtype", default="", help="of the weights, as outer_loop.py's --dtype")
     ap.add_argument("--seed", type=int, default=0)
     args = ap.parse_args()
     if args.out.exists():
         raise UserError(f"{args.out} exists already; nothing was overwritten")
     # The M-step's settings, of which the defaults are the paper's.
-    cfg = Config(model=args.model, seed=args.seed, outer_lr=args.lr, outer_epochs=args.epochs)
-    model = load_pretrained(cfg.model)
+    cfg = Config(model=args.model, seed=args.seed, outer_lr=args.lr, outer_epochs=args.epochs,
+                 outer_batch=args.batch, dtype=args.dtype)
+    model = load_pretrained(cfg.model, dtype=getattr(torch, cfg.dtype) if cfg.dtype else None)
     tok = Tokenizer.from_pretrained(model.folder)
 
     if args.directives:

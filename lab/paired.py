@@ -78,23 +78,12 @@ def show(kinds, against):
     print_table(head, rows)
 
 
-# The kinds of lines in self-edits, by a rule that was kept in this file until 54a29ce. Copied:
-# nearly a piece of the passage, word by word. Supported: half of its content words are the
-# passage's, and all its names and numbers. Beyond: its names and numbers are, but it says more.
-# Vague: general talk, or a heading. Wrong: a name or a number that the passage lacks.
-KINDS = ("copied", "supported", "beyond", "vague", "wrong")
-
-
 def show_lines(groups: dict[str, dict]):
-    """A Markdown row per group: means and intervals over passages."""
-    columns = [*KINDS, "answers", "lines", "words", "distinct", "cut"]
+    """A Markdown row per group: means and intervals over passages of all that was counted."""
     rows = []
     for name, of in groups.items():
-        rows.append([name, len(of["lines"])])
-        for what in columns:
-            form = ".1f" if what in ("lines", "words") else ".2f"
-            rows[-1].append(over_passages(of[what], form) if of.get(what) else "")
-    print_table(["self-edits", "passages", *columns], rows)
+        rows.append([name, *[over_passages(values, ".2f") for values in of.values()]])
+    print_table(["self-edits", *next(iter(groups.values()))], rows)
 
 
 def main():
