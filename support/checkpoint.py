@@ -89,10 +89,7 @@ def remedy(folder):
         return f"delete {folder} and repeat the command"    # a run wrote it, and can again
     if (folder / ADAPTER_FILES[0]).exists():
         return "is it an adapter? Name its base as --model, and it as --adapter"
-    others = [*folder.glob("*.gguf"), *folder.glob("*.bin")]
-    if others and not any(folder.glob("*.safetensors")):
-        return f"{min(others).name!r} is no help: weights are read from safetensors only"
-    return "download the checkpoint again, or name another folder"
+    return "download the checkpoint again (weights: safetensors only), or name another folder"
 
 
 def read_object(path):

@@ -169,7 +169,7 @@ ONLY_FOR = {"prompt": ("knowledge",), "judge": ("knowledge",), "max_documents": 
             "views": ("arc", "tinyarc")}
 
 # What may change in the middle of a run: where it is, the machine, how much is shown, more rounds.
-FREE = {"run_dir", "iterations", "verbose", "device", "slots", "rows", "recompute",
+FREE = {"run_dir", "iterations", "verbose", "device", "slots", "rows", "recompute", "command",
         "model", "train_data", "eval_data"}     # these three are known by their content
 
 PRESETS = {
@@ -223,6 +223,7 @@ def add_flags(parser):
     parser.add_argument("--preset", default="tiny", choices=PRESETS,
                         help="a set of defaults (default: tiny); those shown below are "
                              "knowledge's, the paper's")
+    either = parser.add_mutually_exclusive_group()
     for f in dataclasses.fields(Config):
         kind = dict(type=f.type, metavar=f.type.__name__.upper())
         default = f.default
@@ -237,8 +238,9 @@ def add_flags(parser):
         if any(notes):
             shown += f" ({'; '.join(filter(None, notes))})"
         # None: not given, so that the preset's value stands.
-        parser.add_argument(flag(f.name), default=None, help=shown.replace("%", "%%"), **kind)
-    parser.add_argument("--prompt-file", metavar="FILE",
+        group = either if f.name == "prompt" else parser
+        group.add_argument(flag(f.name), default=None, help=shown.replace("%", "%%"), **kind)
+    either.add_argument("--prompt-file", metavar="FILE",
                         help="a --prompt of your own: a text with {title} and {context} in it")
 
 
@@ -261,12 +263,7 @@ def read_flags(args, needed) -> Config:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     # The prompt itself is the setting, wherever it was read.
     if args.prompt_file:
-        if "prompt" in given:
-            raise UserError("--prompt and --prompt-file: only one of them can be meant")
         given["prompt"] = read_text(args.prompt_file)
-        # The name of a prompt is not meant, either.
-        if "{context}" not in given["prompt"]:
-            raise UserError(f"--prompt-file {args.prompt_file}: there is no {{context}} in it")
     cfg = Config(**PRESETS[args.preset] | given)
     for name in sorted(given.keys() & ONLY_FOR.keys()):
         if given[name] and cfg.domain not in ONLY_FOR[name]:

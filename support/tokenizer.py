@@ -5,7 +5,6 @@ tiktoken merges the pair whose union has the lowest rank, and in these vocabular
 need, and the list of merges is only compared. Text is always encoded as plain text: a special
 token's name inside a passage, or inside what a model wrote, stays text.
 """
-import base64
 import math
 import re
 import unicodedata
@@ -23,10 +22,6 @@ GPT2_DIGITS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"  # each
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")     # each digit alone
-LLAMA3_SPECIAL = [  # Llama-3.1's; its rank file doesn't name them
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
-    "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
 # The tokens that a chat is made of.
 TURNS = {"chatml": ["<|im_start|>", "<|im_end|>"],
          "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], None: []}
@@ -197,12 +192,7 @@ class Tokenizer:
             raise UserError(f"{path}: eos_token must be the text of a token, not {end!r:.80}")
         path = folder / "tokenizer.json"
         try:
-            if path.exists():
-                tok = cls.from_tokenizer_json(path, end)
-            elif (path := folder / "tokenizer.model").exists():
-                tok = cls.from_ranks(path)
-            else:
-                raise UserError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+            tok = cls.from_tokenizer_json(path, end)
         except (ValueError, TypeError, LookupError, AttributeError, OSError) as e:
             raise UserError(f"{path}: no byte-level BPE vocabulary ({e!r:.160}); SentencePiece is "
                             "not implemented") from None
@@ -254,19 +244,6 @@ class Tokenizer:
         tok.bytes |= {special[word]: word.encode() for word in words}
         check_merges(tok, spec["model"])
         tok.bos = first_token(spec.get("post_processor"), special, end)
-        return tok
-
-    @classmethod
-    def from_ranks(cls, path):
-        """Llama-3's own file: base64 and rank on each line."""
-        ranks = {}
-        for line in path.read_bytes().split(b"\n"):
-            if line.strip():
-                token, rank = line.split()
-                ranks[base64.b64decode(token)] = int(rank)
-        special = {text: len(ranks) + i for i, text in enumerate(LLAMA3_SPECIAL)}
-        tok = cls(ranks, LLAMA3, special)
-        tok.bos = special[LLAMA3_SPECIAL[0]]
         return tok
 
     def encode(self, text):
