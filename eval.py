@@ -70,7 +70,7 @@ def prints_of_rounds(run: Run, folder) -> dict[str, str]:
     rounds = sorted(Path(folder).glob("iter_*[0-9]"))
     domain = read_settings(folder)["domain"]
     if not rounds or domain != run.cfg.domain:
-        raise UserError(f"{folder}: {len(rounds)} checkpoints (iter_1, ...) of {domain}; this table "
+        raise UserError(f"{folder}: {len(rounds)} checkpoints iter_1, ... of {domain}; this table "
                         f"is of {run.cfg.domain}")
     return {path.name: print_of_model(path) for path in rounds}
 

@@ -121,9 +121,9 @@ def before_and_after(run) -> dict:
         i, why = telling_task(metrics, before, after, "arc" in run.cfg.domain)
     ends = [found[t][i][0] for t in sorted({min(found), max(found)}) if i in found[t]]
     # The kind of question that changed most comes first.
-    kinds, by_change = ends[0].get("kinds") or [], kinds_by_change(metrics)
-    rank = [by_change.index(kind) if kind in by_change else len(by_change) for kind in kinds]
-    order = sorted(range(len(ends[0]["questions"])), key=lambda q: rank[q] if rank else 0)
+    kinds = ends[0].get("kinds") or [""] * len(ends[0]["questions"])
+    by_change = [*kinds_by_change(metrics), *kinds]
+    order = sorted(range(len(kinds)), key=lambda q: by_change.index(kinds[q]))
     return {"why": why, "ends": ends, "order": order, "all": found}
 
 

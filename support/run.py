@@ -124,10 +124,8 @@ class Run:
         # The phase has ended: what the other ranks have finished.
         for shared in self.shared:
             shared.exchange()
-        done = "{} self-edits tried out"
-        if lines is self.edits:
-            done = "self-edits of {} tasks written"
-        self.log(f"    {arm + ': ' if arm else ''}{done.format(len(missing))} in "
+        done = "tasks: self-edits written" if lines is self.edits else "self-edits tried out"
+        self.log(f"    {arm + ': ' if arm else ''}{len(missing)} {done} in "
                  f"{time.time() - begin:.0f} s")
         return lines.at(*where)
 
@@ -180,10 +178,8 @@ class Run:
     def last_checkpoint(self) -> int:
         """The last iteration whose weights are there, and all before it measured; the base's always
         are."""
-        for t in range(min(self.cfg.iterations, len(self.metrics.records)), 0, -1):
-            if (self.folder / f"iter_{t}").is_dir():
-                return t
-        return 0
+        measured = range(1, min(self.cfg.iterations, len(self.metrics.records)) + 1)
+        return max((t for t in measured if (self.folder / f"iter_{t}").is_dir()), default=0)
 
 
 # ------------------------------------------------------------------------------- fingerprints
@@ -212,17 +208,15 @@ def print_of_code() -> str:
 
 def print_of_model(name) -> str:
     """A fingerprint of a checkpoint: its JSON files, and pieces of its weights."""
-    parts = []
-    for path in sorted(fetch(name).iterdir()):
-        if path.suffix == ".json":
-            parts += [path.name, path]
-        elif path.suffix == ".safetensors":
-            size = path.stat().st_size
-            with path.open("rb") as f:
-                for i in range(64):
-                    f.seek(i * size // 64)
-                    parts.append(f.read(1024))
-            parts.append(str(size))
+    folder = fetch(name)
+    parts = sorted(folder.glob("*.json"))
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        parts.append(str(size))
+        with path.open("rb") as f:
+            for i in range(64):
+                f.seek(i * size // 64)
+                parts.append(f.read(1024))
     return fingerprint(*parts)
 
 

@@ -143,11 +143,6 @@ def check_merges(tok, model):
             raise ValueError(f"{word!r} has other ids by merges than by ranks")
 
 
-def read_optional(path):
-    """The content of a JSON file, or {} if it is not there."""
-    return read_object(path) if path.exists() else {}
-
-
 class Tokenizer:
     """Made with `Tokenizer.from_pretrained(folder or hub id)`.
 
@@ -182,10 +177,10 @@ class Tokenizer:
         """From a folder or hub id. UserError if there is no tokenizer, or one of another kind."""
         folder = fetch(name_or_path)
         path = folder / "tokenizer_config.json"
-        settings = read_optional(path)
+        settings = read_object(path, {})
         # Newer files hold all tokens; in older folders the other file goes before them.
         if "added_tokens_decoder" not in settings:
-            settings |= read_optional(folder / "special_tokens_map.json")
+            settings |= read_object(folder / "special_tokens_map.json", {})
         end = settings.get("eos_token")
         end = end.get("content") if isinstance(end, dict) else end
         if end is not None and not isinstance(end, str):
@@ -198,11 +193,11 @@ class Tokenizer:
                             "not implemented") from None
 
         # What ends a text: the tokenizer's own end, and the ids that the model's files name.
-        config = read_optional(folder / "config.json")
+        config = read_object(folder / "config.json", {})
         vocab_size = number(config, folder / "config.json", "vocab_size", tok.size)
         tok.stop = {tok.special.get(end)}
         for file in (folder / "config.json", folder / "generation_config.json"):
-            ids = read_optional(file).get("eos_token_id")
+            ids = read_object(file, {}).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             if not all(i is None or type(i) is int and 0 <= i < vocab_size for i in ids):
                 raise UserError(f"{file}: eos_token_id must be ids < {vocab_size}, not {ids!r:.80}")
@@ -288,18 +283,18 @@ class Tokenizer:
         """(role, text) turns and the opening of the assistant's; no system prompt is added."""
         s, encode = self.special, self.encode
         ids = [] if self.bos is None else [self.bos]
-        for role, text in turns:
+        # The assistant's turn has no text yet, and stays open.
+        for role, text in [*turns, ("assistant", None)]:
             if self.template == "llama3":
                 ids += [s["<|start_header_id|>"], *encode(role), s["<|end_header_id|>"]]
-                ids += [*encode("\n\n"), *encode(text.strip()), s["<|eot_id|>"]]
+                ids += encode("\n\n")
+                if text is not None:
+                    ids += [*encode(text.strip()), s["<|eot_id|>"]]
             else:
-                ids += [s["<|im_start|>"], *encode(f"{role}\n{text}"), s["<|im_end|>"]]
-                ids += encode("\n")
-        if self.template == "llama3":
-            ids += [s["<|start_header_id|>"], *encode("assistant"), s["<|end_header_id|>"]]
-            return ids + encode("\n\n")
-        ids += [s["<|im_start|>"], *encode("assistant\n")]
-        if self.no_think:
+                ids += [s["<|im_start|>"], *encode(f"{role}\n{text or ''}")]
+                if text is not None:
+                    ids += [s["<|im_end|>"], *encode("\n")]
+        if self.no_think and self.template == "chatml":
             ids += [s["<think>"], *encode("\n\n"), s["</think>"], *encode("\n\n")]
         return ids
 

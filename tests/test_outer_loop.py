@@ -18,7 +18,7 @@ from inner_loop import ANSWERS, answering, ask, grade_all, update_and_score
 from lora import Lora, PROJECTIONS, Recipe
 from model import load_pretrained
 from outer_loop import by_kind, m_step, select, weigh
-from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits
+from selfedit import SelfEdit, read_self_edit, sample_self_edits
 from support.config import PRESETS, Config
 from support.files import UserError
 from support.ranks import Records

@@ -105,7 +105,8 @@ def test_what_a_reader_sees(tmp_path):
     for shown in ("it answers 0.75", "all questions 0.50 → 0.75", "reversed questions 0.25 → 0.25",
                   "passage only: 0.38", "44 %", "reads 7 passages", "plain: 75 % → 75 %",
                   "edit 1 of task 1 at 0",
-                  "python outer_loop.py --tasks 7 '--model=a model'", "✓ right", "✗ wrong", "before training"):
+                  "python outer_loop.py --tasks 7 '--model=a model'", "✓ right", "✗ wrong",
+                  "before training"):
         assert shown in words
     # Of the training tasks that with the largest spread, with its passage, its winner first.
     rivals = words[words.index("Two rivals"):words.index("What self-edits are made of")]
