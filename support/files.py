@@ -268,8 +268,7 @@ class Lines:
         data = self.path.read_bytes()
         whole = data[:data.rfind(b"\n") + 1]
         if whole != data and repair:
-            torn = len(data) - len(whole)
-            print(f"{printable(self.path)}: its last line was cut short ({torn} bytes); dropped")
+            print(f"{printable(self.path)}: its last line was cut short, and is dropped")
             replace_file(self.path, whole.decode(errors="replace"))
         for number, line in enumerate(whole.splitlines(), 1):
             try:

@@ -107,6 +107,7 @@ def curve(run) -> dict:
     # What to compare with was measured once, but for the model without a self-edit.
     levels = {arm["name"]: arm["reward"] for arm in metrics[0]["baselines"]}
     levels["without a self-edit"] = levels.pop("un-adapted", metrics[0]["eval_unadapted"])
+    # Of several control runs the mean, and the whole of their intervals.
     band = []
     beside = controls(run)
     for row in zip(*beside):

@@ -20,6 +20,7 @@ def opening(cfg: Config, reward: str) -> str:
     what, asked = "passages", "without the passage"
     if "arc" in cfg.domain:
         what, asked = "puzzles", "for the solution"
+    # Its first sentence, in one line.
     own = " ".join(reward.split(".")[0].split())
     return (f"In each of {cfg.iterations} rounds the model reads {cfg.tasks} {what} and writes "
             f"{cfg.edits} self-edits of each.\nEvery self-edit trains an adapter of its own, and "
@@ -59,6 +60,7 @@ def round_lines(t: int, tasks, edits, rewards, without, chosen) -> str:
     for score, edit in sorted(zip(rewards[0], edits[0]), key=lambda pair: -pair[0]):
         text = " / ".join(edit.text.split("\n"))
         lines.append(f"    {score:.2f}  {printable(text, 100) or '(nothing)'}")
+    # Policy gradients weigh some self-edits below 0, so that they become less likely.
     wanted = [rewards[i][j] for i, j, weight in chosen if weight > 0]
     avoided = len(chosen) - len(wanted)
     lines.append(f"round {t + 1}: mean reward {np.mean(rewards):.3f}, without a self-edit "
@@ -73,23 +75,18 @@ def summary(run) -> str:
     first, last = metrics[0], metrics[-1]
     lines = []
     if first["baselines"]:
-        arms = [f"{arm['name']} {number(arm['reward'])}{in_brackets(arm['by_kind'])}"
+        arms = [f"{arm['name']} {arm['reward']:.3f}{in_brackets(arm['by_kind'])}"
                 for arm in first["baselines"]]
         lines.append(", ".join(arms))
-
-    rises = arrows([m["eval_reward"] for m in metrics])
-    # A round of which no self-edit could be read has no kinds: nothing was right.
-    kinds = {kind: arrows([m["eval_by_kind"].get(kind, 0.0) for m in metrics])
-             for kind in (first["eval_by_kind"] or last["eval_by_kind"])}
-    lines.append(f"with a self-edit {rises}{in_brackets(kinds)}")
-
+    # Each kind of question stands in the line of its iteration.
+    rewards = [f"{m['eval_reward']:.3f}" for m in metrics]
+    lines.append(f"with a self-edit {' -> '.join(rewards)}")
     shares = []
     for part in dict.fromkeys([*first["made_of"], *last["made_of"]]):
         before, after = first["made_of"].get(part, 0), last["made_of"].get(part, 0)
         shares.append(f"{part} {before:.0%} -> {after:.0%}")
     if shares:
         lines.append("self-edits: " + ", ".join(shares))
-
     return "\n".join(lines + show_task(run))
 
 
@@ -116,6 +113,7 @@ def before_and_after(run) -> dict:
     if not found:
         return {}
     before, after = found[min(found)], found[max(found)]
+    # A run that has just begun has measured nothing yet.
     metrics, i, why = run.metrics.records, min(before), "it is the first one"
     if metrics:
         i, why = telling_task(metrics, before, after, "arc" in run.cfg.domain)
@@ -142,6 +140,7 @@ def telling_task(metrics: list[dict], before: dict, after: dict, puzzles: bool) 
     if not kinds:
         return nearest, "its gain is nearest to the mean gain"
 
+    # A task that is typical of all, and shows best in which questions they gained or lost.
     def share(r) -> float:
         """Of the questions of that kind, those that are answered correctly."""
         return by_kind({r["task"]: r.get("kinds", [])}, [r]).get(kinds[0], 0)
@@ -170,6 +169,7 @@ def show_task(run) -> list[str]:
     for q in shown["order"]:
         question, gold = ends[0]["questions"][q], ends[0]["gold"][q]
         given = [r["answers"][0][q] if r["answers"] else "" for r in ends]
+        # Grids need several lines each, and passages' answers one for all.
         if puzzles:
             lines += beside(["input", question], ["solution", gold])
             lines += beside(*[[when(r["iteration"]), text] for r, text in zip(ends, given)])
@@ -191,17 +191,9 @@ def beside(*columns: list[str]) -> list[str]:
 
 # ------------------------------------------------------------------------------- numbers
 
-def number(value) -> str:
-    return value if isinstance(value, str) else f"{value:.3f}"
-
-
-def arrows(values) -> str:
-    return " -> ".join(map(number, values))
-
-
 def in_brackets(shares: dict) -> str:
-    """' (forward .810, reversed .050)', or nothing."""
-    words = [f"{name} {number(share)}" for name, share in shares.items()]
+    """' (forward 0.810, reversed 0.050)', or nothing."""
+    words = [f"{name} {share:.3f}" for name, share in shares.items()]
     return f" ({', '.join(words)})" if words else ""
 
 

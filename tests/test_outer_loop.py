@@ -350,7 +350,7 @@ def test_the_summary_by_hand(tmp_path):
 
     assert lines == [
         "un-adapted 0.000, oracle 0.750 (forward 1.000)",
-        "with a self-edit 0.250 -> 0.500 (forward 0.500 -> 0.750, reversed 0.000 -> 0.500)",
+        "with a self-edit 0.250 -> 0.500",
         "self-edits: copy 75% -> 0%, plain 25% -> 50%, reversed 0% -> 50%",
         "",
         "A held-out passage, c (its gain is close to the mean gain, and most of it is in reversed "
