@@ -374,7 +374,7 @@ def test_another_program_and_other_settings_or_files_are_refused(argv, begun):
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"select": "random"}))
     with pytest.raises(UserError, match=r"other settings \(select: 'random'"):
-        settled(argv, edits_from=["a"])
+        settled(argv)
     for name in ("max_steps", "program", "own", "content"):
         del config[name]
     path.write_text(json.dumps(config))
