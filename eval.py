@@ -15,9 +15,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-# Imported first: from here on Ctrl-C prints one line, also while the slow imports run.
-from support.files import Lines, Parser, UserError, as_json, cli, positive, replace_file
-
 import numpy as np
 from safetensors.torch import load_file, save
 
@@ -32,10 +29,11 @@ from model import load_pretrained
 from outer_loop import sample, score, unadapted, verdicts
 from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from support import page, ranks
-from support.config import add_flags, read_flags
+from support.config import add_flags, read_flags, read_settings
+from support.files import Lines, Parser, UserError, as_json, cli, positive, replace_file
 from support.ranks import Meter
 from support.report import table_lines
-from support.run import Run, print_of_data, prints_of_rounds
+from support.run import Run, print_of_data, print_of_model
 from support.stats import forgetting, share_changed
 
 # ------------------------------------------------------------------------------- rows of a table
@@ -63,6 +61,18 @@ class Table:
             model = self.run.load(t, folder)
             edits = sample(self.run, model, self.tasks, t, "eval", k)
             self.add(f"self-edits after round {t}", edits, t, folder)
+
+
+def prints_of_rounds(run: Run, folder) -> dict[str, str]:
+    """{iter_1: its fingerprint, ...} of the run in another folder, of the same domain."""
+    if not folder:
+        return {}
+    rounds = sorted(Path(folder).glob("iter_*[0-9]"))
+    domain = read_settings(folder)["domain"]
+    if not rounds or domain != run.cfg.domain:
+        raise UserError(f"{folder}: {len(rounds)} checkpoints iter_1, ... of {domain}; this table "
+                        f"is of {run.cfg.domain}")
+    return {path.name: print_of_model(path) for path in rounds}
 
 
 def row_of(name: str, records: list[dict], base: list[list[bool]]) -> dict:

@@ -14,9 +14,6 @@ import time
 from dataclasses import replace
 from functools import partial
 
-# Imported first: from here on Ctrl-C prints one line, also while the slow imports run.
-from support.files import Parser, UserError, cli, printable
-
 import numpy as np
 import torch
 from torch.nn.functional import nll_loss
@@ -32,7 +29,8 @@ from selfedit import (SelfEdit, Task, read_self_edit, room_for_self_edit, sample
                       seed_for)
 from support import ranks
 from support.config import Config, add_flags, read_flags
-from support.report import opening, self_edit_line, summary, when
+from support.files import Parser, UserError, cli, printable
+from support.report import opening, round_lines, self_edit_line, summary, when
 from support.run import Run
 from support.stats import bootstrap_ci, by_kind
 
@@ -61,7 +59,7 @@ def rest_em(run: Run, train: list[Task], held_out: list[Task], learn=None):
         # M-step: fine-tune the model on the self-edits, weighed by what they were worth.
         chosen = weigh(cfg, rewards, edits, without, t)
         run.keep_weights(t, chosen)
-        run.show_round(t, tasks, edits, rewards, without, chosen)
+        run.log(round_lines(t, tasks, edits, rewards, without, chosen))
         kept = [(tasks[i], edits[i][j], weight) for i, j, weight in chosen]
         # NOTE(paper): a round goes on from the last one, as in the official code. ReST-EM as Singh
         # et al. describe it starts from the base model every time: --restart.
@@ -359,7 +357,7 @@ def main():
         run.log(opening(cfg, reward.__doc__))
     run.load(run.last_checkpoint())     # a model that can't be read is told before any work
     rest_em(run, train, held_out)
-    run.log("\n" + summary(run, held_out))
+    run.log("\n" + summary(run))
     run.log(f"\n{time.time() - run.begin:.0f} s, peak memory {peak_memory() / 2 ** 30:.1f} GiB; "
             f"look at {run.folder}/report.html; then try --seed 1, or --preset tiny-arc")
 

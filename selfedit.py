@@ -95,7 +95,7 @@ PROMPTS = {
 def fill(prompt: str, title: str, context: str) -> str:
     """The prompt for a passage: one of PROMPTS by its name, or a template like them."""
     if prompt not in PROMPTS and "{context}" not in prompt:
-        raise UserError(f"--prompt {prompt!r}: choose among {', '.join(PROMPTS)}, or give a "
+        raise UserError(f"--prompt {prompt!r:.80}: choose among {', '.join(PROMPTS)}, or give a "
                         "--prompt-file, with {title} and {context} in it")
     # In one go: a passage may have "{title}" in it.
     parts = {"{title}": title, "{context}": context}
@@ -213,13 +213,12 @@ def main():
     ap.add_argument("--model", default=EMBEDDED, help="folder or hub id (default: the embedded)")
     ap.add_argument("--data", default="eval", help="a file of passages, or towns: tune, eval")
     ap.add_argument("--index", type=at_least(0), default=0, help="which of them (default: 0)")
-    ap.add_argument("--prompt", choices=PROMPTS, help="of passages (default: implications)")
-    ap.add_argument("--prompt-file", metavar="FILE",
-                    help="a --prompt of your own: a text with {title} and {context} in it")
+    either = ap.add_mutually_exclusive_group()
+    either.add_argument("--prompt", choices=PROMPTS, help="of passages (default: implications)")
+    either.add_argument("--prompt-file", metavar="FILE",
+                        help="a --prompt of your own: a text with {title} and {context} in it")
     ap.add_argument("--edits", type=positive, default=3, help="how many (default: 3)")
     args = ap.parse_args()
-    if args.prompt and args.prompt_file:
-        raise UserError("--prompt and --prompt-file: only one of them can be meant")
     own = read_text(args.prompt_file) if args.prompt_file else args.prompt
     from data.tasks import one_task     # only here: what a self-edit is needs no data
     prompt = one_task(args.data, args.index, own).prompt

@@ -26,7 +26,7 @@ from selfedit import SelfEdit, Task, read_self_edit, seed_for
 from support import page
 from support.files import UserError, cli, replace_file
 from support.ranks import Meter
-from support.report import first_edits, telling_task
+from support.report import before_and_after
 
 WRITERS = {"untrained": 0, "round 3": 3}    # t of the theta_t that writes; theta_0 learns
 SCORES = ("probability", "verdict")         # of the gold answer; of the model's own
@@ -177,9 +177,8 @@ def show_on_page(folder):
     run = run_of(folder)
     if run.cfg.domain != "tinyworld" or not run.metrics.records:
         raise UserError(f"{folder}: no finished run in the tiny world")
-    t = run.metrics.records[-1]["iteration"]
-    i, _ = telling_task(run, puzzles=False)
-    task, record = load_tasks(run, run.cfg.eval_data)[i], first_edits(run, t)[i]
+    record = before_and_after(run)["ends"][-1]
+    task, t = load_tasks(run, run.cfg.eval_data)[record["task"]], record["iteration"]
     if record["questions"] != task.questions:
         raise UserError(f"{folder}: of {task.name} other things are asked now than in the run")
     edit = read_self_edit(task, record["text"])

@@ -18,8 +18,8 @@ from support.files import UserError, read_json, sync
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "tiny"    # ships with the project
 FAMILIES = ("llama", "qwen2", "qwen3")      # model_type of a config.json
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-                   "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "generation_config.json", "chat_template.jinja")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What PEFT calls a tensor of an adapter: base_model.model is its wrapper around the model.
 PEFT_NAME = "base_model.model.{}.lora_{}.weight"
@@ -89,14 +89,14 @@ def remedy(folder):
         return f"delete {folder} and repeat the command"    # a run wrote it, and can again
     if (folder / ADAPTER_FILES[0]).exists():
         return "is it an adapter? Name its base as --model, and it as --adapter"
-    others = [*folder.glob("*.gguf"), *folder.glob("*.bin")]
-    if others and not any(folder.glob("*.safetensors")):
-        return f"{min(others).name!r} is no help: weights are read from safetensors only"
-    return "download the checkpoint again, or name another folder"
+    return "download the checkpoint again (weights: safetensors only), or name another folder"
 
 
-def read_object(path):
-    """The object that a JSON file of a checkpoint holds. UserError if it is anything else."""
+def read_object(path, default=None):
+    """The object that a JSON file of a checkpoint holds; the default, if one is given, of a file
+    that is not there. UserError if it is anything else."""
+    if default is not None and not path.exists():
+        return default
     try:
         value = read_json(path)
     except UserError as e:

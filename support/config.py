@@ -18,11 +18,14 @@ JUDGES = ("rule", "gist", "substring", "model", "openai")       # data/judges.py
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def setting(default, help, **allowed):
+def setting(default, help, low=-math.inf, above=-math.inf, high=math.inf, choices=()):
     """A field of Config: its default, the help of its flag, and which values are allowed.
 
-    allowed: low, above (the least value itself is not allowed) and high, of a number; choices."""
-    metadata = {"help": help} | allowed
+    Of a number that is from low, or above the number that is given, to high."""
+    ends = {"{:g} or more": low, "more than {:g}": above, "at most {:g}": high}
+    metadata = {"help": help, "choices": choices, "range": ", ".join(
+        words.format(end) for words, end in ends.items() if math.isfinite(end))}
+    metadata["fits"] = lambda x: low <= x <= high and above < x and math.isfinite(x)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -115,13 +118,13 @@ class Config:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             check_type(f, value)
-            if "choices" in f.metadata:
-                for one in value if f.type is list else [value]:
-                    if one not in f.metadata["choices"]:
-                        raise UserError(f"{flag(f.name)} {one!r}: choose among "
-                                        f"{', '.join(filter(None, f.metadata['choices']))}")
-            elif f.type in (int, float) and not is_within(value, **f.metadata):
-                raise UserError(f"{flag(f.name)} {value}: must be {range_of(f.metadata)}")
+            choices = f.metadata["choices"]
+            for one in value if f.type is list else [value]:
+                if choices and one not in choices:
+                    raise UserError(f"{flag(f.name)} {one!r}: choose among "
+                                    f"{', '.join(filter(None, choices))}")
+            if f.type in (int, float) and not f.metadata["fits"](value):
+                raise UserError(f"{flag(f.name)} {value}: must be {f.metadata['range']}")
         if self.device not in ("", "cpu") and not (
                 re.fullmatch(r"cuda(:\d)?", self.device) and torch.cuda.is_available()):
             raise UserError(f"--device {self.device}: there is no such device here (cpu, or cuda "
@@ -134,20 +137,6 @@ def check_type(f, value):
     if not of_type or type(value) is int and abs(value) >= 2 ** 53:
         raise UserError(f"{flag(f.name)} {value!r}: must be of type {f.type.__name__}, and below "
                         "2 ** 53")
-
-
-def is_within(value, low=-math.inf, above=-math.inf, high=math.inf, **_) -> bool:
-    """Whether a number is finite and in its range."""
-    return above < value <= high and low <= value and abs(value) < math.inf
-
-
-RANGES = {"low": "{:g} or more", "above": "more than {:g}", "high": "at most {:g}"}
-
-
-def range_of(metadata) -> str:
-    """The range of a setting in words, or nothing."""
-    return ", ".join(words.format(metadata[end]) for end, words in RANGES.items()
-                     if end in metadata)
 
 
 def read_settings(folder) -> dict:
@@ -169,7 +158,7 @@ ONLY_FOR = {"prompt": ("knowledge",), "judge": ("knowledge",), "max_documents": 
             "views": ("arc", "tinyarc")}
 
 # What may change in the middle of a run: where it is, the machine, how much is shown, more rounds.
-FREE = {"run_dir", "iterations", "verbose", "device", "slots", "rows", "recompute",
+FREE = {"run_dir", "iterations", "verbose", "device", "slots", "rows", "recompute", "command",
         "model", "train_data", "eval_data"}     # these three are known by their content
 
 PRESETS = {
@@ -223,6 +212,7 @@ def add_flags(parser):
     parser.add_argument("--preset", default="tiny", choices=PRESETS,
                         help="a set of defaults (default: tiny); those shown below are "
                              "knowledge's, the paper's")
+    either = parser.add_mutually_exclusive_group()
     for f in dataclasses.fields(Config):
         kind = dict(type=f.type, metavar=f.type.__name__.upper())
         default = f.default
@@ -230,15 +220,16 @@ def add_flags(parser):
             kind, default = dict(action=argparse.BooleanOptionalAction), ""
         if f.type is list:
             kind, default = dict(nargs="+", metavar="NAME"), " ".join(f.default_factory())
-        notes = [range_of(f.metadata)]
+        notes = [f.metadata["range"]]
         if default != "":
             notes.append(f"default: {default}")
         shown = f.metadata["help"]
         if any(notes):
             shown += f" ({'; '.join(filter(None, notes))})"
         # None: not given, so that the preset's value stands.
-        parser.add_argument(flag(f.name), default=None, help=shown.replace("%", "%%"), **kind)
-    parser.add_argument("--prompt-file", metavar="FILE",
+        group = either if f.name == "prompt" else parser
+        group.add_argument(flag(f.name), default=None, help=shown.replace("%", "%%"), **kind)
+    either.add_argument("--prompt-file", metavar="FILE",
                         help="a --prompt of your own: a text with {title} and {context} in it")
 
 
@@ -261,12 +252,7 @@ def read_flags(args, needed) -> Config:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     # The prompt itself is the setting, wherever it was read.
     if args.prompt_file:
-        if "prompt" in given:
-            raise UserError("--prompt and --prompt-file: only one of them can be meant")
         given["prompt"] = read_text(args.prompt_file)
-        # The name of a prompt is not meant, either.
-        if "{context}" not in given["prompt"]:
-            raise UserError(f"--prompt-file {args.prompt_file}: there is no {{context}} in it")
     cfg = Config(**PRESETS[args.preset] | given)
     for name in sorted(given.keys() & ONLY_FOR.keys()):
         if given[name] and cfg.domain not in ONLY_FOR[name]:

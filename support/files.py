@@ -5,6 +5,7 @@ One way in: JSON is read by `read_json`. One way out: `cli` turns what can go wr
 counts.
 """
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -12,11 +13,6 @@ import sys
 import tempfile
 import weakref
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:     # Windows
-    fcntl = None
 
 
 class UserError(Exception):
@@ -38,30 +34,24 @@ def cli(main):
     except UserError as e:
         stop(str(e))
     except KeyboardInterrupt:
-        stop("interrupted" + ("; what a run has finished is in its folder, and the same command "
-                              "goes on" if HELD else ""))
+        stop("interrupted", "repeat the command to go on")
     except BrokenPipeError:     # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as e:
-        stop(f"{e.filename or 'a file'}: {e.strerror or e}", mend=True)
     except Exception as e:
         # Names, as this file imports neither torch nor safetensors.
         kinds = {kind.__name__ for kind in type(e).__mro__}
-        if "SafetensorError" in kinds:
-            stop(str(e), mend=True)
+        if kinds & {"OSError", "SafetensorError"}:
+            stop(str(e), "mend it and repeat the command")
         if kinds & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in str(e):
-            # Only a run keeps what it has finished, and has these flags.
-            stop("out of memory; what a run has finished is kept: repeat the command with "
-                 "--slots 1, --rows 8 or --recompute" if HELD else "out of memory")
+            stop("out of memory", "repeat the command with --slots 1, --rows 8 or --recompute")
         raise
 
 
-def stop(line, mend=False):
-    """End the program with one line on stderr. mend: the user can mend it, and repeat."""
-    if mend:
-        kept = "what a run has finished is kept: " if HELD else ""
-        line = f"{line}; {kept}mend it and repeat the command"
+def stop(line, of_a_run=""):
+    """End the program with one line on stderr. of_a_run: what to do if it was a run."""
+    if HELD and of_a_run:
+        line = f"{line}; what a run has finished is kept: {of_a_run}"
     sys.exit("error: " + " ".join(printable(line).split("\n")))
 
 
@@ -71,17 +61,6 @@ def printable(text, most=2000) -> str:
     text = str(text)
     shown = text[:most] + (f"... ({len(text)} characters)" if len(text) > most else "")
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in shown)
-
-
-def at_interrupt(kind, value, trace):
-    """Ctrl-C while modules are imported, before `cli` runs."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("error: interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, value, trace)
-
-
-sys.excepthook = at_interrupt
 
 
 # ------------------------------------------------------------------------------- flags
@@ -170,8 +149,6 @@ def replace_file(path, text):
 
 def sync(path):
     """Until a file, or a folder's list of names, is on the disk: a power cut then leaves it."""
-    if Path(path).is_dir() and os.name == "nt":
-        return      # Windows has no such thing
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -198,8 +175,8 @@ HELD = weakref.WeakValueDictionary()    # {folder: its lock} that this process h
 def lock(folder):
     """This folder is this process's as long as the result lives. UserError if it is another's."""
     name = str(Path(folder).resolve())
-    if fcntl is None or name in HELD:
-        return HELD.get(name)
+    if name in HELD:
+        return HELD[name]
     handle = open(Path(folder) / ".lock", "w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,7 +195,8 @@ PLACE = {"iteration": int, "split": str, "arm?": str, "task": int, "edit": int}
 # A file's records by its name: the types of their fields. [kind] is a list, (kind,) may be null,
 # {str: kind} has any names, a field with a "?" may be missing. Other fields are not looked at.
 FIELDS = {
-    "config": {"own?": {}, "content?": {str: str}, "code?": {str: str}, "program?": str},
+    "config": {"command?": [str], "own?": {}, "content?": {str: str}, "code?": None,
+               "program?": str},
     "edits": PLACE | {"text": str, "token_ids": [int]},
     "rollouts": PLACE | {
         "title": str, "reward": float, "unadapted": float, "text": str, "token_ids": [int],
@@ -290,8 +268,7 @@ class Lines:
         data = self.path.read_bytes()
         whole = data[:data.rfind(b"\n") + 1]
         if whole != data and repair:
-            torn = len(data) - len(whole)
-            print(f"{printable(self.path)}: its last line was cut short ({torn} bytes); dropped")
+            print(f"{printable(self.path)}: its last line was cut short, and is dropped")
             replace_file(self.path, whole.decode(errors="replace"))
         for number, line in enumerate(whole.splitlines(), 1):
             try:

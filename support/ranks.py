@@ -8,9 +8,6 @@ depends on who makes it. Without torchrun there is rank 0 alone, and all of this
 several machines the run's folder must be one that all of them see.
 """
 import os
-import signal
-import sys
-import threading
 import time
 from datetime import timedelta
 from functools import cached_property, partial
@@ -35,25 +32,9 @@ def join(device: str):
             raise UserError(f"this machine has {torch.cuda.device_count()} GPUs, and each process "
                             "takes one: --nproc-per-node is too high")
         torch.cuda.set_device(local)
-    end_when_told()
     # gloo, as only records are exchanged. A rank may work for hours while the others wait; torchrun
     # sees to it that none waits for a dead one.
     dist.init_process_group("gloo", timeout=timedelta(days=30))
-
-
-def end_when_told():
-    """torchrun ends the others when one rank has died: then one line says so. In a thread of its
-    own, as the main one may be waiting in C++."""
-    def wait_for_it():
-        signal.sigwait([signal.SIGTERM])
-        if RANK == 0:
-            print("error: another rank has ended, or this one was told to; nothing is lost: the "
-                  "same command resumes, with any number of ranks", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    if hasattr(signal, "pthread_sigmask"):      # not on Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=wait_for_it, daemon=True).start()
 
 
 def share_of(costs: list[float]) -> list[int]:
@@ -86,30 +67,25 @@ wait = partial(gather, None)    # until all ranks are here
 # ------------------------------------------------------------------------------- progress
 
 class Meter:
-    """meter(done, total) shows how far a phase is. Of several ranks the first one speaks, of its
-    own share."""
+    """meter(done, total) shows how far a phase is: a bar, or in a log a line every ten seconds. Of
+    several ranks the first one speaks, of its own share."""
 
-    def __init__(self, what, start=0):
-        """start: how much an earlier process has done, which says nothing of this one's speed."""
+    def __init__(self, what):
         self.what = what
-        self.start = start
         self.begin = self.said = time.time()
-        self.shown = RANK == 0
-        self.bar = tqdm(desc=what, disable=None if self.shown else True, leave=False,
-                        mininterval=0.5)
+        # None: no bar where there is no terminal.
+        self.bar = tqdm(desc=what, disable=True if RANK else None, leave=False, mininterval=0.5)
 
     def __call__(self, done, total):
-        now = time.time()
-        eta = (now - self.begin) / max(1, done - self.start) * (total - done)
         self.bar.total = total
         self.bar.update(done - self.bar.n)
-        # The first few say little about how long the rest will take.
-        begun = done - self.start > total / 50
-        if self.bar.disable and self.shown and begun and now - self.said > 10 and done < total:
+        if done == total:
+            return self.bar.close()
+        now = time.time()
+        if self.bar.disable and RANK == 0 and now - self.said > 10:
+            eta = (now - self.begin) / max(1, done) * (total - done)
             print(f"    {done}/{total} {self.what}, eta {eta:.0f}s", flush=True)
             self.said = now
-        if done == total:
-            self.bar.close()
 
 
 # ------------------------------------------------------------------------------- records

@@ -1,10 +1,12 @@
 """What a run shows, in words: what `python outer_loop.py` prints."""
-import sys
+import re
+from itertools import zip_longest
 
 import numpy as np
 
 from support.config import Config
 from support.files import printable
+from support.ranks import place_of
 from support.stats import bootstrap_ci, by_kind, with_interval
 
 
@@ -18,6 +20,7 @@ def opening(cfg: Config, reward: str) -> str:
     what, asked = "passages", "without the passage"
     if "arc" in cfg.domain:
         what, asked = "puzzles", "for the solution"
+    # Its first sentence, in one line.
     own = " ".join(reward.split(".")[0].split())
     return (f"In each of {cfg.iterations} rounds the model reads {cfg.tasks} {what} and writes "
             f"{cfg.edits} self-edits of each.\nEvery self-edit trains an adapter of its own, and "
@@ -37,15 +40,6 @@ def learned(cfg) -> str:
                 cfg.update, f"those that --update {cfg.update} weighs")
 
 
-def curve(metrics: list[dict], width=40) -> str:
-    """Held-out reward over iterations, as bars."""
-    lines = []
-    for m in metrics:
-        bar = "#" * min(width, round(width * m["eval_reward"]))
-        lines.append(f"    {m['iteration']:>2} |{bar:<{width}}| {m['eval_reward']:.3f}")
-    return "\n".join(lines)
-
-
 def iteration_line(m: dict) -> str:
     """A line of metrics.jsonl, for people."""
     reward = with_interval(m["eval_reward"], m["eval_ci"]) + in_brackets(m["eval_by_kind"])
@@ -60,150 +54,146 @@ def self_edit_line(task: int, edit: int, record: dict) -> str:
             f"{record['note'] or record['losses']} | {record['text'][:60]!r}")
 
 
-def summary(run, held_out) -> str:
+def round_lines(t: int, tasks, edits, rewards, without, chosen) -> str:
+    """Self-edits of the first task, the best first; then what the round's were worth."""
+    lines = [f"for example, of {printable(tasks[0].name, 60)}:"]
+    for score, edit in sorted(zip(rewards[0], edits[0]), key=lambda pair: -pair[0]):
+        text = " / ".join(edit.text.split("\n"))
+        lines.append(f"    {score:.2f}  {printable(text, 100) or '(nothing)'}")
+    # Policy gradients weigh some self-edits below 0, so that they become less likely.
+    wanted = [rewards[i][j] for i, j, weight in chosen if weight > 0]
+    avoided = len(chosen) - len(wanted)
+    lines.append(f"round {t + 1}: mean reward {np.mean(rewards):.3f}, without a self-edit "
+                 f"{np.mean(without):.3f}; kept {len(wanted)} self-edits with mean reward "
+                 f"{np.mean(wanted or [0]):.3f}" + (f", and {avoided} to avoid" if avoided else ""))
+    return "\n".join(lines)
+
+
+def summary(run) -> str:
     """Baselines, the reward over rounds, what self-edits are made of, and one task."""
     metrics = run.metrics.records
     first, last = metrics[0], metrics[-1]
     lines = []
     if first["baselines"]:
-        arms = [f"{arm['name']} {number(arm['reward'])}{in_brackets(arm['by_kind'])}"
+        arms = [f"{arm['name']} {arm['reward']:.3f}{in_brackets(arm['by_kind'])}"
                 for arm in first["baselines"]]
         lines.append(", ".join(arms))
-
-    rises = arrows([m["eval_reward"] for m in metrics])
-    # A round of which no self-edit could be read has no kinds: nothing was right.
-    kinds = {kind: arrows([m["eval_by_kind"].get(kind, 0.0) for m in metrics])
-             for kind in (first["eval_by_kind"] or last["eval_by_kind"])}
-    lines.append(f"with a self-edit {rises}{in_brackets(kinds)}")
-
+    # Each kind of question stands in the line of its iteration.
+    rewards = [f"{m['eval_reward']:.3f}" for m in metrics]
+    lines.append(f"with a self-edit {' -> '.join(rewards)}")
     shares = []
     for part in dict.fromkeys([*first["made_of"], *last["made_of"]]):
         before, after = first["made_of"].get(part, 0), last["made_of"].get(part, 0)
         shares.append(f"{part} {before:.0%} -> {after:.0%}")
     if shares:
         lines.append("self-edits: " + ", ".join(shares))
-
-    lines += show_task(run, held_out)
-    return "\n".join(lines)
+    return "\n".join(lines + show_task(run))
 
 
 # ------------------------------------------------------------------------------- one task
 
-def first_edits(run, t: int) -> dict[int, dict]:
-    """{held-out task: the record of its first self-edit in iteration t}."""
-    return {r["task"]: r for r in run.rollouts.of(t, "eval") if r["edit"] == 0}
-
-
 def kinds_by_change(metrics: list[dict]) -> list[str]:
     """The kinds of question, the one whose accuracy changed most first."""
+    if not metrics:
+        return []
     first, last = metrics[0]["eval_by_kind"], metrics[-1]["eval_by_kind"]
     return sorted(first, key=lambda kind: -abs(last.get(kind, 0) - first[kind]))
 
 
-def telling_task(run, puzzles: bool) -> tuple[int, str]:
-    """The held-out task that shows what was learned, by its first self-edits, and why it is this.
+def before_and_after(run) -> dict:
+    """A held-out task before the first round and after the last: `why` it is shown, the rollouts of
+    its first self-edits (`ends`), and the `order` of its questions. `all` {iteration: {task: its
+    rollouts}} of the model's own self-edits. Empty if there are none."""
+    # The model's own self-edits have no name in outer_loop.py, and these in eval.py.
+    arms = re.compile(r"(its own self-edits|self-edits after round \d+)?")
+    found = {}
+    for r in sorted(run.rollouts.records, key=place_of):
+        if r["split"] == "eval" and arms.fullmatch(r.get("arm", "")):
+            found.setdefault(r["iteration"], {}).setdefault(r["task"], []).append(r)
+    if not found:
+        return {}
+    before, after = found[min(found)], found[max(found)]
+    # A run that has just begun has measured nothing yet.
+    metrics, i, why = run.metrics.records, min(before), "it is the first one"
+    if metrics:
+        i, why = telling_task(metrics, before, after, "arc" in run.cfg.domain)
+    ends = [found[t][i][0] for t in sorted({min(found), max(found)}) if i in found[t]]
+    # The kind of question that changed most comes first.
+    kinds = ends[0].get("kinds") or [""] * len(ends[0]["questions"])
+    by_change = [*kinds_by_change(metrics), *kinds]
+    order = sorted(range(len(kinds)), key=lambda q: by_change.index(kinds[q]))
+    return {"why": why, "ends": ends, "order": order, "all": found}
+
+
+def telling_task(metrics: list[dict], before: dict, after: dict, puzzles: bool) -> tuple[int, str]:
+    """The task that shows what was learned, by its first self-edits, and why it is this.
 
     Of the tasks whose gain is within 0.1 of the mean gain, the one in which the kind of question
     that changed most changed most. Of puzzles one that was not solved before, and is now."""
-    metrics = run.metrics.records
-    before, after = first_edits(run, 0), first_edits(run, metrics[-1]["iteration"])
-    gain = {i: after[i]["reward"] - before[i]["reward"] for i in sorted(after)}
+    gain = {i: after[i][0]["reward"] - before[i][0]["reward"] for i in sorted(after)}
+    solved = [i for i in gain if after[i][0]["reward"] == 1 > before[i][0]["reward"]]
+    if puzzles and solved:
+        return solved[0], "it was not solved before training, and is solved after it"
     mean = metrics[-1]["eval_reward"] - metrics[0]["eval_reward"]
     nearest = min(gain, key=lambda i: abs(gain[i] - mean))
-    solved = [i for i in gain if after[i]["reward"] == 1 > before[i]["reward"]]
-    if puzzles and solved:
-        return solved[0], "not solved before training, and solved after it"
     kinds = kinds_by_change(metrics)
     if not kinds:
         return nearest, "its gain is nearest to the mean gain"
 
+    # A task that is typical of all, and shows best in which questions they gained or lost.
     def share(r) -> float:
         """Of the questions of that kind, those that are answered correctly."""
         return by_kind({r["task"]: r.get("kinds", [])}, [r]).get(kinds[0], 0)
 
-    change = metrics[-1]["eval_by_kind"].get(kinds[0], 0) - metrics[0]["eval_by_kind"][kinds[0]]
-    sign = 1 if change > 0 else -1
+    rises = metrics[-1]["eval_by_kind"].get(kinds[0], 0) > metrics[0]["eval_by_kind"][kinds[0]]
+    change = {i: share(after[i][0]) - share(before[i][0]) for i in gain}
     close = [i for i in gain if abs(gain[i] - mean) <= 0.1] or [nearest]
-    best = max(close, key=lambda i: sign * (share(after[i]) - share(before[i])))
+    best = max(close, key=lambda i: change[i] if rises else -change[i])
     return best, f"its gain is close to the mean gain, and most of it is in {kinds[0]} questions"
 
 
-def show_task(run, held_out) -> list[str]:
+def show_task(run) -> list[str]:
     """A held-out task, with its first self-edit and its answers before the first round and after
     the last."""
-    puzzles = "arc" in run.cfg.domain
-    i, why = telling_task(run, puzzles)
-    task, rounds = held_out[i], sorted({0, run.metrics.records[-1]["iteration"]})
-    lines = [f"\nA held-out {'puzzle' if puzzles else 'passage'}, {printable(task.name, 60)} "
-             f"({why}):", printable("\n".join(task.context))]
-    edits = [first_edits(run, t)[i] for t in rounds]
-    for t, r in zip(rounds, edits):
-        lines.append(f"\n{when(t)} it writes, with reward {r['reward']:.2f}:")
-        forms = r.get("forms") or [""] * len(r["text"].splitlines())
-        for form, line in zip(forms, r["text"].splitlines()):
+    shown = before_and_after(run)
+    puzzles, ends = "arc" in run.cfg.domain, shown["ends"]
+    title = printable(ends[0]["title"], 60)
+    lines = [f"\nA held-out {'puzzle' if puzzles else 'passage'}, {title} ({shown['why']}):",
+             printable(ends[0].get("context", ""))]
+    for r in ends:
+        lines.append(f"\n{when(r['iteration'])} it writes, with reward {r['reward']:.2f}:")
+        written = r["text"].splitlines()
+        for form, line in zip(r.get("forms") or [""] * len(written), written):
             lines.append(printable(f"    {form:<18}{line}" if form else f"    {line}"))
-    lines.append("\nIt answers, " + " -> ".join(map(when, rounds)) + ":")
-    order = kinds_by_change(run.metrics.records)
-    kinds = task.kinds or [""] * len(task.questions)
-    for q in sorted(range(len(kinds)), key=lambda q: order.index(kinds[q]) if kinds[q] else 0):
-        given = [r["answers"][0][q] if r["answers"] else "" for r in edits]
+    lines.append("\nIt answers, " + " -> ".join(when(r["iteration"]) for r in ends) + ":")
+    for q in shown["order"]:
+        question, gold = ends[0]["questions"][q], ends[0]["gold"][q]
+        given = [r["answers"][0][q] if r["answers"] else "" for r in ends]
+        # Grids need several lines each, and passages' answers one for all.
         if puzzles:
-            lines += draw({"input": task.questions[q], "solution": task.answers[q]})
-            for t, answer in zip(rounds, given):
-                lines += draw({f"{when(t)}": answer})
-        else:
-            marks = []
-            for r, answer in zip(edits, given):
-                right = r["right"] and r["right"][0][q]
-                marks.append(f"{'right' if right else 'wrong'} {printable(answer, 30)!r}")
-            lines.append(f"    {printable(task.questions[q], 200)}  {' -> '.join(marks)}")
+            lines += beside(["input", question], ["solution", gold])
+            lines += beside(*[[when(r["iteration"]), text] for r, text in zip(ends, given)])
+            continue
+        marks = []
+        for r, answer in zip(ends, given):
+            right = r["right"] and r["right"][0][q]
+            marks.append(f"{'right' if right else 'wrong'} {printable(answer, 30)!r}")
+        lines.append(f"    {printable(question, 200)}  {' -> '.join(marks)}")
     return lines
 
 
-# As ARC's own site shows the colours 0 to 9, nearly: of a terminal's 256.
-TERMINAL = (16, 32, 203, 41, 220, 248, 201, 208, 117, 88)
-
-
-def draw(grids: dict[str, str]) -> list[str]:
-    """Grids of digits side by side under their names: in colours on a terminal."""
-    columns = []
-    for name, text in grids.items():
-        # A puzzle may have two attempts, with a blank line between.
-        for attempt in printable(text, 4000).split("\n\n"):
-            rows = attempt.split("\n")
-            width = max(len(name), 2 * max(map(len, rows)))
-            columns.append([name.ljust(width)])
-            for row in rows:
-                cells = "".join(map(cell, row))
-                columns[-1].append(cells + " " * (width - 2 * len(row)))
-            name = "or"
-    lines = []
-    for y in range(max(map(len, columns))):
-        parts = [column[y] if y < len(column) else " " * len(column[0]) for column in columns]
-        lines.append("    " + "   ".join(parts).rstrip())
-    return lines
-
-
-def cell(digit: str) -> str:
-    """Two characters of a grid's row."""
-    if not (sys.stdout.isatty() and digit in "0123456789"):
-        return digit + " "
-    return f"\x1b[48;5;{TERMINAL[int(digit)]}m  \x1b[0m"
+def beside(*columns: list[str]) -> list[str]:
+    """The lines of texts side by side; a column is a title and a text."""
+    split = [printable("\n".join(column), 4000).split("\n") for column in columns]
+    rows = zip_longest(*split, fillvalue="")
+    return ["    " + "".join(map("{:<32}".format, row)).rstrip() for row in rows]
 
 
 # ------------------------------------------------------------------------------- numbers
 
-def number(value) -> str:
-    return value if isinstance(value, str) else f"{value:.3f}"
-
-
-def arrows(values) -> str:
-    return " -> ".join(map(number, values))
-
-
 def in_brackets(shares: dict) -> str:
-    """' (forward .810, reversed .050)', or nothing."""
-    words = [f"{name} {number(share)}" for name, share in shares.items()]
+    """' (forward 0.810, reversed 0.050)', or nothing."""
+    words = [f"{name} {share:.3f}" for name, share in shares.items()]
     return f" ({', '.join(words)})" if words else ""
 
 

@@ -6,11 +6,11 @@ round N, which any Hugging Face program opens. The same command resumes it.
 """
 import dataclasses
 import json
+import sys
 import time
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -20,7 +20,7 @@ from support.config import FREE, Config, read_settings
 from support.files import (FIELDS, Lines, UserError, as_lines, fingerprint, lock, printable,
                            replace_file)
 from support.ranks import Meter, Records
-from support.report import curve, iteration_line
+from support.report import iteration_line
 from support.tokenizer import Tokenizer
 
 
@@ -44,7 +44,6 @@ class Run:
         self.shared = [self.edits, self.rollouts]   # lines that ranks exchange after a phase
         self.tok = Tokenizer.from_pretrained(cfg.model)
         self.judge = None       # of the answers: data/tasks.py sets it
-        self.whole = None       # a Meter of the whole run, with its number of inner loops
         self.loaded = None      # (source, model) of the one model that is held
 
     def log(self, line):
@@ -56,9 +55,11 @@ class Run:
         """Before anything is computed, and after the inputs were found good: write down what this
         run is, or refuse to go on with another. own: a program's flags that change results."""
         cfg = self.cfg
-        mine = dataclasses.asdict(cfg) | {"program": program, "own": own, "content": {
-            "model": print_of_model(cfg.model), "train_data": print_of_data(cfg.train_data),
-            "eval_data": print_of_data(cfg.eval_data)}, "code": print_of_code()}
+        content = {"model": print_of_model(cfg.model), "train_data": print_of_data(cfg.train_data),
+                   "eval_data": print_of_data(cfg.eval_data)}
+        mine = dataclasses.asdict(cfg) | {
+            "program": program, "command": sys.orig_argv, "own": own, "content": content,
+            "code": print_of_code()}
         path = self.folder / "config.json"
         theirs = read_settings(self.folder) if path.exists() else mine
         # A run that has computed nothing yet may become another.
@@ -68,13 +69,11 @@ class Run:
             if differ:
                 raise UserError(f"{self.folder} holds a run with other settings "
                                 f"({', '.join(differ)}); use the same, or another --run-dir")
-            # What this run began with is kept, as it made what is read back.
-            began = theirs.get("code", mine["code"])
-            for name, fresh in mine["code"].items():
-                if began.get(name) != fresh:
-                    self.log(f"note: {name} has changed since this run began; what it has computed "
-                             "is kept. To compute it anew, name another --run-dir.")
-            mine["code"] = began
+            if theirs.get("code", mine["code"]) != mine["code"]:
+                self.log("note: the program has changed since this run began; what it has computed "
+                         "is kept. To compute it anew, name another --run-dir.")
+                # What this run began with is kept, as it made what is read back.
+                mine["code"] = theirs["code"]
         self.check_whole()
         ranks.wait()     # until all have compared
         if ranks.RANK == 0:
@@ -89,8 +88,7 @@ class Run:
             if t:
                 sizes[t - 1, "train"] = cfg.tasks, cfg.edits
             for (number, split), (n, k) in sizes.items():
-                places = set(product(range(n), range(k)))
-                if self.rollouts.at(number, split).keys() != places:
+                if self.rollouts.at(number, split).keys() != set(product(range(n), range(k))):
                     raise UserError(f"{self.rollouts.path}: iteration {number}, {split}: these are "
                                     f"not the {k} self-edits of {n} tasks; restore it")
 
@@ -105,14 +103,11 @@ class Run:
         # What is on disk is read back. A group of which any record is missing is made anew.
         known = lines.at(*where)
         t, split, arm = where
-        missing, strange = [], set(known)
-        for number, group in enumerate(groups):
-            strange -= set(group)
-            if any(place not in known for place in group):
-                missing.append(number)
+        strange = known.keys() - set().union(*groups)
         if strange:
             raise UserError(f"{lines.path}: iteration {t}, {arm or split}: there is no (task, "
                             f"self-edit) {min(strange)} in this run; restore it")
+        missing = [n for n, group in enumerate(groups) if not known.keys() >= set(group)]
         if not missing:
             return known
 
@@ -126,31 +121,13 @@ class Run:
                     new.append({"iteration": t, "split": split, "arm": arm, "task": task,
                                 "edit": edit} | record)
             lines.add(*new)
-            if self.whole and lines is self.rollouts:
-                meter, total = self.whole
-                meter(self.inner_loops(), total)
         # The phase has ended: what the other ranks have finished.
         for shared in self.shared:
             shared.exchange()
-        done = "{} self-edits tried out"
-        if lines is self.edits:
-            done = "self-edits of {} tasks written"
-        self.log(f"    {arm + ': ' if arm else ''}{done.format(len(missing))} in "
+        done = "tasks: self-edits written" if lines is self.edits else "self-edits tried out"
+        self.log(f"    {arm + ': ' if arm else ''}{len(missing)} {done} in "
                  f"{time.time() - begin:.0f} s")
         return lines.at(*where)
-
-    def expect(self, held_out: list):
-        """Count the inner loops of the whole run, so that a bar shows what is left of it."""
-        cfg = self.cfg
-        arms = len(held_out[0].references) if cfg.baselines else 0
-        of_a_task = (cfg.iterations + 1) * cfg.eval_edits + arms
-        total = cfg.iterations * cfg.tasks * cfg.edits * cfg.seeds + of_a_task * len(held_out)
-        self.whole = Meter("inner loops of the whole run", self.inner_loops()), total
-
-    def inner_loops(self) -> int:
-        """How many of them are done."""
-        train = sum(r["split"] == "train" for r in self.rollouts.records)
-        return train * self.cfg.seeds + len(self.rollouts.records) - train
 
     def keep_weights(self, t: int, chosen: list[tuple]):
         """Note in round t's rollouts how much the M-step weighs each self-edit; 0: not kept."""
@@ -160,18 +137,6 @@ class Run:
         if ranks.RANK == 0:
             replace_file(self.rollouts.path, as_lines(self.rollouts.records))
 
-    def show_round(self, t: int, tasks, edits, rewards, without, chosen):
-        """Self-edits of the first task, the best first; then what the round's were worth."""
-        self.log(f"for example, of {printable(tasks[0].name, 60)}:")
-        for score, edit in sorted(zip(rewards[0], edits[0]), key=lambda pair: -pair[0]):
-            text = " / ".join(edit.text.split("\n"))
-            self.log(f"    {score:.2f}  {printable(text, 100) or '(nothing)'}")
-        wanted = [rewards[i][j] for i, j, weight in chosen if weight > 0]
-        avoided = len(chosen) - len(wanted)
-        self.log(f"round {t + 1}: mean reward {np.mean(rewards):.3f}, without a self-edit "
-                 f"{np.mean(without):.3f}; kept {len(wanted)} self-edits with mean reward "
-                 f"{np.mean(wanted or [0]):.3f}" + (f", and {avoided} to avoid" if avoided else ""))
-
     def record(self, metrics: dict):
         """A line of metrics.jsonl, which is shown. report.html is brought up to date."""
         if ranks.RANK == 0:
@@ -180,8 +145,6 @@ class Run:
         else:
             self.metrics.records.append(metrics)
         self.log(iteration_line(metrics))
-        if metrics["iteration"] > 0:
-            self.log(curve(self.metrics.records))
 
     # Weights.
 
@@ -215,54 +178,45 @@ class Run:
     def last_checkpoint(self) -> int:
         """The last iteration whose weights are there, and all before it measured; the base's always
         are."""
-        for t in range(min(self.cfg.iterations, len(self.metrics.records)), 0, -1):
-            if (self.folder / f"iter_{t}").is_dir():
-                return t
-        return 0
+        measured = range(1, min(self.cfg.iterations, len(self.metrics.records)) + 1)
+        return max((t for t in measured if (self.folder / f"iter_{t}").is_dir()), default=0)
 
 
 # ------------------------------------------------------------------------------- fingerprints
 
 def differences(mine: dict, theirs: dict) -> list[str]:
-    """What another run has otherwise."""
+    """What another run has otherwise. What it does not say is taken to be the same."""
     differ = []
-    for name in mine.keys() - FREE - {"own", "content", "code"}:
-        other = theirs.get(name, mine[name])
-        if other != mine[name]:
-            differ.append(f"{name}: {other!r}")
-    for name in theirs.keys() - mine.keys():
-        differ.append(f"{name}: {theirs[name]!r}")
+    for name in (mine | theirs).keys() - FREE - {"own", "content", "code"}:
+        if theirs.get(name, mine.get(name)) != mine.get(name):
+            differ.append(f"{name}: {theirs[name]!r}")
     for part in ("own", "content"):
         for name, value in mine[part].items():
-            # A flag that an older program did not write down was off; the oldest wrote none.
-            other = theirs[part].get(name) if theirs.get(part) else value
+            # A flag that was not given may be None, empty, or not there.
+            other = theirs.get(part, mine[part]).get(name)
             if (other or None) != (value or None):
                 differ.append(f"{name}: {other if isinstance(other, int) else 'another'}")
     return sorted(differ)
 
 
-def print_of_code() -> dict[str, str]:
-    """A fingerprint of each file that makes a run what it is."""
+def print_of_code() -> str:
+    """A fingerprint of the files that make a run what it is."""
     root = Path(__file__).resolve().parent.parent
-    files = sorted(root.glob("*.py"))
-    for room in ("engine", "support", "data"):
-        files += sorted((root / room).glob("*.py"))
-    return {str(path.relative_to(root)): fingerprint(path) for path in files}
+    files = chain(*(root.glob(f"{room}*.py") for room in ("", "engine/", "support/", "data/")))
+    return fingerprint(*sorted(files))
 
 
 def print_of_model(name) -> str:
     """A fingerprint of a checkpoint: its JSON files, and pieces of its weights."""
-    parts = []
-    for path in sorted(fetch(name).iterdir()):
-        if path.suffix == ".json":
-            parts += [path.name, path]
-        elif path.suffix == ".safetensors":
-            size = path.stat().st_size
-            with path.open("rb") as f:
-                for i in range(64):
-                    f.seek(i * size // 64)
-                    parts.append(f.read(1024))
-            parts.append(str(size))
+    folder = fetch(name)
+    parts = sorted(folder.glob("*.json"))
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        parts.append(str(size))
+        with path.open("rb") as f:
+            for i in range(64):
+                f.seek(i * size // 64)
+                parts.append(f.read(1024))
     return fingerprint(*parts)
 
 
@@ -273,17 +227,3 @@ def print_of_data(source) -> str:
         return source
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return fingerprint(*files)
-
-
-def prints_of_rounds(run: Run, folder) -> dict[str, str]:
-    """{iter_1: its fingerprint, ...} of the run in another folder. UserError if there is none, or
-    if it is of another domain."""
-    if not folder:
-        return {}
-    rounds = sorted(Path(folder).glob("iter_*[0-9]"))
-    if not rounds:
-        raise UserError(f"{folder}: no checkpoint iter_1 there")
-    domain = read_settings(folder)["domain"]
-    if domain != run.cfg.domain:
-        raise UserError(f"{folder} is a run of {domain}, and this one is of {run.cfg.domain}")
-    return {path.name: print_of_model(path) for path in rounds}

@@ -21,10 +21,8 @@ def with_interval(mean, interval, form=".3f"):
 
 def mean_ci(rows):
     """(mean, half of the 95 % interval) over runs, by Student's t. rows (runs, columns)."""
-    rows = np.asarray(rows, float)
-    n = len(rows)
-    spread = rows.std(0, ddof=1) if n > 1 else np.full(rows.shape[1], np.nan)
-    return rows.mean(0), T_95.get(n, 2.26) * spread / n ** 0.5
+    mean, error = over_streams(rows)
+    return np.array(mean), T_95.get(len(rows), 2.26) * np.array(error)
 
 
 def share_changed(pairs, known):

@@ -5,7 +5,6 @@ tiktoken merges the pair whose union has the lowest rank, and in these vocabular
 need, and the list of merges is only compared. Text is always encoded as plain text: a special
 token's name inside a passage, or inside what a model wrote, stays text.
 """
-import base64
 import math
 import re
 import unicodedata
@@ -23,10 +22,6 @@ GPT2_DIGITS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"  # each
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")     # each digit alone
-LLAMA3_SPECIAL = [  # Llama-3.1's; its rank file doesn't name them
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
-    "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
 # The tokens that a chat is made of.
 TURNS = {"chatml": ["<|im_start|>", "<|im_end|>"],
          "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], None: []}
@@ -148,11 +143,6 @@ def check_merges(tok, model):
             raise ValueError(f"{word!r} has other ids by merges than by ranks")
 
 
-def read_optional(path):
-    """The content of a JSON file, or {} if it is not there."""
-    return read_object(path) if path.exists() else {}
-
-
 class Tokenizer:
     """Made with `Tokenizer.from_pretrained(folder or hub id)`.
 
@@ -187,32 +177,27 @@ class Tokenizer:
         """From a folder or hub id. UserError if there is no tokenizer, or one of another kind."""
         folder = fetch(name_or_path)
         path = folder / "tokenizer_config.json"
-        settings = read_optional(path)
+        settings = read_object(path, {})
         # Newer files hold all tokens; in older folders the other file goes before them.
         if "added_tokens_decoder" not in settings:
-            settings |= read_optional(folder / "special_tokens_map.json")
+            settings |= read_object(folder / "special_tokens_map.json", {})
         end = settings.get("eos_token")
         end = end.get("content") if isinstance(end, dict) else end
         if end is not None and not isinstance(end, str):
             raise UserError(f"{path}: eos_token must be the text of a token, not {end!r:.80}")
         path = folder / "tokenizer.json"
         try:
-            if path.exists():
-                tok = cls.from_tokenizer_json(path, end)
-            elif (path := folder / "tokenizer.model").exists():
-                tok = cls.from_ranks(path)
-            else:
-                raise UserError(f"{folder}: neither tokenizer.json nor tokenizer.model is there")
+            tok = cls.from_tokenizer_json(path, end)
         except (ValueError, TypeError, LookupError, AttributeError, OSError) as e:
             raise UserError(f"{path}: no byte-level BPE vocabulary ({e!r:.160}); SentencePiece is "
                             "not implemented") from None
 
         # What ends a text: the tokenizer's own end, and the ids that the model's files name.
-        config = read_optional(folder / "config.json")
+        config = read_object(folder / "config.json", {})
         vocab_size = number(config, folder / "config.json", "vocab_size", tok.size)
         tok.stop = {tok.special.get(end)}
         for file in (folder / "config.json", folder / "generation_config.json"):
-            ids = read_optional(file).get("eos_token_id")
+            ids = read_object(file, {}).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             if not all(i is None or type(i) is int and 0 <= i < vocab_size for i in ids):
                 raise UserError(f"{file}: eos_token_id must be ids < {vocab_size}, not {ids!r:.80}")
@@ -254,19 +239,6 @@ class Tokenizer:
         tok.bytes |= {special[word]: word.encode() for word in words}
         check_merges(tok, spec["model"])
         tok.bos = first_token(spec.get("post_processor"), special, end)
-        return tok
-
-    @classmethod
-    def from_ranks(cls, path):
-        """Llama-3's own file: base64 and rank on each line."""
-        ranks = {}
-        for line in path.read_bytes().split(b"\n"):
-            if line.strip():
-                token, rank = line.split()
-                ranks[base64.b64decode(token)] = int(rank)
-        special = {text: len(ranks) + i for i, text in enumerate(LLAMA3_SPECIAL)}
-        tok = cls(ranks, LLAMA3, special)
-        tok.bos = special[LLAMA3_SPECIAL[0]]
         return tok
 
     def encode(self, text):
@@ -311,18 +283,18 @@ class Tokenizer:
         """(role, text) turns and the opening of the assistant's; no system prompt is added."""
         s, encode = self.special, self.encode
         ids = [] if self.bos is None else [self.bos]
-        for role, text in turns:
+        # The assistant's turn has no text yet, and stays open.
+        for role, text in [*turns, ("assistant", None)]:
             if self.template == "llama3":
                 ids += [s["<|start_header_id|>"], *encode(role), s["<|end_header_id|>"]]
-                ids += [*encode("\n\n"), *encode(text.strip()), s["<|eot_id|>"]]
+                ids += encode("\n\n")
+                if text is not None:
+                    ids += [*encode(text.strip()), s["<|eot_id|>"]]
             else:
-                ids += [s["<|im_start|>"], *encode(f"{role}\n{text}"), s["<|im_end|>"]]
-                ids += encode("\n")
-        if self.template == "llama3":
-            ids += [s["<|start_header_id|>"], *encode("assistant"), s["<|end_header_id|>"]]
-            return ids + encode("\n\n")
-        ids += [s["<|im_start|>"], *encode("assistant\n")]
-        if self.no_think:
+                ids += [s["<|im_start|>"], *encode(f"{role}\n{text or ''}")]
+                if text is not None:
+                    ids += [s["<|im_end|>"], *encode("\n")]
+        if self.no_think and self.template == "chatml":
             ids += [s["<think>"], *encode("\n\n"), s["</think>"], *encode("\n\n")]
         return ids
 

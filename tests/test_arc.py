@@ -535,7 +535,7 @@ def test_a_run_on_puzzles_of_which_some_are_solved_always_the_others_never(
 
     # What is reported. Of two held-out puzzles with two self-edits each, the first can be read.
     first = run.metrics.records[0]
-    text = outer_loop.summary(run, held_out)
+    text = outer_loop.summary(run)
     assert [arm["name"] for arm in first["baselines"]] == ["un-adapted", "oracle"]
     assert first["made_of"]["lr 0.003"] == 1 / 2
     assert "oracle" in text

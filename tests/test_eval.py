@@ -245,7 +245,7 @@ def test_continual_edits_are_trained_by_the_inner_loops_flags(flags, monkeypatch
 
 @pytest.mark.parametrize("words, message", [
     ("continual FLAGS --length 7", "--length 7: there are 6 passages"),
-    ("single FLAGS --run FOLDER", "no checkpoint iter_1 there"),
+    ("single FLAGS --run FOLDER", "config.json is missing"),
     ("arc FLAGS", "for passages: python eval.py single"),
     *((f"{name} --preset tiny-arc --run-dir FOLDER --device cpu", "for puzzles: python eval.py arc")
       for name in ("single", "cpt", "continual"))])

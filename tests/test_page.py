@@ -99,11 +99,14 @@ def test_what_a_reader_sees(tmp_path):
     records = rounds()
     records[2]["right"] = [[True, True]]
     records[-1]["weight"] = 1.0
-    found, text = a_run(tmp_path, records, MEASURED, tasks=7)
+    found, text = a_run(tmp_path, records, MEASURED, tasks=7, command=[
+        "/usr/bin/python", "outer_loop.py", "--tasks", "7", "--model=/home/ann/a model"])
     words = " ".join(" ".join(found.words).split())
     for shown in ("it answers 0.75", "all questions 0.50 → 0.75", "reversed questions 0.25 → 0.25",
                   "passage only: 0.38", "44 %", "reads 7 passages", "plain: 75 % → 75 %",
-                  "edit 1 of task 1 at 0", "--tasks 7", "✓ right", "✗ wrong", "before training"):
+                  "edit 1 of task 1 at 0",
+                  "python outer_loop.py --tasks 7 '--model=a model'", "✓ right", "✗ wrong",
+                  "before training"):
         assert shown in words
     # Of the training tasks that with the largest spread, with its passage, its winner first.
     rivals = words[words.index("Two rivals"):words.index("What self-edits are made of")]
@@ -205,12 +208,10 @@ def test_no_records_of_a_run(tmp_path, damage):
 def test_what_eval_writes(tmp_path):
     write_lines(tmp_path / "continual.jsonl", [{"edit": 0, "accuracy": [[0.0, 0.5], [0.0, 0.0]]},
                                                {"edit": 1, "accuracy": [[1.0], [0.5]]}])
-    command = ["eval.py", "single", "--run", "a b"]
-    (tmp_path / "single.json").write_text(json.dumps({"command": command}))
     (tmp_path / '0_"x".svg').write_text("<svg><script>alert(1)</script></svg>")
     found, _ = a_run(tmp_path, program="eval continual")
     words = " ".join(found.words)
-    assert "python eval.py single --run 'a b'" in words and "0.75" in words
+    assert "passage 2" in words and "0.75" in words
     assert "How it was trained" not in words
     assert found.kinds.count("img") == 1 and "script" not in found.kinds
 

@@ -112,10 +112,9 @@ def test_a_killed_rank_ends_the_run_in_seconds_and_it_resumes(argv, launch, tmp_
     begin = time.time()
     os.kill(int(ranks.stdout.split()[1]), signal.SIGKILL)
 
-    _, err = process.communicate(timeout=60)
+    process.communicate(timeout=60)
 
     assert time.time() - begin < 15
     assert process.returncode != 0
-    assert sum("the same command resumes" in line for line in err.splitlines()) >= 1
     finished(launch(2, in_folder(argv, folder)))
     assert_same(folder, tmp_path / "one")
