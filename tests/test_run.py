@@ -4,13 +4,11 @@ import dataclasses
 import gc
 import json
 import os
-import random
 import re
 import resource
 import shutil
 import signal
 import sys
-import time
 import weakref
 from itertools import chain
 from pathlib import Path
@@ -67,7 +65,6 @@ ARC = dict(
 
 @pytest.mark.parametrize("words, values", [
     (["knowledge", *NEEDED], KNOWLEDGE), (["arc", "--model", "m"], ARC),
-    # Padded rows, no stop at newlines.
     (["official", *NEEDED], KNOWLEDGE | {"pad_to": 2048, "stop": "eos"}),
     (["cpt-v1", *NEEDED], KNOWLEDGE | {"inner_epochs": 3, "inner_batch": 8})])
 def test_a_preset_holds_the_papers_values(words, values):
@@ -97,9 +94,7 @@ def test_a_flag_beats_its_preset_and_a_switch_can_be_turned_off():
 
 @pytest.mark.parametrize("words, message", [
     ("--judge x", "--judge 'x': choose among rule, gist, substring, model, openai"),
-    ("--dtype int4", "--dtype 'int4': choose among float32, bfloat16, float64"),
     ("--inner-targets w_proj", "--inner-targets 'w_proj': choose among q_proj"),
-    ("--prompt p", "--prompt 'p': choose among implications"),
     ("--tasks 0", "--tasks 0: must be 1 or more"),
     ("--clip -1", "--clip -1.0: must be more than 0"),
     ("--model=", "--model is missing (-h explains)"),
@@ -113,10 +108,8 @@ def test_a_flag_beats_its_preset_and_a_switch_can_be_turned_off():
     ("--update grpo --edits 1", "--update grpo: with --edits 1 nothing is ever learned"),
     ("--prompt none --prompt-file nowhere.txt", "--prompt and --prompt-file: only one"),
     ("--prompt-file pytest.ini", "--prompt-file pytest.ini: there is no {context} in it"),
-    ("--temperature -1", "--temperature -1.0: must be 0 or more, at most 100"),
     ("--temperature nan", "--temperature nan: must be 0 or more, at most 100"),
-    ("--tasks 1" + "0" * 400, "--tasks 1"),
-    ("--train-data nowhere.json", "nowhere.json is missing")])
+    ("--tasks 1" + "0" * 400, "--tasks 1")])
 def test_a_bad_flag_is_one_line_that_names_it(words, message, argv):
     with pytest.raises(SystemExit) as ended:
         cli(lambda: call(outer_loop, *argv, *words.split()))
@@ -147,7 +140,6 @@ def test_help_shows_every_field_with_its_comment_and_its_default(monkeypatch, ca
         value = name.replace("--", ", --no-") if field.type is bool else r" [A-Z]+( \[.*?\])?"
         assert re.search(rf" {name}{value} (?!--)\w", shown), name
     assert "--inner-rank INT LoRA's rank (1 or more, at most 4096; default: 32)" in shown
-    assert "--inner-targets NAME [NAME ...] adapted layers (default: q_proj v_proj)" in shown
 
 
 # Every value differs from its default.
@@ -200,7 +192,6 @@ def test_a_rollout_is_a_self_edit_as_it_was_sampled_and_what_came_of_it(whole):
         place = r["iteration"], r["split"], r["task"], r["edit"]
         assert (r["text"], r["token_ids"]) == sampled[place]
         assert whole.tok.decode(r["token_ids"]).strip() == r["text"]
-        # An entry for each seed; the reward is the mean of the judge's verdicts on the answers.
         seeds = 2 if r["split"] == "train" else 1
         verdicts = [[is_even(answer) for answer in answers] for answers in r["answers"]]
         assert len(r["answers"]) == len(r["losses"]) == seeds
@@ -208,6 +199,13 @@ def test_a_rollout_is_a_self_edit_as_it_was_sampled_and_what_came_of_it(whole):
         assert r["reward"] == pytest.approx(sum(chain(*verdicts)) / (2 * seeds))
         assert r["replies"] == 2 * seeds    # two questions each
         assert 0 <= r["cut"] <= r["replies"]
+        assert ("weight" in r) == (r["split"] == "train")
+    # In the M-step the best self-edit of each task weighs 1, and the other two 0.
+    for t in range(2):
+        for task in range(2):
+            own = [r for r in whole.rollouts.of(t, "train") if r["task"] == task]
+            best = max(own, key=lambda r: (r["documents"] > 0, r["reward"]))
+            assert [r["weight"] for r in own] == [float(r is best) for r in own]
 
 
 def test_un_adapted_accuracies_are_those_of_the_model_as_it_is(whole):
@@ -221,18 +219,7 @@ def test_un_adapted_accuracies_are_those_of_the_model_as_it_is(whole):
     assert len({r["unadapted"] for r in found}) > 1
 
 
-def test_the_weight_of_the_m_step_stands_in_each_rollout(whole):
-    """1 for the best self-edit of each task, which is learned, and 0 for the other two."""
-    for t in range(2):
-        for task in range(2):
-            own = [r for r in whole.rollouts.of(t, "train") if r["task"] == task]
-            best = max(own, key=lambda r: (r["documents"] > 0, r["reward"]))
-            assert [r["weight"] for r in own] == [float(r is best) for r in own]
-    assert all("weight" not in r for r in whole.rollouts.records if r["split"] == "eval")
-
-
 def test_one_model_is_held_at_a_time(argv, whole, monkeypatch):
-    """The weights that a run holds are given up before others are read."""
     run = open_run(parse(argv))
     former = weakref.ref(run.load(0))
     assert run.load(0) is former()
@@ -266,7 +253,6 @@ def test_rewording_an_arm_s_name_changes_no_draw(argv):
 
 
 def test_no_draw_depends_on_how_many_there_are(argv, tmp_path, varied_rewards):
-    """A run with more self-edits has the same first ones, and the same rewards for them."""
     def first_round(n):
         words = ["--iterations", "1", "--edits", n, "--run-dir", tmp_path / f"of {n}"]
         found = {}
@@ -386,7 +372,6 @@ def test_another_program_and_other_settings_or_files_are_refused(argv, begun):
 
 def test_a_moved_run_resumes_and_data_and_model_are_known_by_their_content(
         argv, begun, tmp_path, tiny_folder, passages):
-    """Moved they are the same; changed at their place they are others."""
     train_data = shutil.copy(passages, tmp_path / "train.json")
     eval_data = shutil.copy(passages, tmp_path / "eval.json")
     model = shutil.copytree(tiny_folder, tmp_path / "moved")
@@ -405,32 +390,10 @@ def test_a_moved_run_resumes_and_data_and_model_are_known_by_their_content(
 
 
 def test_a_mistaken_first_command_blocks_nothing(argv):
-    """Until something is computed, a folder is nobody's."""
     with pytest.raises(UserError, match="typo.json is missing"):
         run_it([*argv, "--eval-data", "typo.json"])
     settled([*argv, "--seed", "5"])
     settled(argv)
-
-
-@pytest.mark.parametrize("name, line, problem", [
-    ("edits.jsonl", "{", "line 2"), ("edits.jsonl", "", "line 2"),
-    ("edits.jsonl", '{"iteration": 0, "split": "eval", "task": 0, "edit": 0, "text": "", '
-                    '"token_ids": []}', "a second one"),
-    ("rollouts.jsonl", '{"iteration": 0}', "'split'"), ("metrics.jsonl", "null", "line 1"),
-    ("metrics.jsonl", '{"iteration": 0, "eval_reward": null}', "line 1")])
-def test_a_damaged_record_is_named_by_file_and_line(name, line, problem, argv, begun):
-    with (begun / name).open("a") as f:
-        f.write(line + "\n")
-    with pytest.raises(UserError, match=rf"{name}, line \d.*restore it, or delete") as stopped:
-        open_run(parse(argv))
-    assert problem in str(stopped.value)
-
-
-@pytest.mark.parametrize("text", ["[]", "null", "{", "\x00"])
-def test_a_damaged_config_is_one_line(text, argv, begun):
-    (begun / "config.json").write_text(text)
-    with pytest.raises(UserError, match="config.json: not"):
-        settled(argv)
 
 
 # ------------------------------------------------------------------------------- tasks
@@ -521,13 +484,6 @@ def die_at(n, folder):
     return lambda: sys.addaudithook(hook)
 
 
-def die_within(seconds):
-    def later():
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-    return later
-
-
 def small_files(size):
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -543,20 +499,13 @@ def hurt_runs(kind, *argv):
     judges.RULES["rule"] = each(even_length)
     hurt = Path(argv[argv.index("--run-dir") + 1])
     whole = hurt.with_name("whole")
-    begin = time.time()
     assert run_in_child(argv, whole, int) == 0
-    took = time.time() - begin
-    rng = random.Random(0)
     attempts = {"operations": (die_at(n, hurt) for n in range(1, 1000)),
-                "moments": (die_within(rng.uniform(0.05, took)) for _ in range(25)),
                 "disk": map(small_files, (0, 500, 2000, 5000, 20000, 60000, 150000))}
     ended = []
     for attempt in attempts[kind]:
         shutil.rmtree(hurt, ignore_errors=True)
-        begin = time.time()
         ended.append(run_in_child(argv, hurt, attempt))
-        if ended[-1] == 0:
-            took = time.time() - begin      # the machine is less busy now
         if ended[-1] == 0 and kind == "operations":
             break               # there were fewer operations
         assert run_in_child(argv, hurt, int) == 0
@@ -567,8 +516,8 @@ def hurt_runs(kind, *argv):
 # At least so many end in this way.
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, least, status", [
-    ("operations", 25, -signal.SIGKILL), ("moments", 16, -signal.SIGKILL), ("disk", 5, 1)])
-def test_a_kill_at_any_moment_or_a_full_disk_loses_nothing(kind, least, status, argv):
+    ("operations", 25, -signal.SIGKILL), ("disk", 5, 1)])
+def test_a_kill_before_any_write_or_a_full_disk_loses_nothing(kind, least, status, argv):
     program = "import sys; from tests.test_run import hurt_runs; hurt_runs(*sys.argv[1:])"
     done = python("-c", program, kind, *argv)
     ended = json.loads(done.stdout.strip().splitlines()[-1])
@@ -666,23 +615,24 @@ def damaged_lines(records, kind):
 
 
 @pytest.mark.parametrize("name", ["edits", "rollouts", "metrics"])
-def test_a_record_with_a_field_gone_or_of_another_kind_is_named(name, whole, tmp_path):
-    cases = list(damaged_lines(getattr(whole, name).records, FIELDS[name]))
+def test_a_damaged_record_is_named_by_file_and_line(name, whole, tmp_path):
+    path, kind = tmp_path / f"{name}.jsonl", Lines if name == "metrics" else Records
+    records = getattr(whole, name).records
+    cases = list(damaged_lines(records, FIELDS[name]))
     assert len(cases) > 40
-    kind = Lines if name == "metrics" else Records
+    cases += [("no JSON", "{\n"), ("an empty line", "\n" + as_lines(records)), ("null", "null\n")]
+    if name == "rollouts":
+        one = next(r for r in records if r["right"])
+        for damage in ({"right": [[True]] * 2}, {"answers": []}, {"gold": ["a"]}, {"losses": []}):
+            cases.append(("its answers do not fit its questions", as_lines([one | damage])))
     for what, text in cases:
-        (tmp_path / f"{name}.jsonl").write_text(text)
+        path.write_text(text)
         with pytest.raises(UserError, match=f"{name}.jsonl, line 1: not a record of a run"):
-            kind(tmp_path / f"{name}.jsonl")
+            kind(path)
             print(what)     # it was read
-
-
-def test_answers_that_do_not_fit_their_questions_are_named(whole, tmp_path):
-    record = next(r for r in whole.rollouts.records if r["right"])
-    for damage in ({"right": [[True]] * 2}, {"answers": []}, {"gold": ["a"]}, {"losses": []}):
-        (tmp_path / "rollouts.jsonl").write_text(as_lines([record | damage]))
-        with pytest.raises(UserError, match="its answers do not fit its questions"):
-            Records(tmp_path / "rollouts.jsonl")
+    path.write_text(as_lines([*records, records[0]]))
+    with pytest.raises(UserError, match=rf"{name}.jsonl, line {len(records) + 1}: .*restore it"):
+        kind(path)
 
 
 def other_lines(lines):
@@ -722,13 +672,14 @@ def test_lines_that_are_gone_or_there_twice_are_said_or_made_again(name, whole, 
     assert ("the last is gone" in said) == (name == "rollouts")
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)] + ["own", "content"])
-def test_settings_of_another_kind_are_said(name, tmp_path):
-    config = dataclasses.asdict(Config())
-    for value in (None, 10 ** 400, {"a": 1}, "\ud800"):
-        if name == "own" and isinstance(value, dict):
-            continue
-        (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+def test_damaged_settings_are_one_line(tmp_path):
+    texts, config = ["[]", "null", "{", "\x00"], dataclasses.asdict(Config())
+    for name in (*config, "own", "content"):
+        for value in (None, 10 ** 400, {"a": 1}, "\ud800"):
+            if name != "own" or not isinstance(value, dict):
+                texts.append(json.dumps(config | {name: value}))
+    for text in texts:
+        (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match="config.json: not") as stopped:
             read_settings(tmp_path)
         assert "\n" not in str(stopped.value)
