@@ -14,9 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import judges as rules
 from data import tinyworld as world
-from data.judges import each
 from data.tasks import load_tasks
 from engine.train import sft
 from inner_loop import TINY, make_job
@@ -30,12 +28,11 @@ from lab.tiny import RECIPE, SETTINGS
 from lora import Adapters, Job, sft_one
 from model import load_pretrained
 from outer_loop import m_step
-from selfedit import SelfEdit, read_self_edit
+from selfedit import SelfEdit, read_self_edit, seed_for
 from support.checkpoint import EMBEDDED
 from support.config import PRESETS, Config
 from support.files import UserError
-from tests.helpers import SMALL, even_length, open_run, read_lines, run_it, run_rest_em
-from tests.test_lab import call, write_lines
+from tests.helpers import call, open_run, read_lines, run_rest_em, write_lines
 
 FEW = dict(tasks=2, edits=4, eval_tasks=2, eval_edits=1, iterations=1, inner_epochs=4,
            outer_epochs=2, max_edit_tokens=48)
@@ -75,26 +72,22 @@ def task(towns):
     return towns[0]
 
 
-@pytest.fixture()
-def town(task):
-    """The same as a town of the world."""
+def as_town(task):
     return world.Town(*world.read_passage(task.context[0]), [])
 
 
 @pytest.fixture()
-def ask_twice(tmp_path, monkeypatch, capsys):
+def ask_twice(tmp_path, monkeypatch):
     """Asks a question, draws if it can, and asks once more with nothing left to measure: its lines
     and what it shows."""
     def ask(program, measure, *words):
         pytest.importorskip("matplotlib")
         out, svg = tmp_path / "out.jsonl", tmp_path / "figure.svg"
         figure = ["--svg", svg] if hasattr(program, "draw") else []
-        call(program, *words, "--out", out, *figure)
-        first = capsys.readouterr().out
+        first = call(program, *words, "--out", out, *figure)
         with monkeypatch.context() as patch:
             patch.setattr(program, measure, None)
-            call(program, *words, "--out", out)
-        shown = capsys.readouterr().out
+            shown = call(program, *words, "--out", out)
         assert shown in first and shown.count("|") > 6
         if figure:
             assert ElementTree.parse(svg).getroot().tag.endswith("svg")
@@ -131,7 +124,8 @@ def test_where_curves_cross_by_hand():
     assert crossings(ks, [([0, 0, 0, 0], [.5])]) == "in none of 1"
 
 
-def test_writers_that_know_the_world(task, town):
+def test_writers_that_know_the_world(task):
+    town = as_town(task)
     passage = task.context[0]
 
     def covered(lines):
@@ -199,8 +193,8 @@ def test_auc_by_hand():
     assert credit.auc(np.array([[.5, .4], [.5, .9]]), stated) == pytest.approx(1.5 / 3)
 
 
-def test_subsets_are_learned_in_their_places(model, words, task, town):
-    edit = read_self_edit(task, "\n".join(tiny.best_notes(town, random.Random(0))[:2]))
+def test_subsets_are_learned_in_their_places(model, words, task):
+    edit = read_self_edit(task, "\n".join(tiny.best_notes(as_town(task), random.Random(0))[:2]))
     design = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]])
     adapters = credit.learn(model, words, edit, design, seed=4)
     assert not adapters.flat[[0, 3]].any()
@@ -259,26 +253,19 @@ def learn(model, words, towns, epochs, layers=4):
     return trained.weights
 
 
-def test_an_adapter_of_the_last_layer_changes_no_others(model, words, towns):
+def test_an_adapter_of_the_last_layer_is_merged_by_half(model, words, towns):
     before = {name: p.clone() for name, p in model.named_parameters()}
     weights = learn(model, words, towns, epochs=1, layers=1)
-    Adapters.stack(model, TINY.lora, [weights]).merge(0)
-    changed = {name for name, p in model.named_parameters() if not p.equal(before[name])}
-    assert len(changed) == 7
-    assert all(name.startswith("model.layers.3.") for name in changed)
-
-
-def test_half_a_merge_changes_the_weights_by_half(model, words, towns):
-    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
-    before = weight.clone()
-    weights = learn(model, words, towns, epochs=1)
-
     changes = []
     for scale in (1, .5):
         Adapters.stack(model, TINY.lora, [scaled(weights, scale)]).merge(0)
-        changes.append(weight - before)
-        weight.data.copy_(before)
-
+        changed = {name for name, p in model.named_parameters() if not p.equal(before[name])}
+        assert len(changed) == 7
+        assert all(name.startswith("model.layers.3.") for name in changed)
+        weight = model.get_parameter("model.layers.3.mlp.up_proj.weight")
+        changes.append(weight - before["model.layers.3.mlp.up_proj.weight"])
+        for name, p in model.named_parameters():
+            p.data.copy_(before[name])
     assert changes[0].abs().max() > 1e-3
     torch.testing.assert_close(changes[1], changes[0] / 2, atol=1e-6, rtol=0)
 
@@ -345,7 +332,6 @@ def test_a_gate_takes_the_scale_with_the_least_loss(model, words, towns):
 
 @pytest.mark.slow
 def test_a_stream_is_learned_and_forgotten(finished_run, monkeypatch, ask_twice):
-    """Three arms, on four towns."""
     monkeypatch.setattr(forgetting, "LENGTH", 4)
     monkeypatch.setattr(forgetting, "ARMS", {
         "plain merge": Arm(), "own replay": Arm(replay=8), "kept replay": Arm(replay=8, kept=True)})
@@ -365,18 +351,17 @@ def test_a_stream_is_learned_and_forgotten(finished_run, monkeypatch, ask_twice)
     assert f"| plain merge | {np.mean(plain['just after']):.3f} |" in shown
 
 
-def test_a_table_and_a_figure_by_hand(finished_run, tmp_path, capsys):
+def test_a_table_and_a_figure_by_hand(finished_run, tmp_path):
     pytest.importorskip("matplotlib")
     line = {"arm": "half", "just after": [.5] * 4, "scale": .5, "trained": 100, "written": 0}
     write_lines(tmp_path / "f.jsonl", [line | {"seed": 7, "at the end": [.2] * 4},
                                        line | {"seed": 8, "at the end": [.4] * 4}])
 
-    call(forgetting, finished_run, "--out", tmp_path / "f.jsonl", "--arms", "half", "--svg",
-         tmp_path / "f.svg")
+    out = call(forgetting, finished_run, "--out", tmp_path / "f.jsonl", "--arms", "half", "--svg",
+               tmp_path / "f.svg")
 
     # Student's t for two values is 12.71; the error of .2 and .4 is .1.
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "| half | 0.500 ±0.000 | 0.300 ±1.271 | 0.50 | 100 | 0 |"
+    assert out.splitlines()[-1] == "| half | 0.500 ±0.000 | 0.300 ±1.271 | 0.50 | 100 | 0 |"
     assert ElementTree.parse(tmp_path / "f.svg").getroot().tag.endswith("svg")
 
 
@@ -418,22 +403,9 @@ def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(
         call(retention_reward, *words, "--out", tmp_path / "out.jsonl")
 
 
-def test_the_table_of_lambdas_by_hand(capsys):
-    records = []
-    for seed, last in ((0, .2), (1, .4)):
-        records.append({"lambda": .5, "seed": seed, "learned": [.6, .8], "lost": [.5, last],
-                        "known": [.9, .9], "tokens": [70, 80],
-                        "made of": [{"copy": 1.0}, {"copy": .4, "rare": .01}]})
-    retention_reward.show({.5: records})
-    *_, first, last = capsys.readouterr().out.splitlines()
-    assert first == "| 0.5 | 0 | 0.600 ±0.000 | 0.500 ±0.000 | 0.100 ±0.000 | copy 100% |"
-    assert last == "| 0.5 | 1 | 0.800 ±0.000 | 0.300 ±1.271 | 0.500 ±1.271 | copy 40% |"
-
-
 # ------------------------------------------------------------------------------- objective
 
 def test_plain_text_is_learned_as_ever(model, words, towns):
-    """The targets that are the tokens themselves: sft_one's own loss, and so its weights."""
     town = towns[0]
     documents = ["The river Verier flows through it.", town.context[0]]
     recipe = replace(RECIPE, epochs=3, batch=10)
@@ -494,46 +466,33 @@ def test_texts_and_objectives_make_a_table(finished_run, ask_twice):
 
 
 def test_the_best_of_two_self_edits_is_learned(monkeypatch, towns):
-    written = []
-
-    def write_all(model, tok, asked, seed):
-        written.append((model, asked, seed))
-        return [f"edit {len(written)}"]
-
-    monkeypatch.setattr(forgetting, "write_all", write_all)
-    monkeypatch.setattr(forgetting, "score", lambda model, tok, asked, edits, seed: [.2, .4])
+    monkeypatch.setattr(forgetting, "write_all", lambda writer, tok, town, seed: [(writer, seed)])
+    monkeypatch.setattr(forgetting, "score", lambda model, tok, town, edits, seed: [.2, .4])
     stream = SimpleNamespace(model="now", tok=None, towns=towns, edits=["an earlier one"], seed=0)
-
     once = forgetting.next_edit(Arm(), stream, "writer")
     best = forgetting.next_edit(Arm(tries=2), stream, "writer")
-
-    assert once == "edit 1" and best == "edit 3"
-    # The next town, by this writer; the first of two is what would have been written alone.
-    assert [asked for _, asked, _ in written] == [[towns[1]]] * 3
-    assert {model for model, _, _ in written} == {"writer"}
-    assert written[0][2] == written[1][2] != written[2][2]
+    # The first of two is what would have been written alone.
+    assert once == ("writer", seed_for(0, 1, 0)) and best == ("writer", seed_for(0, 1, 1))
 
 
 @pytest.mark.parametrize("frozen, writer", [(False, "now"), (True, "before")])
 def test_who_writes_and_who_learns(frozen, writer, monkeypatch):
-    loaded = iter([("before", None), ("now", None)])
-    monkeypatch.setattr(forgetting, "load", lambda t, folder: next(loaded))
-    monkeypatch.setattr(forgetting, "STUDIES", {"arm": Arm(frozen=frozen)})
-    monkeypatch.setattr(forgetting, "LENGTH", 1)
-    monkeypatch.setattr(forgetting, "WHEN", (0, 1))
-    monkeypatch.setattr(forgetting, "write_all",
-                        lambda model, tok, towns, seed: [model] * len(towns))
-    learned = []
-    monkeypatch.setattr(forgetting, "learn_town",
-                        lambda stream, arm, k: learned.extend(stream.edits))
+    """Here an edit is its writer."""
+    loaded, learned = iter([("before", None), ("now", None)]), []
     worth = {("now", "now"): 1, ("before", "now"): 2, ("now", "before"): 3}
-    monkeypatch.setattr(forgetting, "score", lambda model, tok, towns, edits, seed:
-                        [worth[model, edit] for edit in edits])
+    fakes = {
+        "LENGTH": 1, "WHEN": (0, 1), "STUDIES": {"arm": Arm(frozen=frozen)},
+        "load": lambda t, folder: next(loaded),
+        "write_all": lambda model, tok, towns, seed: [model] * len(towns),
+        "learn_town": lambda stream, arm, k: learned.extend(stream.edits),
+        "score": lambda model, tok, towns, edits, seed: [worth[model, edit] for edit in edits]}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(forgetting, name, fake)
 
     found = forgetting.probe("arm", 0, {0: "folder"})
 
     assert learned == [writer]
-    # Who writes, who learns, at both times: here the learner is the model, an edit its writer.
+    # Who writes, who learns, at both times.
     assert found == {"now, now": [1, 1], "now, before": [2, 2], "before, now": [3, 3]}
 
 
@@ -686,7 +645,7 @@ def test_an_inner_loop_does_not_judge_what_it_chose():
     assert by_loop == pytest.approx([(.25 + 5 * .5) / 6])
 
 
-def test_lines_that_are_there_are_not_measured_again(tmp_path, monkeypatch, capsys):
+def test_lines_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
     out, rng = tmp_path / "out.jsonl", np.random.default_rng(0)
     whole = rng.random((3, 4, 6))
     lines = [{"part": "learning", "seed": 1},
@@ -705,23 +664,18 @@ def test_lines_that_are_there_are_not_measured_again(tmp_path, monkeypatch, caps
     monkeypatch.setattr("lab.experiment.bootstrap_ci", lambda values: [min(values), max(values)])
     command = [choosing, "--scores", "--out", out, "--seeds", 1]
 
-    call(*command)
-    first = capsys.readouterr().out
-    call(*command)
+    first = call(*command)
 
-    assert asked == [1] and first.endswith("scores, 1: 0 s\n" + capsys.readouterr().out)
+    assert first.endswith("scores, 1: 0 s\n" + call(*command)) and asked == [1]
     assert "3 towns, 4 self-edits each" in first and f"| {whole.mean():.3f} |" in first
 
 
 @pytest.mark.slow
-def test_the_self_edits_of_a_run_are_scored(tiny_folder, passages, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(rules.RULES, "rule", each(even_length))
-    flags = ["--model", tiny_folder, "--train-data", passages, "--eval-data", passages,
-             *SMALL.split(), "--iterations", "1", "--run-dir", tmp_path / "run"]
-    rollouts = [r for r in run_it(flags).rollouts.records if r["split"] == "train"]
-    command = [choosing, "--run", tmp_path / "run", "--out", tmp_path / "out.jsonl"]
+def test_the_self_edits_of_a_run_are_scored(whole, tmp_path, monkeypatch):
+    rollouts = whole.rollouts.of(0, "train")
+    command = [choosing, "--run", whole.folder, "--out", tmp_path / "out.jsonl"]
 
-    call(*command)
+    assert "\n| cosine | " in call(*command)
 
     lines = read_lines(tmp_path / "out.jsonl")
     assert [line["task"] for line in lines] == [0, 1]
@@ -732,7 +686,6 @@ def test_the_self_edits_of_a_run_are_scored(tiny_folder, passages, tmp_path, mon
             assert line["documents"][j] == r["documents"]
             # The sizes of gradients do not count in a cosine, its sign is that of the product.
             assert line["product"][j] * line["cosine"][j] >= 0 and abs(line["cosine"][j]) <= 1
-    assert "\n| cosine | " in capsys.readouterr().out
     # What is known is not measured again.
     monkeypatch.setattr(choosing, "products", None)
     call(*command)
@@ -762,8 +715,7 @@ def test_an_entry_may_not_change_the_task(word, tmp_path):
         call(speedrun, "--name", "a", "--out", tmp_path / "s.jsonl", word, "1")
 
 
-def test_only_what_is_missing_is_run_and_other_flags_are_another_entry(
-        tmp_path, monkeypatch, capsys):
+def test_only_what_is_missing_is_run_and_other_flags_are_another_entry(tmp_path, monkeypatch):
     out = tmp_path / "s.jsonl"
     write_lines(out, [entry("a", s, [0.8], [9.0]) for s in (0, 1, 3, 4)])
     measured = []
@@ -776,9 +728,9 @@ def test_only_what_is_missing_is_run_and_other_flags_are_another_entry(
 
     call(speedrun, "--name", "a", "--out", out, "--iterations", "2")
     assert measured == [(["--iterations", "2"], 2)]
-    call(speedrun, "--name", "a", "--out", out, "--iterations", "3")
+    shown = call(speedrun, "--name", "a", "--out", out, "--iterations", "3")
     assert measured[1:] == [(["--iterations", "3"], seed) for seed in range(5)]
-    assert capsys.readouterr().out.splitlines()[-1].startswith("| 9 | a | --iterations 3 | 5 of 5")
+    assert shown.splitlines()[-1].startswith("| 9 | a | --iterations 3 | 5 of 5")
 
 
 @pytest.mark.slow
@@ -827,16 +779,6 @@ def test_the_student_is_what_is_rewarded_and_the_teacher_what_is_trained(few, mo
     assert policy is not fixed["small"] and policy is not fixed["large"]
 
 
-def test_a_student_is_held_against_seal_on_a_model_of_its_size(capsys):
-    seal = {"seed": 0, "reward": {"small": [.5, .6], "large": [.6, .7], "itself": [.5, .55]}}
-    taught = {"seed": 0, "reward": {"small": [.5, .75], "large": [.6, .8]}}
-    teacher.show({"small teaches itself (SEAL)": [seal], "large teaches small": [taught]})
-    *_, small, large = capsys.readouterr().out.splitlines()
-    assert small == "| large teaches small | small | 0.500 | 0.750 | +0.200 |"
-    # There is no SEAL of a large model here.
-    assert large == "| large teaches small | large | 0.600 | 0.800 |  |"
-
-
 # ------------------------------------------------------------------------------- update rules
 
 @pytest.mark.slow
@@ -871,32 +813,21 @@ def test_a_run_that_diverges_has_no_rewards_from_there_on(few):
     assert found["reward"][0] > 0
 
 
-def test_rates_are_tried_on_other_towns(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(update_rule, "measure", lambda line: {"reward": [.5, 100 * line["lr"]]})
-    call(update_rule, "--out", tmp_path / "out", "--tune", "1e-3", "2e-3", "--arms", "best 2 of 8",
-         "--seeds", "7")
-    found = [(r["split"], r["lr"], r["seed"]) for r in read_lines(tmp_path / "out")]
-    assert found == [("tune", 1e-3, 7), ("tune", 2e-3, 7)]
-    assert capsys.readouterr().out.splitlines()[-2:] == [
-        "best 2 of 8, outer learning rate 0.001: 0.100 (1 seeds)",
-        "best 2 of 8, outer learning rate 0.002: 0.200 (1 seeds)"]
-
-
 def rule_line(arm, seed, last, split="eval"):
     return {"split": split, "arm": arm, "lr": update_rule.RULES[arm][1], "seed": seed,
             "reward": [0.5, 0.6, last], "inner steps": 100, "outer steps": 10,
             "distinct": [80, 20]}
 
 
-def test_the_table_by_hand(tmp_path, capsys):
+def test_the_table_by_hand(tmp_path):
     records = [rule_line("grpo, K = 8", 0, 0.4), rule_line("best 2 of 8", 0, 0.7),
                rule_line("best 2 of 8", 1, 0.9), rule_line("best 2 of 8", 0, 0.1, split="tune")]
     write_lines(tmp_path / "out", records)
 
     # That seed is there already: nothing is left to do.
-    call(update_rule, "--out", tmp_path / "out", "--seeds", "0", "--arms", "grpo, K = 8")
+    out = call(update_rule, "--out", tmp_path / "out", "--seeds", "0", "--arms", "grpo, K = 8")
 
-    *_, best, by_advantage = capsys.readouterr().out.strip().splitlines()
+    *_, best, by_advantage = out.strip().splitlines()
     # Gains of .2 and .4: their deviation is .2 / sqrt 2, and Student's t for two values 12.71.
     half = 12.71 * 0.2 / math.sqrt(2) / math.sqrt(2)
     assert best == ("| best 2 of 8 | 0.004 | 0.500 -> 0.600 -> 0.800 | "
@@ -1029,27 +960,21 @@ def test_products_of_gradients_choose_without_an_inner_loop(few, monkeypatch):
     assert len(shortest) == 2 and chosen == [*shortest[0], *shortest[1]]
 
 
-def test_half_of_the_steps_are_half_of_the_epochs(few, tmp_path):
-    run, train = tiny.start(tmp_path / "run", 0)
-    task = train[0]
-    edit = SelfEdit(documents=task.context)
-    seen = []
+def test_half_of_the_steps_are_half_of_the_epochs(few, task, tmp_path, monkeypatch):
+    run, seen = tiny_run(tmp_path / "run"), []
 
     def update(model, tok, tasks, edits, seeds, recipe, *rest):
-        seen.append((recipe.epochs, seeds))
-        return []
+        seen.append((recipe.epochs, *seeds[0]))
+        return [(0, SimpleNamespace(accuracy=[0.5]))]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(race, "update_and_score", update)
-        run_rung = race.trainer(run, None, [task], [[edit]], 0)
-        with pytest.raises(KeyError):
-            run_rung([(0, 0)], Rung(1, 2, 1 / 2), 0)
-        with pytest.raises(KeyError):
-            run_rung([(0, 0)], Rung(1, 1), 2)
+    monkeypatch.setattr(race, "update_and_score", update)
+    run_rung = race.trainer(run, None, [task], [[SelfEdit(documents=task.context)]], 0)
+    run_rung([(0, 0)], Rung(1, 2, 1 / 2), 0)
+    run_rung([(0, 0)], Rung(1, 1), 2)
 
-    (short, first), (whole, later) = seen
+    (short, *first), (whole, *later) = seen
     assert (short, whole) == (2, 4)
-    assert len({*first[0], *later[0]}) == 3         # no seed a second time
+    assert len({*first, *later}) == 3           # no seed a second time
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@ by hand, and find what a simulation put in."""
 import json
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -17,7 +15,8 @@ from support import page
 from support.config import Config
 from support.files import UserError
 from support.stats import bootstrap_ci, forgetting, mean_ci, over_streams, share_changed
-from tests.helpers import call
+from tests import helpers
+from tests.helpers import ROLLOUT, call, write_lines
 
 HOSTILE = "</pre><script>alert(1)</script>\"'><img src=x onerror=alert(2)>\x00\x1b[31m\ud800&amp;"
 
@@ -46,23 +45,22 @@ class Balanced(HTMLParser):
 
 
 def rollout(t, split, task, edit, worth, **others):
-    return {"iteration": t, "split": split, "arm": "", "task": task, "edit": edit,
-            "title": f"town {task}", "reward": worth, "unadapted": 0.125,
-            "token_ids": [], "cut": 0, "replies": 2, "text": f"edit {edit} of task {task} at {t}",
-            "directives": {}, "tools": [], "documents": 1, "questions": ["Who?", "Where?"],
-            "gold": ["Ann", "Rome"],
-            "context": "Ann lives in Rome.", "kinds": ["forward", "reversed"], "forms": ["plain"],
-            "answers": [["Ann", "Bath"]], "right": [[True, False]], "losses": [[2.0, 1.0]],
-            "seconds": 0.1, "note": ""} | others
+    return ROLLOUT | {
+        "iteration": t, "split": split, "task": task, "edit": edit, "title": f"town {task}",
+        "reward": worth, "text": f"edit {edit} of task {task} at {t}", "directives": {},
+        "tools": [], "questions": ["Who?", "Where?"], "gold": ["Ann", "Rome"],
+        "context": "Ann lives in Rome.", "kinds": ["forward", "reversed"], "forms": ["plain"],
+        "answers": [["Ann", "Bath"]], "right": [[True, False]], "losses": [[2.0, 1.0]]} | others
 
 
 def measured(t, reward):
     arms = [{"name": "un-adapted", "reward": 0.125, "by_kind": {}},
             {"name": "passage only", "reward": 0.375, "by_kind": {}}]
-    return {"iteration": t, "eval_reward": reward, "eval_ci": [reward - 0.05, reward + 0.05],
-            "eval_by_kind": {"forward": reward, "reversed": 0.25}, "eval_unadapted": 0.125,
-            "eval_tasks": 2, "baselines": arms if t == 0 else [], "train_reward": None,
-            "made_of": {"plain": 0.75, "copy": 0.25, "lr 0.01": 0.4375}, "seconds": 3.0}
+    return helpers.MEASURED | {
+        "iteration": t, "eval_reward": reward, "eval_ci": [reward - 0.05, reward + 0.05],
+        "eval_by_kind": {"forward": reward, "reversed": 0.25},
+        "baselines": arms if t == 0 else [],
+        "made_of": {"plain": 0.75, "copy": 0.25, "lr 0.01": 0.4375}}
 
 
 def a_run(folder, rollouts=(), metrics=(), **settings):
@@ -76,10 +74,6 @@ def a_run(folder, rollouts=(), metrics=(), **settings):
     for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(drawing)
     return Balanced(text), text
-
-
-def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 MEASURED = [measured(0, 0.5), measured(1, 0.75)]
@@ -99,7 +93,8 @@ def test_what_a_reader_sees(tmp_path):
     records = rounds()
     records[2]["right"] = [[True, True]]
     records[-1]["weight"] = 1.0
-    found, text = a_run(tmp_path, records, MEASURED, tasks=7)
+    found, text = a_run(tmp_path, records, MEASURED, tasks=7, iterations=1)
+    assert 'd="M44.0 150.0L544.0 85.0"' in text     # a share is drawn at its height
     words = " ".join(" ".join(found.words).split())
     for shown in ("it answers 0.75", "all questions 0.50 → 0.75", "reversed questions 0.25 → 0.25",
                   "passage only: 0.38", "44 %", "reads 7 passages", "plain: 75 % → 75 %",
@@ -112,11 +107,6 @@ def test_what_a_reader_sees(tmp_path):
     assert "prefers-color-scheme: dark" in text and "script" not in found.kinds
     assert not any("http" in (value or "") for name, value in found.attributes
                    if name not in ("xmlns", "http-equiv"))
-
-
-def test_a_share_is_drawn_at_its_height(tmp_path):
-    _, text = a_run(tmp_path, rounds(), [measured(0, 0.0), measured(1, 1.0)], iterations=1)
-    assert 'd="M44.0 280.0L544.0 20.0"' in text
 
 
 def test_a_control_beside_a_run_is_drawn_with_it(tmp_path):
@@ -188,7 +178,6 @@ def test_texts_of_others_are_inert(tmp_path):
         m["made_of"] = {HOSTILE: 1.0}
         m["eval_by_kind"] = {HOSTILE: 0.5}
     metrics[0]["baselines"][0]["name"] = HOSTILE
-    # JSON in which "\ud800" is escaped is legal; config.json with it is refused by read_json.
     found, text = a_run(tmp_path, rounds(**others), metrics, model=HOSTILE[:-6])
     assert not {"script", "img"} & set(found.kinds)
     assert not any(name.startswith("on") for name, _ in found.attributes)
@@ -213,33 +202,6 @@ def test_what_eval_writes(tmp_path):
     assert "python eval.py single --run 'a b'" in words and "0.75" in words
     assert "How it was trained" not in words
     assert found.kinds.count("img") == 1 and "script" not in found.kinds
-
-
-@pytest.mark.parametrize("update, said", [
-    ("grpo", "all of them, each weighed by its advantage"), ("mine", "those that --update mine")])
-def test_what_is_learned_is_said_of_any_rule(tmp_path, update, said):
-    (tmp_path / "run").mkdir()
-    found, _ = a_run(tmp_path / "run", rounds(), MEASURED, update=update)
-    assert said in " ".join(found.words)
-
-
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [400, 1000])
-def test_a_browser_shows_the_page_whole(tmp_path, width):
-    """Nothing is wider than the window: a probe beside the page tells its width."""
-    a_run(tmp_path, rounds(), MEASURED)
-    report = tmp_path / "report.html"
-    # The page's own policy runs no script, so the probe is in a copy without it.
-    text = re.sub(r"<meta http-equiv.*?>", "", report.read_text(encoding="utf-8"))
-    probe = "<script>document.title = document.documentElement.scrollWidth</script>"
-    report.write_text(text.replace("</body>", probe + "</body>"), encoding="utf-8")
-    shown = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--disable-quic",
-         "--disable-background-networking", f"--window-size={width},900",
-         f"--user-data-dir={tmp_path / 'profile'}", report.as_uri()],
-        capture_output=True, text=True, timeout=120).stdout
-    assert int(re.search(r"<title>(\d+)", shown)[1]) <= max(width, 500)   # its least width is 500
 
 
 def test_command_line(tmp_path):
@@ -276,7 +238,6 @@ NAN = pytest.approx([math.nan, math.nan], nan_ok=True)
 
 
 @pytest.mark.parametrize("interval, rows, mean, error", [
-    # Over runs it is Student's; one run has none.
     (mean_ci, [[0.1, 1.0], [0.2, 1.0], [0.3, 1.0]], [0.2, 1],
      pytest.approx([4.30 * 0.1 / 3 ** 0.5, 0])),
     (mean_ci, [[0.1, 0.4]], [0.1, 0.4], NAN),
@@ -291,20 +252,17 @@ def test_shares_of_what_was_gained_and_lost():
     pairs = [(True, True), (True, False), (True, True), (True, True), (False, True), (False, False)]
     assert share_changed(pairs, known=True) == 1 / 4
     assert share_changed(pairs, known=False) == 1 / 2
-    # Where nothing was known no share was lost.
     assert math.isnan(share_changed([(False, True)], known=True))
 
 
 def test_forgetting_by_hand():
-    """Two streams of two passages."""
     before = [[0.0, 0.2], [0.4, 0.2]]
     after_one = [[0.6], [0.8]]
     after_two = [[0.2, 0.5], [0.4, 0.7]]
 
     found = forgetting([before, after_one, after_two])
 
-    # Per stream: before 0.1, 0.3; just after its own edit (0.6 + 0.5) / 2, (0.8 + 0.7) / 2; after
-    # the last edit 0.35, 0.55.
+    # Just after its own edit a stream has (0.6 + 0.5) / 2, (0.8 + 0.7) / 2.
     means = [mean for mean, _ in found.pop("matrix")]
     assert [x for mean in means for x in mean] == pytest.approx([0.2, 0.2, 0.7, 0.3, 0.6])
     assert {name: pytest.approx(value, abs=1e-9) for name, value in found.items()} == {
