@@ -48,13 +48,6 @@ def test_every_test_of_the_stubs_fails_and_says_why():
         assert line.endswith(f"NotImplementedError: exercise {int(number)}")
 
 
-def test_a_plain_pytest_does_not_collect_them_and_lines_are_short():
-    assert "testpaths = tests\n" in (ROOT / "pytest.ini").read_text()
-    assert not list((ROOT / "exercises").glob("test_*.py"))
-    for path in (ROOT / "exercises").glob("*.py"):
-        assert max(map(len, path.read_text().splitlines()), default=0) <= 100, path
-
-
 def with_and_without(bug, measure):
     """What is measured without the bug and with it. Nothing raises."""
     right = measure()

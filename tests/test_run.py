@@ -27,8 +27,7 @@ from lora import Adapters, Lora, PROJECTIONS, Recipe
 from model import Transformer
 from outer_loop import outer_recipe, score, unadapted
 from support.config import PRESETS, Config, flag, read_settings
-from support.files import (FIELDS, Lines, Parser, UserError, as_lines, check, cli, read_json,
-                           read_text)
+from support.files import FIELDS, Lines, UserError, as_lines, check, cli, read_json, read_text
 from support.ranks import Records
 from support.run import Run
 from tests.helpers import (assert_same, call, even_length, open_run, parse, python, read_lines,
@@ -77,8 +76,7 @@ def test_every_preset_is_a_valid_config(preset):
     cfg = parse(["--preset", preset, *(f"{flag(name)}=something" for name in missing)])
     assert vars(cfg).items() >= PRESETS[preset].items()
     assert cfg.run_dir == f"runs/{preset}"
-    if preset == "tiny":
-        assert cfg == parse([])
+    assert (cfg == parse([])) == (preset == "tiny")
 
 
 # ------------------------------------------------------------------------------- flags
@@ -215,8 +213,7 @@ def test_un_adapted_accuracies_are_those_of_the_model_as_it_is(whole):
         by_title = {task.name: accuracy for task, accuracy in zip(tasks, expected)}
         found = whole.rollouts.of(t, "train") + whole.rollouts.of(t, "eval")
         assert [r["unadapted"] for r in found] == [by_title[r["title"]] for r in found]
-    # Passages differ in iteration 2 at least; else it would not matter whose accuracy it is.
-    assert len({r["unadapted"] for r in found}) > 1
+    assert len({r["unadapted"] for r in found}) > 1     # else it would not matter whose it is
 
 
 def test_one_model_is_held_at_a_time(argv, whole, monkeypatch):
@@ -312,10 +309,7 @@ def test_a_run_that_has_ended_computes_nothing_again_but_may_be_asked_for_more(
     run = run_it([*argv, "--iterations", "2", "--verbose"])
 
     assert [m["iteration"] for m in run.metrics.records] == [0, 1, 2]
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  Town ")]
-    assert len(lines) == 6 + 2      # a line per self-edit
-    for line in lines:
-        assert re.match(r"  Town \d [01]\.[0-2]: reward \d\.\d\d \(un-adapted \d\.\d\d\), ", line)
+    assert capsys.readouterr().out.count("\n  Town ") == 6 + 2      # a line per self-edit
 
 
 # ------------------------------------------------------------------------------- whose folder
@@ -339,7 +333,7 @@ def settled(argv, program="outer_loop", **own):
 
 @pytest.fixture()
 def begun(argv):
-    """The folder of a run that has computed something; the flags of that run."""
+    """The folder of a run that has computed something."""
     run = settled(argv, edits_from=["a"])
     run.edits.add({"iteration": 0, "split": "eval", "task": 0, "edit": 0, "text": "",
                    "token_ids": []})
@@ -492,9 +486,8 @@ def small_files(size):
 
 
 def hurt_runs(kind, *argv):
-    """Hurt runs in different ways, resume each, and compare it with one that was left alone. Prints
-    the exit statuses. It has a process of its own, which forks a child for each attempt, so that
-    nothing is imported twice."""
+    """Hurt runs, resume each, and compare it with one that was left alone. Prints the exit
+    statuses. It has a process of its own, which forks a child for each attempt."""
     torch.set_num_threads(1)
     judges.RULES["rule"] = each(even_length)
     hurt = Path(argv[argv.index("--run-dir") + 1])
@@ -513,7 +506,6 @@ def hurt_runs(kind, *argv):
     print(ended)
 
 
-# At least so many end in this way.
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, least, status", [
     ("operations", 25, -signal.SIGKILL), ("disk", 5, 1)])
@@ -654,7 +646,7 @@ def own(computed):
 def test_lines_that_are_gone_or_there_twice_are_said_or_made_again(name, whole, argv, tmp_path,
                                                                   varied_rewards):
     lines = (whole.folder / f"{name}.jsonl").read_text().splitlines(keepends=True)
-    before, said = what_was_computed(whole.folder), set()
+    before, said = own(what_was_computed(whole.folder)), set()
     for what, text in other_lines(lines).items():
         folder = tmp_path / what
         shutil.copytree(whole.folder, folder)
@@ -663,12 +655,12 @@ def test_lines_that_are_gone_or_there_twice_are_said_or_made_again(name, whole, 
             run_it([*argv, "--baselines", "--run-dir", folder])
             # When the run has ended, no more is needed of self-edits and baselines.
             if name != "edits":
-                assert own(what_was_computed(folder)) == own(before), what
+                assert own(what_was_computed(folder)) == before, what
         except UserError as e:
             assert f"{name}.jsonl" in str(e) and "\n" not in str(e)
             said.add(what)
-    # Metrics are made again; a rollout of a round that is over is not.
     assert {"the first is there twice", "the last is there twice"} <= said
+    # Metrics are made again; a rollout of a round that is over is not.
     assert ("the last is gone" in said) == (name == "rollouts")
 
 
@@ -711,36 +703,3 @@ def test_what_is_no_file_is_not_waited_for_and_a_byte_order_mark_is_no_text(tmp_
     assert read_json(tmp_path / "a.jsonl") == [[1], [2]]
     with pytest.raises(UserError, match="name it .jsonl"):
         read_json(tmp_path / "a.json")
-
-
-def test_json_knows_no_nan(tmp_path):
-    lines = Lines(tmp_path / "lines.jsonl")
-    lines.add({"a": [float("nan"), float("-inf"), 1.5]})
-    assert read_lines(lines.path) == [{"a": [None, None, 1.5]}]
-
-
-@pytest.mark.parametrize("flag", ["--out", "--svg", "--save"])
-def test_what_can_not_be_written_is_said_before_the_work(flag, tmp_path):
-    (tmp_path / "file").write_text("")
-    parser = Parser()
-    parser.add_argument(flag)
-    with pytest.raises(UserError, match=f"{flag} .*file/x: can't be written"):
-        parser.parse_args([flag, str(tmp_path / "file" / "x")])
-    parser.parse_args([flag, str(tmp_path / "new" / "x")])
-    assert not list((tmp_path / "new").iterdir())
-
-
-def test_only_a_run_says_that_something_is_kept(argv, monkeypatch):
-    monkeypatch.setattr("support.files.HELD", {})       # as if no other test had a run
-
-    def fails():
-        raise PermissionError(13, "Permission denied", "a\x1b[2J\nb")
-
-    with pytest.raises(SystemExit) as stopped:
-        cli(fails)
-    assert stopped.value.code == ("error: a?[2J b: Permission denied; mend it and repeat the "
-                                  "command")
-    run = open_run(parse(argv))
-    with pytest.raises(SystemExit, match="what a run has finished is kept"):
-        cli(fails)
-    assert run.lock
