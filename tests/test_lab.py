@@ -39,7 +39,6 @@ def test_what_is_missing_is_measured_and_nothing_else(tmp_path):
 
     first = question(tmp_path, "--seeds 1", measure)
     arms = question(tmp_path, "--seeds 0 1", measure)
-
     assert asked == [("a", 1, 4), ("b", 1, 4), ("a", 0, 4), ("b", 0, 4)]
     lines = read_lines(tmp_path / "out.jsonl")
     assert lines[:2] == first["a"] + first["b"]
@@ -331,9 +330,7 @@ def test_choices_drawn_at_random_are_imitated(passages, tiny_folder, tok, tmp_pa
     for task, edit in pairs:
         assert edit.documents and edit.directives.keys() == {"lr", "epochs", "batch"}
         assert edit.token_ids == imitate.as_sampled(tok, edit.text)
-
     call(imitate, "--model", tiny_folder, "--data", passages, "--directives", "--keep", 1,
          "--epochs", 1, "--out", tmp_path / "new")
-
     old, new = load_pretrained(tiny_folder), load_pretrained(tmp_path / "new")
     assert any((a - b).abs().max() > 1e-4 for a, b in zip(old.parameters(), new.parameters()))

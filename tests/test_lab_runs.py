@@ -104,9 +104,7 @@ def test_a_document_that_is_repeated_may_be_weighed_instead(embedded64, words):
     examples = [(ids, [1] * len(ids)) for ids in map(words.document, documents)]
     plain = replace(weighed, examples=examples)
     once = compute.one_job(embedded64, words, documents[:2], seed=3)
-
     trained = dict(sft(embedded64, [weighed, plain, once]))
-
     assert len(weighed.examples) == 2 and len(plain.examples) == 4
     torch.testing.assert_close(trained[0].weights, trained[1].weights, atol=1e-9, rtol=1e-6)
     assert (trained[0].weights - trained[2].weights).abs().max() > 0.01
@@ -160,7 +158,6 @@ def test_the_same_text_teaches_the_same(finished_run, tmp_path, monkeypatch, ask
     lines, shown = ask_twice(
         compute, "measure", finished_run, "--towns", 2, "--arms", "untrained writer",
         "SEAL, round 3", "best notes", "rephrased passages")
-
     # This run's round 3 is the base model, so it writes the same and learns the same.
     base, seal, best, same = lines
     assert {**base, "arm": "", "seconds": 0} == {**seal, "arm": "", "seconds": 0}
@@ -272,7 +269,6 @@ def test_what_is_recalled_was_learned_and_not_looked_up(model, words, towns):
     first = recall(model, words, towns, [0, 1, 2])
     Adapters.stack(model, TINY.lora, [learn(model, words, towns, epochs=25)]).merge(0)
     then = recall(model, words, towns, [0, 1, 2])
-
     for town, edit in zip(towns, first):
         assert edit.documents[-1].startswith(f"The town of {town.name} ")
         assert town.context[0] not in edit.documents
@@ -352,10 +348,8 @@ def test_a_table_and_a_figure_by_hand(finished_run, tmp_path):
     line = {"arm": "half", "just after": [.5] * 4, "scale": .5, "trained": 100, "written": 0}
     write_lines(tmp_path / "f.jsonl", [line | {"seed": 7, "at the end": [.2] * 4},
                                        line | {"seed": 8, "at the end": [.4] * 4}])
-
     out = call(forgetting, finished_run, "--out", tmp_path / "f.jsonl", "--arms", "half", "--svg",
                tmp_path / "f.svg")
-
     # Student's t for two values is 12.71; the error of .2 and .4 is .1.
     assert out.splitlines()[-1] == "| half | 0.500 ±0.000 | 0.300 ±1.271 | 0.50 | 100 | 0 |"
     assert ElementTree.parse(tmp_path / "f.svg").getroot().tag.endswith("svg")
@@ -408,9 +402,7 @@ def test_plain_text_is_learned_as_ever(model, words, towns):
     examples = []
     for document in documents:
         examples += objective.plain(model, words, town, document, None)
-
     found = objective.learn(model, Job(examples, 5, recipe))
-
     edit = replace(town.references["passage only"], documents=documents)
     job = make_job(model, words, edit, 5, recipe)
     torch.testing.assert_close(found, sft_one(model, job).weights, rtol=1e-3, atol=1e-4)
@@ -438,7 +430,6 @@ def test_a_masked_text_is_read_and_the_whole_one_learned(model, words, towns):
 def test_in_view_the_next_token_is_as_likely_as_with_the_passage(model, words, towns):
     town = towns[0]
     ((ids, targets),) = objective.in_view(model, words, town, "The river", None)
-
     read = words.prompt(town.prompt)
     for j in range(len(ids) - 1):
         expected = model(torch.tensor([read + ids[:j + 1]]))[0, -1].softmax(-1)
@@ -500,7 +491,6 @@ def test_a_stream_is_studied(finished_run, monkeypatch, ask_twice):
     (plain, frozen, gentle), shown = ask_twice(
         forgetting, "probe", "--skill", finished_run, "--arms", "plain merge",
         "plain merge, frozen writer", "half, layers")
-
     for line in (plain, frozen, gentle):
         # Before the stream begins both models are the same.
         first = [line[", ".join(pair)][0] for pair in forgetting.PAIRS]
@@ -517,9 +507,7 @@ def test_a_change_is_added_and_measured(model):
     other = load_pretrained(EMBEDDED)
     name = "model.layers.1.mlp.up_proj.weight"
     vector.add(other, {name: torch.ones_like(other.get_parameter(name))}, 0.5)
-
     found = vector.difference(other, model)
-
     assert list(found) == [name]
     torch.testing.assert_close(found[name], torch.full_like(found[name], 0.5))
     halfway = {name: found[name].clone()}
@@ -576,9 +564,7 @@ def test_the_product_is_the_change_of_loss_after_a_small_step(words, task):
 
 def test_scores_by_hand(embedded64, words, task):
     edits = [read_self_edit(task, text) for text in ("It is calm.", "It is calm.\nIt is old.")]
-
     one, two, empty = choosing.score(embedded64, words, task, [*edits, SelfEdit()], [3, 4, 5])
-
     assert all(empty[name] < one[name] for name in choosing.SCORES)
     documents = [words.document(text) for text in edits[1].documents]
     assert len(documents) == 3                  # the passage is one of them
@@ -697,7 +683,6 @@ def test_only_what_is_missing_is_run_and_other_flags_are_another_entry(tmp_path,
         return entry("a", seed, [0.8], [9.0]) | {"flags": flags}
 
     monkeypatch.setattr(speedrun, "measure", measure)
-
     call(speedrun, "--name", "a", "--out", out, "--iterations", "2")
     assert measured == [(["--iterations", "2"], 2)]
     shown = call(speedrun, "--name", "a", "--out", out, "--iterations", "3")
@@ -850,7 +835,6 @@ def test_a_first_step_is_that_of_the_plain_m_step(advantage, few, tmp_path):
         before = model.model.layers[0].mlp.up_proj.weight.clone()
         rule(run.cfg, run, model, [(task, edit, advantage)], 0)
         weights.append(model.model.layers[0].mlp.up_proj.weight - before)
-
     assert weights[0].abs().max() > 1e-5
     assert torch.allclose(*weights, atol=1e-6)
 
@@ -882,7 +866,6 @@ def test_a_race_by_hand(rungs, table, scores, loops, second):
         return [table[j][first:first + rung.seeds] for _, j in pairs]
 
     found, taken = race.race(rungs, 2, len(table), run_rung)
-
     assert found.tolist() == [pytest.approx(scores)] * 2 and taken == 2 * loops
     assert asked[1] == [(i, j) for i in (0, 1) for j in second]
 
@@ -891,11 +874,9 @@ def test_the_worth_of_a_choice_is_judged_by_other_seeds():
     # The first half has worth .5 whatever the seed; the others look better by luck, once in six.
     whole = np.full((1, 4, 6), 0.5)
     whole[0, 2:] = [1.0, 0, 0, 0, 0, 0]
-
     (value,), loops = choosing.worth_by_race([Rung(1, 3)], whole, None, 4, draws=400)
     alike = np.full((1, 4, 6), 0.5)
     (all_equal,), _ = choosing.worth_by_race([Rung(1, 1)], alike, None, 4, draws=2)
-
     # A lucky one has a mean of 1/3 by three seeds, so it is never chosen; nor by them judged.
     assert (value, loops) == (pytest.approx(0.5), 4 * 3)
     assert all_equal == 0.5
@@ -921,7 +902,6 @@ def test_half_of_the_steps_are_half_of_the_epochs(few, task, tmp_path, monkeypat
     run_rung = race.trainer(run, None, [task], [[SelfEdit(documents=task.context)]], 0)
     run_rung([(0, 0)], Rung(1, 2, 1 / 2), 0)
     run_rung([(0, 0)], Rung(1, 1), 2)
-
     (short, *first), (whole, *later) = seen
     assert (short, whole) == (2, 4)
     assert len({*first, *later}) == 3           # no seed a second time
@@ -934,7 +914,6 @@ def test_both_questions_about_races(few, ask_twice):
     (choice, full, raced, twice, products), _ = ask_twice(
         race, "learn", "--seeds", "0", "--rules", "three seeds", "one, one more for 1/2",
         "twice the self-edits, half the steps", race.PRODUCT)
-
     assert np.shape(choice["whole"]) == (2, 8, 6)
     assert np.shape(choice["half"]) == (2, 8, 1)
     loops = [r["inner loops"] for r in (full, raced, twice, products)]

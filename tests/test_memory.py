@@ -81,7 +81,6 @@ def test_the_memory_formula_counts_the_adapters_state_and_what_is_recomputed(hal
     state = [trainer.flat, trainer.read, trainer.read.grad, trainer.m, trainer.v]
     assert [tensor.element_size() for tensor in state] == [4, 2, 2, 4, 4]
     assert sum(tensor.nbytes for tensor in state) == step_memory(half, RECIPE.lora, 2, tokens=0)
-
     # Recomputed activations are those of a block, and the inputs of all.
     usual = activation_memory(half, RECIPE.lora, tokens=1000)
     monkeypatch.setattr(half, "recompute", True)
@@ -210,7 +209,6 @@ def test_as_many_as_fit_in_a_share_of_the_free_memory(how_many, weigh, free, sha
     n = how_many(half)
     assert 1 < n < most
     assert weigh(half, n) <= free / share < weigh(half, n + 1)
-
     set_free(0)
     assert how_many(half) == 1
     set_free(PLENTY)
@@ -243,7 +241,6 @@ def test_free_memory_is_part_of_what_there_is_and_a_gpu_is_asked_itself(monkeypa
     # Where the system does not say what is free, all of it counts, as on macOS.
     monkeypatch.setattr(os, "sysconf_names", {"SC_PHYS_PAGES": 0})
     assert free_memory(CPU) == there_is
-
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (123, 456))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)

@@ -162,7 +162,6 @@ def test_every_arm_trains_the_same_tokens_in_its_own_number_of_steps(tiny, run, 
     steps = bench.Steps(run)
     run.deadline = math.inf
     steps.watch(lambda: bench.train_arm(arm, tiny, few_jobs, 3, steps.peer_ended))
-
     documents = [len(job.examples) for job in few_jobs]
     assert sum(map(int, steps.tokens)) == sum(job.tokens for job in few_jobs)
     assert set(steps.kinds) == {"plain"}
