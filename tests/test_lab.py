@@ -54,26 +54,6 @@ def test_all_lines_of_a_file_have_the_same_settings(tmp_path):
         question(tmp_path, "--towns 5", lambda *_: {})
 
 
-def test_lines_are_chosen_grouped_and_compared_by_hand():
-    lines = [{"arm": "b", "seed": 0, "reward": [.1, .5]},
-             {"arm": "a", "seed": 1, "reward": [.2, .3]},
-             {"arm": "a", "seed": 0, "reward": [.1, .2]}]
-    assert experiment.where(lines, arm="a", seed=0) == lines[2:]
-    arms = experiment.groups(lines, "arm", ["c", "a", "b"])
-    assert list(arms) == ["a", "b"] and arms["a"] == lines[1:]
-    more = experiment.differences(arms["a"], arms["b"], experiment.last_reward)
-    assert more == [pytest.approx(.2 - .5)]         # of the seed that both have
-    assert experiment.gain(lines[0]) == pytest.approx(.4)
-
-
-def test_means_and_intervals_in_words():
-    # Student's t for two values is 12.71; the error of .2 and .4 is .1.
-    assert experiment.over_seeds([[.2, 1], [.4, 1]]) == ["0.300 ±1.271", "1.000 ±0.000"]
-    assert experiment.of_seeds([.25], "+.2f") == "+0.25"      # one seed
-    assert experiment.over_passages([.5, .5], ".1f") == "0.5 [0.5, 0.5]"
-    assert experiment.arrows([.1, .25], ".2f") == "0.10 -> 0.25"
-
-
 # ------------------------------------------------------------------------------- curve
 
 def write_run(folder, rewards, made_of=(), **settings):
@@ -125,9 +105,7 @@ def test_runs_that_differ_in_their_seed_alone_are_a_line_of_the_drawing(tmp_path
     drawing = (tmp_path / "curve.svg").read_text()
     assert ElementTree.fromstring(drawing).tag.endswith("svg")
     # matplotlib writes each text, drawn as shapes, into a comment as well.
-    for text in ("the best self-edits are kept; 2 seeds",
-                 "any self-edits are kept (control), strict; 1 seeds",
-                 "iteration of ReST-EM", "trained on the passage only"):
+    for text in ("the best self-edits are kept; 2 seeds", "trained on the passage only"):
         assert f"<!-- {text} -->" in drawing
     assert drawing == (tmp_path / "again.svg").read_text()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -153,14 +131,9 @@ def test_reliability_by_hand(tmp_path):
         rollout(1, 1, []),                              # nothing to learn from
         rollout(0, 0, [yes], split="eval")])
 
-    groups = reliability.read_groups(tmp_path)
-    assert [reliability.accuracy_of(group).tolist() for group in groups] == [
-        [[0, 0], [1, 1]], [[0.5, 0.5]]]
-
-    lines = call(reliability, tmp_path).splitlines()
-    assert lines[0] == "2 passages, 3 self-edits, 2 seeds each"
-    values = dict(line.strip().rsplit(maxsplit=1) for line in lines[1:])
-    assert "reliability of a 2-seed mean, among the edits of a passage" in values
+    head, *lines = call(reliability, tmp_path).splitlines()
+    assert head == "2 passages, 3 self-edits, 2 seeds each"
+    values = dict(line.strip().rsplit(maxsplit=1) for line in lines)
     assert values["mean reward"] == "0.500"
     assert values["the best of K, by the seeds that chose it"] == "0.750"
 
@@ -183,7 +156,6 @@ def evaluated(task, arm, answer, reward):
 
 @pytest.fixture
 def single_run(tmp_path):
-    """Two kinds of self-edits of three passages, and one that is not finished."""
     rows = []
     for task, (plain, own) in enumerate([(1, 0), (1, 1), (0, 1)]):
         # The first kind recites: the gold answer comes in its second sentence.
@@ -210,6 +182,11 @@ def test_each_passage_is_compared_with_itself(single_run, tmp_path, monkeypatch)
     # What is saved gives the same table, and holds no text of a passage.
     assert call(paired, tmp_path / "kept.json") == table
     assert "Ostermar" not in (tmp_path / "kept.json").read_text()
+    # "half" is not finished.
+    with pytest.raises(UserError, match="choose among passage only, own"):
+        call(paired, single_run, "--against", "half")
+    with pytest.raises(UserError, match="no rollouts of held-out passages"):
+        call(paired, tmp_path)
 
 
 def test_rounds_of_runs_are_kinds_of_their_own(tmp_path, monkeypatch):
@@ -231,13 +208,6 @@ def test_rounds_of_runs_are_kinds_of_their_own(tmp_path, monkeypatch):
     assert [(name.strip("| "), reward[:5]) for name, reward in found] == [
         ("one, round 0", "0.500"), ("one, round 1", "0.875"), ("two, round 0", "0.500"),
         ("two, round 1", "0.500")]
-
-
-def test_there_is_something_to_compare_with(single_run, tmp_path):
-    with pytest.raises(UserError, match="choose among passage only, own"):
-        call(paired, single_run, "--against", "half")
-    with pytest.raises(UserError, match="no rollouts of held-out passages"):
-        call(paired, tmp_path)
 
 
 # ------------------------------------------------------------------------------- imitate
@@ -309,10 +279,8 @@ def test_the_student_is_what_the_textbook_makes(student, taught, tiny_folder, to
 
 
 def test_the_student_is_a_checkpoint_that_runs_begin_from(student, passages, tmp_path):
-    assert Tokenizer.from_pretrained(student).eos is not None
     run = run_it(["--model", student, "--train-data", passages, "--eval-data", passages,
                   *SMALL.split(), "--iterations", "0", "--run-dir", tmp_path / "run"])
-    assert len(run.metrics.records) == 1
     assert "all runs, 1 seeds: " in call(curve, run.folder)
 
 

@@ -14,7 +14,7 @@ from lab.reliability import variance_components
 from support import page
 from support.config import Config
 from support.files import UserError
-from support.stats import bootstrap_ci, forgetting, mean_ci, over_streams, share_changed
+from support.stats import bootstrap_ci, forgetting
 from tests import helpers
 from tests.helpers import ROLLOUT, call, write_lines
 
@@ -64,7 +64,7 @@ def measured(t, reward):
 
 
 def a_run(folder, rollouts=(), metrics=(), **settings):
-    """A run's folder; the page of it, parsed, and its text. Its drawings must be XML."""
+    """The page of a run's folder, parsed. Its drawings must be XML."""
     folder.mkdir(exist_ok=True)
     cfg = vars(Config(domain="tinyworld", run_dir="runs/tiny")) | {"program": "outer_loop"}
     (folder / "config.json").write_text(json.dumps(cfg | settings))
@@ -73,7 +73,9 @@ def a_run(folder, rollouts=(), metrics=(), **settings):
     text = page.write(folder).read_text(encoding="utf-8")
     for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(drawing)
-    return Balanced(text), text
+    found = Balanced(text)
+    found.text, found.words = text, " ".join(" ".join(found.words).split())
+    return found
 
 
 MEASURED = [measured(0, 0.5), measured(1, 0.75)]
@@ -93,18 +95,17 @@ def test_what_a_reader_sees(tmp_path):
     records = rounds()
     records[2]["right"] = [[True, True]]
     records[-1]["weight"] = 1.0
-    found, text = a_run(tmp_path, records, MEASURED, tasks=7, iterations=1)
-    assert 'd="M44.0 150.0L544.0 85.0"' in text     # a share is drawn at its height
-    words = " ".join(" ".join(found.words).split())
+    found = a_run(tmp_path, records, MEASURED, tasks=7, iterations=1)
+    assert 'd="M44.0 150.0L544.0 85.0"' in found.text   # a share is drawn at its height
     for shown in ("it answers 0.75", "all questions 0.50 → 0.75", "reversed questions 0.25 → 0.25",
                   "passage only: 0.38", "44 %", "reads 7 passages", "plain: 75 % → 75 %",
                   "edit 1 of task 1 at 0", "--tasks 7", "✓ right", "✗ wrong", "before training"):
-        assert shown in words
+        assert shown in found.words
     # Of the training tasks that with the largest spread, with its passage, its winner first.
-    rivals = words[words.index("Two rivals"):words.index("What self-edits are made of")]
+    rivals = found.words.partition("Two rivals")[2].partition("What self-edits are made of")[0]
     assert "town 1" in rivals and "town 0" not in rivals and "Ann lives in Rome." in rivals
     assert rivals.index("0.94") < rivals.index("learned in the M-step") < rivals.index("0.06")
-    assert "prefers-color-scheme: dark" in text and "script" not in found.kinds
+    assert "prefers-color-scheme: dark" in found.text and "script" not in found.kinds
     assert not any("http" in (value or "") for name, value in found.attributes
                    if name not in ("xmlns", "http-equiv"))
 
@@ -114,20 +115,19 @@ def test_a_control_beside_a_run_is_drawn_with_it(tmp_path):
           seed=3)
     a_run(tmp_path / "another", metrics=[measured(0, 0.5), measured(1, 0.125)], update="random",
           inner_lr=0.5)
-    found, _ = a_run(tmp_path / "run", rounds(), MEASURED)
-    words = " ".join(" ".join(found.words).split())
-    assert "runs that keep self-edits at random end at 0.25." in words
-    assert "at random (1 run): 0.50 → 0.25" in words
+    found = a_run(tmp_path / "run", rounds(), MEASURED)
+    assert "runs that keep self-edits at random end at 0.25." in found.words
+    assert "at random (1 run): 0.50 → 0.25" in found.words
 
 
 def test_puzzles_are_coloured_grids_and_no_path_of_a_machine_is_shown(tmp_path):
     puzzle = dict(questions=["12\n34"], gold=["00\n00"], answers=[["55\n55\n\n00\n00"]],
                   right=[[True]], context="", kinds=[], forms=[])
-    found, text = a_run(tmp_path, rounds(**puzzle), MEASURED, domain="tinyarc",
+    found = a_run(tmp_path, rounds(**puzzle), MEASURED, domain="tinyarc",
                         model="/home/ann/models/tiny-arc")
     # Two held-out self-edits, each with two attempts, beside the question and the solution.
     assert found.kinds.count("rect") == 4 * (1 + 1 + 2 + 2)
-    assert "/home/ann" not in text and "tiny-arc" in text
+    assert "/home/ann" not in found.text and "tiny-arc" in found.text
 
 
 @pytest.mark.parametrize("gains, told", [
@@ -142,10 +142,10 @@ def test_the_task_that_is_shown(tmp_path, gains, told):
                     rollout(1, "eval", task, 0, after, right=[[True, learned]])]
     metrics = [measured(0, 0.0), measured(1, 0.5)]
     metrics[1]["eval_by_kind"] = {"forward": 0.0, "reversed": 0.875}
-    found, _ = a_run(tmp_path, records, metrics)
-    words = " ".join(found.words)
-    assert f"town {told} was not trained on" in words
-    assert words.index("Where?") < words.index("Who?")      # reversed questions moved most
+    found = a_run(tmp_path, records, metrics)
+    assert f"town {told} was not trained on" in found.words
+    # Reversed questions moved most.
+    assert found.words.index("Where?") < found.words.index("Who?")
 
 
 @pytest.mark.parametrize("rollouts, metrics", [
@@ -153,20 +153,19 @@ def test_the_task_that_is_shown(tmp_path, gains, told):
     ([rollout(0, "eval", 0, 0, 0.5, arm="its own self-edits", right=[[True, False], [False] * 2],
               answers=[["a", "b"]] * 2, losses=[[None, 1]] * 2)], [])])
 def test_a_run_that_has_just_begun(tmp_path, rollouts, metrics):
-    found, _ = a_run(tmp_path, rollouts, metrics)
-    words = " ".join(found.words)
-    assert ("No round is measured" in words) == (not metrics)
-    assert ("Before and after" in words) == bool(rollouts)
+    found = a_run(tmp_path, rollouts, metrics)
+    assert ("No round is measured" in found.words) == (not metrics)
+    assert ("Before and after" in found.words) == bool(rollouts)
 
 
 def test_an_unreadable_self_edit_never_wins(tmp_path):
     unreadable = dict(note="no JSON", documents=0, right=[], answers=[], losses=[])
-    found, _ = a_run(tmp_path, [
+    found = a_run(tmp_path, [
         rollout(0, "train", 0, 0, 0.0, **unreadable), rollout(0, "train", 0, 1, 0.0),
         rollout(0, "eval", 0, 0, 0.0, **unreadable)])
-    words = " ".join(found.words)
-    assert "no JSON" in words and "no answer" in words
-    assert words.index("The best") < words.index("edit 1 of task 0") < words.index("The worst")
+    assert "no JSON" in found.words and "no answer" in found.words
+    best = found.words.partition("The best")[2].partition("The worst")[0]
+    assert "edit 1 of task 0" in best
 
 
 def test_texts_of_others_are_inert(tmp_path):
@@ -178,11 +177,11 @@ def test_texts_of_others_are_inert(tmp_path):
         m["made_of"] = {HOSTILE: 1.0}
         m["eval_by_kind"] = {HOSTILE: 0.5}
     metrics[0]["baselines"][0]["name"] = HOSTILE
-    found, text = a_run(tmp_path, rounds(**others), metrics, model=HOSTILE[:-6])
+    found = a_run(tmp_path, rounds(**others), metrics, model=HOSTILE[:-6])
     assert not {"script", "img"} & set(found.kinds)
     assert not any(name.startswith("on") for name, _ in found.attributes)
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\ud800]", text)
-    assert len(text) < 10 ** 5
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\ud800]", found.text)
+    assert len(found.text) < 10 ** 5
 
 
 @pytest.mark.parametrize("damage", [{"reward": "<b>"}, {"questions": 3}, {"answers": [[]]}])
@@ -197,10 +196,9 @@ def test_what_eval_writes(tmp_path):
     command = ["eval.py", "single", "--run", "a b"]
     (tmp_path / "single.json").write_text(json.dumps({"command": command}))
     (tmp_path / '0_"x".svg').write_text("<svg><script>alert(1)</script></svg>")
-    found, _ = a_run(tmp_path, program="eval continual")
-    words = " ".join(found.words)
-    assert "python eval.py single --run 'a b'" in words and "0.75" in words
-    assert "How it was trained" not in words
+    found = a_run(tmp_path, program="eval continual")
+    assert "python eval.py single --run 'a b'" in found.words and "0.75" in found.words
+    assert "How it was trained" not in found.words
     assert found.kinds.count("img") == 1 and "script" not in found.kinds
 
 
@@ -232,27 +230,6 @@ def test_the_bootstrap_interval_is_the_normal_one_where_there_are_many_values(le
     assert high == pytest.approx(1 - low, abs=0.01)
     assert [low, high] == bootstrap_ci([0, 1] * 100, **level)
     assert bootstrap_ci([0.3]) == [0.3, 0.3]
-
-
-NAN = pytest.approx([math.nan, math.nan], nan_ok=True)
-
-
-@pytest.mark.parametrize("interval, rows, mean, error", [
-    (mean_ci, [[0.1, 1.0], [0.2, 1.0], [0.3, 1.0]], [0.2, 1],
-     pytest.approx([4.30 * 0.1 / 3 ** 0.5, 0])),
-    (mean_ci, [[0.1, 0.4]], [0.1, 0.4], NAN),
-    # Over streams, a standard error: 0.1 * sqrt(2) / sqrt(2).
-    (over_streams, [[0.2, 1.0], [0.4, 1.0]], [0.3, 1.0], pytest.approx([0.1, 0.0])),
-    (over_streams, [[0.2, 1.0]], [0.2, 1.0], NAN)])
-def test_means_over_runs_and_over_streams(interval, rows, mean, error):
-    assert interval(rows) == (pytest.approx(mean), error)
-
-
-def test_shares_of_what_was_gained_and_lost():
-    pairs = [(True, True), (True, False), (True, True), (True, True), (False, True), (False, False)]
-    assert share_changed(pairs, known=True) == 1 / 4
-    assert share_changed(pairs, known=False) == 1 / 2
-    assert math.isnan(share_changed([(False, True)], known=True))
 
 
 def test_forgetting_by_hand():

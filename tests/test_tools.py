@@ -177,43 +177,6 @@ def test_the_peers_adapters_learn(tiny, few_jobs):
     assert all(B.abs().sum() > 0 for B in weights[1::2])        # they began at 0
 
 
-class FakeEngine:
-    """Step 1 and 2 are plain, step 3 is recorded and the others are replayed."""
-    done = 0
-
-    def step(self):
-        self.done += 1
-        if self.done <= 3:
-            self.compute()
-
-    def compute(self):
-        pass
-
-
-def test_a_step_is_plain_recorded_or_a_replay(run, monkeypatch):
-    """Told by whether Python is called, and whether the stream is being captured then."""
-    monkeypatch.setattr(bench, "Engine", FakeEngine)
-    run.cuda, run.deadline = True, math.inf
-    engine, steps = FakeEngine(), bench.Steps(run, most=9)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: engine.done == 3)
-
-    def forever():
-        while True:
-            engine.step()
-
-    steps.watch(forever)
-    assert steps.kinds == ["plain"] * 2 + ["recorded"] + ["replayed"] * 6
-    values, steady = steps.by_kind()
-    assert values["recorded"] == 1 and values["replayed"] == 6 and "plain" not in values
-    assert [kind for kind, *_ in steady] == ["replayed"] * 6
-
-
-def test_the_floor_is_the_longer_of_two_times():
-    card = program.Card("a card", 1, flops=100, bandwidth=10)
-    assert card.least_ms(200, 5) == 2000
-    assert card.least_ms(200, 50) == 5000
-
-
 # ------------------------------------------------------------------------------- its program
 
 FEW = "--jobs 2 --steps 4 --repeats 1 --n-new 8 --device cpu".split()
