@@ -18,12 +18,10 @@ from tests.helpers import ROOT, python, read_lines
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# What stands for something of the reader's own.
 PLACEHOLDERS = {"S": "0", "N": "1", "L": "1"}
 
 
 def commands_of(path):
-    """The `python ...` commands of a document, a list of words each."""
     text = path.read_text().replace("\\\n", " ")
     shown = re.findall(r"^(?:    )?(python .*)$", text, re.MULTILINE)    # in a block
     shown += re.findall(r"`(?:[^`\n]*&& )?(python [^`]+)`", text)       # in a line
@@ -112,14 +110,12 @@ CHANGES = {
 
 
 def blocks():
-    """{heading: the diff block below it}."""
     found = re.findall(r"^## (.*?)\n.*?^```diff\n(.*?)^```$", EXTENDING.read_text(),
                        re.MULTILINE | re.DOTALL)
     return dict(found)
 
 
 def commands_to_try(block):
-    """The commands at the head of a block, a list of words each."""
     head = block[:block.index("diff --git")].replace("\\\n", " ")
     return [shlex.split(line.removeprefix("Try: ")) for line in head.splitlines()]
 
@@ -221,21 +217,18 @@ def test_the_notebook_runs_and_shows_what_it_says():
     """From docs, as Jupyter does."""
     printed = python("-", cwd=ROOT / "docs", input=SCRIPT).stdout
 
-    # The model knows more afterwards.
     before, asked = numbers(r"right before: (\d+) of (\d+)", printed)
     after, asked_again = numbers(r"right after: (\d+) of (\d+)", printed)
     assert asked == asked_again == 11
     assert before <= 2
     assert after >= before + 2
 
-    # Self-edits differ in their reward.
     rewards = [float(r) for r in re.findall(r"^self-edit \d: reward (\S+)$", printed, re.MULTILINE)]
     best = numbers(r"--- best: self-edit \d, reward (\S+)", printed)
     worst = numbers(r"--- worst: self-edit \d, reward (\S+)", printed)
     assert len(rewards) == 8
     assert (best, worst) == (max(rewards), min(rewards))
     assert best >= worst + .1
-    # The notes that it suggests are good.
     mine = numbers(r"my notes: reward (\S+)", printed)
     passage = numbers(r"the passage alone: reward (\S+)", printed)
     assert mine >= passage + .1
@@ -248,7 +241,6 @@ def test_the_notebook_is_clean_short_and_without_outputs():
     assert max(len(line) for line in SCRIPT.splitlines()) <= 100
     assert NOTEBOOK.read_text() == (
         json.dumps(BOOK, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    # Its links and pictures exist.
     text = "".join("".join(cell["source"]) for cell in BOOK["cells"] if cell not in CODE)
     local = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
     assert {path.name for path in FIGURES} <= set(local)

@@ -23,7 +23,6 @@ from tests.test_run import other_lines
 
 @pytest.fixture()
 def flags(argv):
-    """The flags of a small run, but for the training data, which no table needs."""
     at = argv.index("--train-data")
     return argv[:at] + argv[at + 2:]
 
@@ -39,13 +38,11 @@ def forbid_training(monkeypatch):
 
 
 def write_edits(path, passages, edits_of):
-    """The passages with what `edits_of(record)` says of their self-edits."""
     records = [record | edits_of(record) for record in json.loads(passages.read_text())]
     path.write_text(json.dumps(records))
     return records
 
 
-# The rows of self-edits: each has an adapter per passage and seed.
 NAMES = ["passage only", "passage only, step-matched", "its own self-edits", "gpt",
          "self-edits after round 1"]
 
@@ -143,7 +140,6 @@ def test_a_row_by_hand():
     row = row_of("x", [record, record | {"reward": 0.25}], [[True, True]])
     assert row["accuracy"] == [0.5]
     assert math.isnan(row["gained"])
-    # One adapter for all passages.
     record = {"row": "x", "right": [[[True, True], [False]], [[False, True], [True]]],
               "documents": 5, "tokens": 70, "seconds": 8}
     assert cpt_row(record, [[True, False], [False]], seeds=2) == {
@@ -167,7 +163,6 @@ def test_all_passages_are_learned_by_one_adapter(flags, tmp_path, varied_rewards
         assert record["steps"] == 4 * math.ceil(record["documents"] / 4)
         assert len(record["right"]) == 2        # seeds
         assert all(end < begin for begin, end in record["losses"])
-    # A job per row and seed.
     assert [len(group) for group in jobs] == [1, 1, 1, 1]
     for (job,) in jobs:
         assert (job.recipe.warmup, job.recipe.batch) == (1, 4)
@@ -271,7 +266,6 @@ def test_a_table_s_lines_that_are_gone_or_there_twice_are_said_or_made_again(
         except UserError as e:
             assert f"{name}.jsonl" in str(e) and "\n" not in str(e)
             said.add(what)
-    # The last ones are made again.
     assert said - {"one is gone"} == {"the first is gone", "the last is there twice", "a row less",
                                       "the first is there twice", "two change places"}
 

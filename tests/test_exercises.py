@@ -97,7 +97,6 @@ def test_ties_by_position_keep_the_shortest_though_no_reward_differs():
         kept = outer_loop.select(tiny.CONFIG, [[0.5] * 4] * 5, edits, [0] * 5, t=0)
         return sum(len(edits[i][j].token_ids) for i, j in kept) / len(kept)
 
-    # keep is 2: the first two, the shortest two.
     assert with_and_without(bugs.ties_by_position, kept_tokens) == (40, 15)
 
 
@@ -106,7 +105,6 @@ def test_a_merge_in_bfloat16_is_not_what_was_trained():
     ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(0))
 
     def gap():
-        """Between the adapter's logits and those of the merged weights."""
         model = copy.deepcopy(base)
         adapters = Adapters(model, Lora(4, 4, PROJECTIONS), 1)
         adapters.flat.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
@@ -165,7 +163,6 @@ def test_a_stale_policy_writes_the_same_after_the_m_step(tmp_path):
 
 @pytest.mark.slow
 def test_a_bug_can_be_run_by_its_number_and_an_unknown_one_is_a_line(tmp_path):
-    """python -m exercises.bugs N, with the flags of outer_loop.py."""
     small = ("--iterations 0 --eval-tasks 2 --eval-edits 1 --no-baselines --inner-epochs 1 "
              f"--device cpu --run-dir {tmp_path / 'run'}")
     python("-m", "exercises.bugs", "3", *small.split())

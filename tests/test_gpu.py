@@ -31,7 +31,6 @@ from tests.strict import may_stay_unused
 
 
 def train(model, jobs, slots=3):
-    """{number: Trained} of jobs, so many side by side."""
     return dict(sft(model, [replace(job, recipe=replace(job.recipe, slots=slots)) for job in jobs]))
 
 
@@ -128,7 +127,6 @@ def test_flash_attention_takes_the_ribbon_as_it_lies_but_for_imitated_pads(tiny,
 
     assert len(called) == tiny.config.n_layer
     torch.testing.assert_close(h, expected, atol=1e-5, rtol=1e-4)
-    # Those are masked.
     ribbon = PaddedRibbon([5, 7], [2, 0], torch.arange(12), "cpu")
     tiny.hidden(ids[:12], ribbon.position, ribbon.attend)
     assert len(called) == tiny.config.n_layer

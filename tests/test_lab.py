@@ -22,7 +22,6 @@ from tests.helpers import MEASURED, ROLLOUT, SMALL, call, read_lines, run_it, wr
 # ------------------------------------------------------------------------------- experiment
 
 def question(tmp_path, words, measure):
-    """The lines of a question, as its table gets them."""
     shown = {}
     asked = experiment.Question(["a", "b"], measure, shown.update, None, settings={"towns": 4})
     ap = asked.flags("Is it so?\n\nMore.")
@@ -57,7 +56,6 @@ def test_all_lines_of_a_file_have_the_same_settings(tmp_path):
 # ------------------------------------------------------------------------------- curve
 
 def write_run(folder, rewards, made_of=(), **settings):
-    """A run's folder as lab.curve reads it."""
     folder.mkdir()
     config = {"iterations": len(rewards) - 1, "seed": 0, "run_dir": str(folder), "model": "m",
               "verbose": False, "update": "best", "strict": False, "targets": ["q_proj"]}
@@ -182,7 +180,6 @@ def test_each_passage_is_compared_with_itself(single_run, tmp_path, monkeypatch)
     # What is saved gives the same table, and holds no text of a passage.
     assert call(paired, tmp_path / "kept.json") == table
     assert "Ostermar" not in (tmp_path / "kept.json").read_text()
-    # "half" is not finished.
     with pytest.raises(UserError, match="choose among passage only, own"):
         call(paired, single_run, "--against", "half")
     with pytest.raises(UserError, match="no rollouts of held-out passages"):
@@ -232,7 +229,6 @@ def taught(passages, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def student(tiny_folder, taught, tmp_path_factory):
-    """What `python -m lab.imitate` makes of the random model."""
     out = tmp_path_factory.mktemp("student") / "new"
     call(imitate, "--model", tiny_folder, "--data", taught, "--out", out, "--keep", 2,
          "--lr", "1e-3", "--epochs", 3)
@@ -243,7 +239,6 @@ def test_the_best_self_edits_are_imitated_the_first_of_equals(tok, taught):
     pairs = imitate.to_imitate(tok, taught, 3)
     assert [edit.text for _, edit in pairs[:3]] == [
         "1. The river is Ob0.", "1. Ana0 Reis founded it.", "1. No."]
-    # A text ends as a turn does.
     ids = imitate.as_sampled(tok, " 1. Some text.\n")
     assert tok.decode(ids) == "1. Some text."
     assert ids[-1] in tok.stop and len(ids) == len(tok.encode("1. Some text.")) + 1
@@ -259,7 +254,6 @@ def test_a_text_is_read_as_a_model_samples_it(smollm2):
 
 
 def test_the_student_is_what_the_textbook_makes(student, taught, tiny_folder, tok):
-    """The M-step: context read, self-edit and its end learned, one adapter merged."""
     examples = []
     for i, record in enumerate(json.loads(taught.read_text())):
         prompt = tok.prompt(fill("implications", record["title"], record["context"]))

@@ -40,7 +40,6 @@ FEW = dict(tasks=2, edits=4, eval_tasks=2, eval_edits=1, iterations=1, inner_epo
 
 @pytest.fixture()
 def few(monkeypatch):
-    """The tiny world's settings, and its preset, made smaller."""
     for name, value in FEW.items():
         monkeypatch.setitem(SETTINGS, name, value)
         monkeypatch.setitem(PRESETS["tiny"], name, value)
@@ -147,7 +146,6 @@ def test_a_given_beginning_is_part_of_the_note(task, finished_run):
     (first, second), = tiny.write("begun", finished_run, [task], 0, 2)
     assert [first, second] == edits[:2]     # those of a smaller k are the first ones
     assert all(e.text.startswith(tiny.BEGINNINGS) for e in edits)
-    # The writer has gone on from there, to a note of a form that the world knows.
     forms = [world.classify(e.documents[0], task.context[0]) for e in edits]
     assert forms.count("garbled") < len(forms) / 2
 
@@ -259,14 +257,12 @@ def test_an_adapter_of_the_last_layer_changes_no_other_and_at_half_its_scale_hal
 
 @pytest.mark.slow
 def test_what_is_recalled_was_learned_and_not_looked_up(model, words, towns):
-    """Before it is learned the true passage must not come; afterwards it does."""
     first = recall(model, words, towns, [0, 1, 2])
     Adapters.stack(model, TINY.lora, [learn(model, words, towns, epochs=25)]).merge(0)
     then = recall(model, words, towns, [0, 1, 2])
     for town, edit in zip(towns, first):
         assert edit.documents[-1].startswith(f"The town of {town.name} ")
         assert town.context[0] not in edit.documents
-        # The notes are about the passage as it was remembered.
         assert edit.documents[:-1] == edit.text.splitlines()
     right = [edit.documents[-1] == town.context[0] for town, edit in zip(towns, then)]
     assert sum(right) >= 2
@@ -328,25 +324,12 @@ def test_a_stream_is_learned_and_forgotten(finished_run, monkeypatch, ask_twice)
     assert own["written"] * 10 == pytest.approx(own["trained"] - plain["trained"])
     for line in (plain, kept):
         assert len(line["just after"]) == len(line["at the end"]) == 4
-        # Nothing comes after the last town.
         assert line["just after"][-1] == line["at the end"][-1]
         assert line["written"] == 0
     # The first town has nothing to rehearse: all arms are the same until then.
     assert plain["just after"][0] == kept["just after"][0] > .2
     assert kept["trained"] > 1.5 * plain["trained"]
     assert f"| plain merge | {np.mean(plain['just after']):.3f} |" in shown
-
-
-def test_a_table_and_a_figure_by_hand(finished_run, tmp_path):
-    pytest.importorskip("matplotlib")
-    line = {"arm": "half", "just after": [.5] * 4, "scale": .5, "trained": 100, "written": 0}
-    write_lines(tmp_path / "f.jsonl", [line | {"seed": 7, "at the end": [.2] * 4},
-                                       line | {"seed": 8, "at the end": [.4] * 4}])
-    out = call(forgetting, finished_run, "--out", tmp_path / "f.jsonl", "--arms", "half", "--svg",
-               tmp_path / "f.svg")
-    # Student's t for two values is 12.71; the error of .2 and .4 is .1.
-    assert out.splitlines()[-1] == "| half | 0.500 ±0.000 | 0.300 ±1.271 | 0.50 | 100 | 0 |"
-    assert ElementTree.parse(tmp_path / "f.svg").getroot().tag.endswith("svg")
 
 
 def test_what_was_learned_and_what_was_lost(towns, monkeypatch):
@@ -437,7 +420,6 @@ def test_texts_and_objectives_make_a_table(finished_run, ask_twice):
     (plain, untrained, trained), shown = ask_twice(
         objective, "measure", finished_run, "--towns", 2, "--arms",
         "the passage: plain", "and untrained notes: in view", "and notes of round 3: in view")
-    # This run's round 3 is the untrained model.
     assert {**untrained, "arm": "", "seconds": 0} == {**trained, "arm": "", "seconds": 0}
     assert plain["forward"] > .5 and plain["reversed"] < .3
     assert plain["tokens"] < untrained["tokens"]
@@ -471,7 +453,6 @@ def test_who_writes_and_who_learns(frozen, writer, monkeypatch):
     found = forgetting.probe("arm", 0, {0: "folder"})
 
     assert learned == [writer]
-    # Who writes, who learns, at both times.
     assert found == {"now, now": [1, 1], "now, before": [2, 2], "before, now": [3, 3]}
 
 
@@ -484,11 +465,9 @@ def test_a_stream_is_studied(finished_run, monkeypatch, ask_twice):
         forgetting, "probe", "--skill", finished_run, "--arms", "plain merge",
         "plain merge, frozen writer", "half, layers")
     for line in (plain, frozen, gentle):
-        # Before the stream begins both models are the same.
         first = [line[", ".join(pair)][0] for pair in forgetting.PAIRS]
         assert len(set(first)) == 1 and first[0] > .3
     assert frozen["now, now"][0] == plain["now, now"][0]
-    # Another way to merge makes another learner.
     assert gentle["before, now"] != plain["before, now"]
     assert f"| half, layers | {gentle['now, now'][0]:.3f} |" in shown
 
@@ -506,7 +485,6 @@ def test_a_change_is_added_and_measured(model):
     halfway[name][::2] = 0
     assert vector.cosine(found, found) == pytest.approx(1)
     assert vector.cosine(found, halfway) == pytest.approx(.5 ** .5)
-    # Elsewhere it is 0: then nothing is alike.
     assert vector.cosine(found, {"another": torch.ones(3)}) == 0
 
 
@@ -525,7 +503,6 @@ def test_a_vector_is_added(finished_run, monkeypatch, ask_twice):
     assert list(lines) == list(vector.ARMS)
     assert lines["0 v"]["reward"] > .3 and lines["0 v"]["known"] > .3
     assert lines["3 v"]["reward"] < lines["0 v"]["reward"]
-    # Of one run the mean is that run's.
     assert lines[vector.MEAN]["reward"] == lines["1 v"]["reward"]
     assert set(lines["1 v"]["cosines"]) == {"v and a town", "two towns"}
     assert f"| 0 v | {lines['0 v']['reward']:.3f} |" in shown
@@ -584,7 +561,6 @@ def test_ranks_and_their_correlation_by_hand():
 def test_the_worth_of_a_choice_by_hand():
     scores = np.reshape([1.0, 4, 3, 2, 9, 8, 7, 6], (1, 8, 1))
     judges = np.reshape([0.0, .4, .2, 1, .1, .3, 1, 1], (1, 8, 1))
-    # Of each four the two with the highest scores.
     assert choosing.worth(scores, judges, 4) == pytest.approx([(.3 + .2) / 2])
     assert choosing.worth(scores, judges, 8) == pytest.approx([.2])
 
@@ -636,7 +612,6 @@ def test_the_self_edits_of_a_run_are_scored(whole, tmp_path, monkeypatch):
             assert line["documents"][j] == r["documents"]
             # The sizes of gradients do not count in a cosine, its sign is that of the product.
             assert line["product"][j] * line["cosine"][j] >= 0 and abs(line["cosine"][j]) <= 1
-    # What is known is not measured again.
     monkeypatch.setattr(choosing, "products", None)
     call(*command)
 
@@ -780,7 +755,6 @@ def test_the_table_by_hand(tmp_path):
     assert best == ("| best 2 of 8 | 0.004 | 0.500 -> 0.600 -> 0.800 | "
                     f"+0.300 ±{half:.3f} | +0.000 ±0.000 | 0.141 | +0.200 | 100 | 10 | "
                     "80 -> 20 |")
-    # One seed has no interval.
     assert by_advantage.startswith("| grpo, K = 8 | 0.004 | 0.500 -> 0.600 -> 0.400 | -0.100 "
                                   "| -0.300 |")
 
@@ -902,7 +876,6 @@ def test_half_of_the_steps_are_half_of_the_epochs(few, task, tmp_path, monkeypat
 @pytest.mark.slow
 def test_both_questions_about_races(few, ask_twice):
     ask_twice(choosing, "try_often", "--seeds", "0")
-    # Their lines may be in one file.
     (choice, full, raced, twice, products), _ = ask_twice(
         race, "learn", "--seeds", "0", "--rules", "three seeds", "one, one more for 1/2",
         "twice the self-edits, half the steps", race.PRODUCT)

@@ -31,12 +31,10 @@ def notes(tmp_path):
 
 @pytest.fixture()
 def learned(tiny_folder):
-    """What tools/learn.py prints with these words."""
     return lambda *words: call(learn, *words, "--model", tiny_folder)
 
 
 def random_adapter(model):
-    """An adapter that changes much."""
     adapters = Adapters(model, Lora(4, 8, ALL), 1)
     adapters.flat.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     return adapters
@@ -44,7 +42,6 @@ def random_adapter(model):
 
 @pytest.fixture()
 def adapter(tiny, tmp_path):
-    """Its folder."""
     random_adapter(tiny).save(0, tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -57,7 +54,6 @@ def test_a_text_is_titled_by_its_file_and_cut_at_sentences(notes):
     (notes.parent / "other.md").write_text("More.")
     assert text.load([notes], in_tokens) == [("brindle cup", " ".join(NOTES.split()))]
     assert [title for title, _ in text.load([notes.parent], in_tokens)] == ["brindle cup", "other"]
-    # Paragraphs are joined, and long ones cut.
     long = "This is a sentence of seven words. " * 40
     found = text.passages(f"One.\n\nTwo\nlines.\n\n{long}\n\nEnd.", in_tokens)
     assert found[0].startswith("One. Two lines.")
@@ -149,7 +145,6 @@ def test_a_saved_adapter_is_loaded_to_the_bit(tiny, tiny_folder, adapter):
     assert call(transformer, *words.split()).startswith("ab")
 
 
-# What becomes of the tensors.
 DAMAGE = {"nan": lambda tensors: {name: x * torch.nan for name, x in tensors.items()},
           "half": lambda tensors: dict(list(tensors.items())[1:]),
           "shape": lambda tensors: {name: x[:, :-1].clone() for name, x in tensors.items()}}

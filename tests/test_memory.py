@@ -81,7 +81,6 @@ def test_the_memory_formula_counts_the_adapters_state_and_what_is_recomputed(hal
     state = [trainer.flat, trainer.read, trainer.read.grad, trainer.m, trainer.v]
     assert [tensor.element_size() for tensor in state] == [4, 2, 2, 4, 4]
     assert sum(tensor.nbytes for tensor in state) == step_memory(half, RECIPE.lora, 2, tokens=0)
-    # Recomputed activations are those of a block, and the inputs of all.
     usual = activation_memory(half, RECIPE.lora, tokens=1000)
     monkeypatch.setattr(half, "recompute", True)
     inputs = 1000 * half.config.n_layer * half.config.dim * 2
@@ -118,7 +117,6 @@ def test_the_memory_formula_against_simulated_peaks(shape, lora, slots, tokens, 
 # ------------------------------------------------------------------------------- slots
 
 def jobs_of(n, length, examples=1, **recipe):
-    """n jobs that are alike: so many examples of one length."""
     text = ([1] * length, [True] * length)
     return [Job([text] * examples, seed=i, recipe=replace(RECIPE, **recipe)) for i in range(n)]
 
@@ -129,7 +127,6 @@ def bytes_of_slots(model, n, tokens):
 
 
 def test_slots_fill_a_step_and_are_no_more_than_the_jobs(tiny, set_free):
-    """On a CPU that is 1024 tokens."""
     set_free(PLENTY)
     assert auto_slots(tiny, jobs_of(40, length=100, batch=1)) == 10
     assert auto_slots(tiny, jobs_of(40, length=100, batch=1, epochs=9)) == 10
@@ -184,7 +181,6 @@ def test_a_job_that_would_not_fit_is_trained_with_recomputed_activations(tiny, s
 # ------------------------------------------------------------------------------- rows, answering
 
 def cache_bytes(model, rows):
-    """What a real cache for 128 tokens weighs."""
     return sum(kv.nbytes for kv in Cache(model, rows, 128).kv)
 
 
@@ -199,12 +195,10 @@ def answering_bytes(model, n):
 
 @pytest.mark.parametrize("how_many, weigh, free, share, most", [
     (lambda model: auto_rows(model, length=128), cache_bytes, 5_000_000, 1.5, 256),
-    # On a CPU.
     (lambda model: auto_answering(model, RECIPE.lora), answering_bytes, 2_000_000, 3, 16)],
     ids=["rows", "adapters that answer"])
 def test_as_many_as_fit_in_a_share_of_the_free_memory(how_many, weigh, free, share, most, half,
                                                       set_free):
-    """One more would be too much. They are one at least and not too many."""
     set_free(free)
     n = how_many(half)
     assert 1 < n < most

@@ -29,7 +29,6 @@ from tests.helpers import (ROOT, call, open_run, parse, run_it, run_rest_em, spy
 
 
 def right_answers(tasks, answers):
-    """How many questions are answered rightly."""
     verdicts = grade_all(tasks, [answer.texts for answer in answers])
     return sum(map(sum, verdicts))
 
@@ -44,7 +43,6 @@ def test_what_is_measured_and_tried(whole):
         assert m["eval_reward"] == pytest.approx(np.mean([r["reward"] for r in held_out]))
         low, high = m["eval_ci"]
         assert low <= m["eval_reward"] <= high
-        # The training reward is that of the round that led here.
         rewards = [r["reward"] for r in whole.rollouts.of(t - 1, "train")]
         assert m["train_reward"] == (pytest.approx(np.mean(rewards)) if t else None)
     # Every round has K self-edits of the next passages.
@@ -98,7 +96,6 @@ def test_with_strict_nothing_is_learned_where_nothing_helps(argv, monkeypatch):
 
 def test_the_m_step_is_given_the_best_self_edit_of_each_passage(argv, varied_rewards, monkeypatch,
                                                                 capsys):
-    """After its prompt, with the ids as they were sampled; these alone are learned."""
     jobs = spy_on_sft(monkeypatch, outer_loop, "sft_one")
 
     run = run_it([*argv, "--iterations", "1", "--tasks", "7"])
@@ -213,7 +210,6 @@ def selected(scores, edits, words="", without=(0.5, 0, 0.2), t=0):
     ("--strict", SCORES, EDITS, [(2, 1)]),
     ("--update solved", PERFECT, HOLED, [(0, 0), (0, 2), (2, 0)]),
     ("--update solved --solved-at 0.5", PERFECT, HOLED, [(0, 0), (0, 1), (0, 2), (2, 0)]),
-    # One with nothing to learn from is never kept.
     *((f"--update {way}", [[1, 1], [1, 1]], [[EMPTY, EDIT], [EMPTY, EMPTY]], [(0, 1)])
       for way in ("best", "solved", "random"))])
 def test_what_is_kept(words, scores, edits, kept):
@@ -233,7 +229,6 @@ def test_random_keeps_as_many_as_best_whatever_their_rewards():
 
 
 @pytest.mark.parametrize("update, weights", [
-    # ReST-EM weighs what it selects by 1.
     ("best", {(0, 0): 1, (1, 0): 1, (2, 1): 1}),
     # Rewards above their task's mean. The unreadable are included; where all rewards are equal
     # there is nothing to learn.
@@ -370,7 +365,6 @@ def test_the_program_says_what_it_will_do_and_prints_a_summary(argv):
         assert ("is complete" if words else "the model reads 2 passages") in out
         assert "\nwith a self-edit 0.000\n" in out
         assert "report.html" in out.splitlines()[-1]
-        # Whatever a random model writes, a terminal gets nothing that it would obey.
         assert out.replace("\n", "").isprintable()
         assert bool(re.search("^ +inner_rank 4$", out, re.MULTILINE)) == bool(words)
 

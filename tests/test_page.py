@@ -85,7 +85,6 @@ def rounds(**others):
     """Two iterations of two held-out tasks, and one round of training."""
     records = [rollout(t, "eval", task, 0, 0.5 + 0.25 * t, **others)
                for t in (0, 1) for task in (1, 0)]
-    # The rewards of task 1 differ most.
     rewards = {0: (0.5, 0.5), 1: (0.0625, 0.9375)}
     return records + [rollout(0, "train", task, edit, reward, **others)
                       for task, row in rewards.items() for edit, reward in enumerate(row)]
@@ -144,7 +143,6 @@ def test_the_task_that_is_shown(tmp_path, gains, told):
     metrics[1]["eval_by_kind"] = {"forward": 0.0, "reversed": 0.875}
     found = a_run(tmp_path, records, metrics)
     assert f"town {told} was not trained on" in found.words
-    # Reversed questions moved most.
     assert found.words.index("Where?") < found.words.index("Who?")
 
 
@@ -257,7 +255,6 @@ def test_variance_components_find_what_a_simulation_put_in():
     rng = np.random.default_rng(0)
     truth = 0.1 * rng.standard_normal((4000, 5))
     noisy = truth[:, :, None] + 0.2 * rng.standard_normal((4000, 5, 3))
-    # What the choice of two seeds is truly worth.
     best = noisy[:, :, :2].mean(axis=2).argmax(axis=1)
     worth = truth[np.arange(4000), best].mean()
 
@@ -272,6 +269,5 @@ def test_variance_components_find_what_a_simulation_put_in():
         "mean reward": pytest.approx(0, abs=0.01),
         "the best of K, by the seeds that chose it": pytest.approx(0.178, abs=0.005),
         "the best of K, chosen without one seed, by that seed": pytest.approx(worth, abs=0.01)}
-    # Equal rewards have no reliability.
     equal = variance_components([np.array([[0.5, 0.5]] * 3)])
     assert math.isnan(equal["reliability of a 2-seed mean, among the edits of a passage"])

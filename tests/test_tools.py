@@ -50,7 +50,6 @@ def test_an_80_gib_card_takes_the_papers_round():
 
 
 def test_a_run_chooses_what_the_plan_says(monkeypatch):
-    """With so much memory free: the same slots, rows and adapters that answer."""
     p = planner(KNOWLEDGE, 24)
     sampling, inner, answers = p.phases(50, 5, 3)
     monkeypatch.setattr(device, "free_memory", lambda device: p.free)
@@ -115,7 +114,6 @@ def test_the_longest_job_and_the_longest_text_bound_the_steps():
         assert sampling.steps == 2048       # one text may be as long
         assert inner.steps == 10 * max(map(len, LENGTHS))       # 670
         assert inner.seconds >= 670 * program.RECORDED * 24
-    # Where few fit side by side, all steps count.
     assert planner(Config(model="qwen2.5-0.5b"), 8).run()[0][1].steps == -(-65490 // 33)
 
 
