@@ -120,31 +120,28 @@ def commands_to_try(block):
     return [shlex.split(line.removeprefix("Try: ")) for line in head.splitlines()]
 
 
-class Changed:
-    """A copy of the project with one change in it (git apply), and what its commands printed.
-    Nothing is skipped: without git it fails."""
+def change(folder, heading):
+    """A copy of the project with one change in it (git apply): what its commands print. Nothing is
+    skipped: without git it fails."""
+    block, printed = blocks()[heading], ""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name,
+                        ignore=shutil.ignore_patterns("__pycache__", "*.tmp"))
+    # A folder above may be a repository: then git would look for the files there.
+    subprocess.run(["git", "apply"], cwd=folder, input=block, text=True, check=True,
+                   env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)})
+    for command in commands_to_try(block):
+        assert command[0] == "python"
+        printed += python(*command[1:], cwd=folder).stdout
+    return printed
 
-    def __init__(self, folder, heading):
-        self.folder = folder
-        block = blocks()[heading]
-        for path in ROOT.glob("*.py"):
-            shutil.copy(path, folder)
-        for name in FOLDERS:
-            shutil.copytree(ROOT / name, folder / name,
-                            ignore=shutil.ignore_patterns("__pycache__", "*.tmp"))
-        # A folder above may be a repository: then git would look for the files there.
-        done = subprocess.run(["git", "apply"], cwd=folder, input=block, text=True,
-                              env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)})
-        assert done.returncode == 0
-        self.printed = ""
-        for command in commands_to_try(block):
-            assert command[0] == "python"
-            self.printed += python(*command[1:], cwd=folder).stdout
 
-    def ask(self, program):
-        """The `answer` of a few lines of Python in this copy, which may be any JSON."""
-        program += "import json\nprint(json.dumps(answer))"
-        return json.loads(python("-c", program, cwd=self.folder).stdout.splitlines()[-1])
+def ask(folder, program):
+    """The `answer` of a few lines of Python in this copy, which may be any JSON."""
+    program += "import json\nprint(json.dumps(answer))"
+    return json.loads(python("-c", program, cwd=folder).stdout.splitlines()[-1])
 
 
 def test_every_change_has_a_test_and_is_not_there_already():
@@ -157,8 +154,8 @@ def test_every_change_has_a_test_and_is_not_there_already():
 @pytest.mark.slow
 @pytest.mark.parametrize("heading", CHANGES)
 def test_a_change_does_what_it_says(heading, tmp_path):
-    changed = Changed(tmp_path, heading)
-    assert re.search(CHANGES[heading][2], changed.printed), changed.printed
+    printed = change(tmp_path, heading)
+    assert re.search(CHANGES[heading][2], printed), printed
     if heading == "A reward":
         for r in read_lines(tmp_path / "runs/shorter/rollouts.jsonl"):
             penalty = 0.001 * len(r["token_ids"])
@@ -170,7 +167,7 @@ def test_a_change_does_what_it_says(heading, tmp_path):
             assert r["gold"] == [r["title"]] * 4
     if heading == "An update rule":
         # Two readable ones and one that isn't; a task of which none can be read.
-        (*first, one), (*second, other) = changed.ask("""
+        (*first, one), (*second, other) = ask(tmp_path, """
 from outer_loop import weigh
 from selfedit import SelfEdit
 from support.config import Config
@@ -183,7 +180,7 @@ answer = weigh(Config(update="softmax"), [[0.5, 0.4, 0], [0, 0, 0]],
         assert one / other == pytest.approx(np.e)
     if heading == "A family of models":
         # Within the sliding window it is theirs; beyond it ours would be another model.
-        within, beyond, window = changed.ask("""
+        within, beyond, window = ask(tmp_path, """
 import torch
 from transformers import MistralForCausalLM
 from model import load_pretrained

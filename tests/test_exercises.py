@@ -2,8 +2,6 @@
 import copy
 import os
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,25 +18,21 @@ from selfedit import SelfEdit, sample_self_edits
 from tests.helpers import ROOT, open_run, python, read_lines, run_rest_em
 
 
-def check(which):
-    """What pytest says of exercises/check.py: its exit status, and its output."""
+def check(which, status):
+    """What pytest says of exercises/check.py."""
     words = ("exercises/check.py", "-q", "--tb=line", "-rf", "-p", "no:cacheprovider")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300", "EXERCISES": which})
-    return done.returncode, done.stdout
+    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300", "EXERCISES": which}
+    return python("-m", "pytest", *words, env=env, status=status).stdout
 
 
 @pytest.mark.slow
 def test_the_projects_own_functions_pass():
-    status, said = check("solutions")
-    assert status == 0, said
-    assert "skipped" not in said
+    assert "skipped" not in check("solutions", status=0)
 
 
 @pytest.mark.slow
 def test_every_test_of_the_stubs_fails_and_says_why():
-    _, said = check("")
+    said = check("", status=1)
     failed = [line for line in said.splitlines() if line.startswith("FAILED")]
     assert len(failed) >= 40
     assert re.search(rf"^{len(failed)} failed in ", said, re.MULTILINE)   # none passed
