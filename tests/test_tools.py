@@ -1,5 +1,6 @@
 """tools/plan.py plans from a config.json alone, by the formulas with which a run chooses.
 tools/bench.py: all arms do the paper's work, and every step counts as what it is."""
+import gc
 import json
 import math
 import re
@@ -180,9 +181,16 @@ def test_the_peers_adapters_learn(tiny, few_jobs):
 FEW = "--jobs 2 --steps 4 --repeats 1 --n-new 8 --device cpu".split()
 
 
+@pytest.fixture()
+def no_gc(monkeypatch):
+    """Among all that other tests hold, each collection takes half a second."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
-def test_on_a_cpu_without_the_peer_it_says_which_is_missing(monkeypatch, tiny_folder, tmp_path):
+
+
+def test_on_a_cpu_without_the_peer_it_says_which_is_missing(monkeypatch, tiny_folder, tmp_path,
+                                                            no_gc):
     monkeypatch.setitem(sys.modules, "peft", None)
     out = call(bench, *FEW, "--model", tiny_folder, "--out", tmp_path / "figures.md")
     assert re.search("left out: .*peft", out)
@@ -192,7 +200,7 @@ def test_on_a_cpu_without_the_peer_it_says_which_is_missing(monkeypatch, tiny_fo
     assert (tmp_path / "figures.md").read_text() == out
 
 
-def test_a_part_that_fails_is_a_line_and_the_next_one_runs(monkeypatch, capsys):
+def test_a_part_that_fails_is_a_line_and_the_next_one_runs(monkeypatch, capsys, no_gc):
     def broken(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
