@@ -13,10 +13,10 @@ import model as transformer
 from data import judges, text
 from inner_loop import inner_recipe
 from lora import Adapters, Lora
-from model import add_adapter, load_pretrained
+from model import add_adapter
 from support.config import PRESETS, Config
 from support.files import UserError
-from tests.helpers import ALL, CASES, call
+from tests.helpers import ALL, call
 from tests.strict import must_not_be_called
 from tools import learn
 
@@ -159,17 +159,10 @@ def test_a_damaged_adapter_is_one_line(damage, adapter, tiny):
         path.write_bytes(path.read_bytes()[:100])
     if damage == "none":
         path.unlink()
-    with pytest.raises(UserError) as stopped:
-        Adapters.load(tiny, adapter)
-    assert len(str(stopped.value).splitlines()) == 1
-
-
-def test_an_adapter_of_another_model_is_refused(adapter, tmp_path):
-    CASES["qwen2"]().save_pretrained(tmp_path / "other")
-    other = load_pretrained(tmp_path / "other", "cpu")
     for load in (Adapters.load, add_adapter):
-        with pytest.raises(UserError, match="has shape|unexpected tensor"):
-            load(other, adapter)
+        with pytest.raises(UserError) as stopped:
+            load(tiny, adapter)
+        assert len(str(stopped.value).splitlines()) == 1
 
 
 def test_what_can_not_be_saved_or_asked_is_said_before_the_work(learned, notes, monkeypatch):

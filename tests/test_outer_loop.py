@@ -1,7 +1,6 @@
 """ReST-EM on a random model: what it measures, what it keeps, what it learns, what it says."""
 import json
 import re
-import runpy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import outer_loop
+import selfedit
 from data import knowledge
 from data.tasks import in_order, load_tasks
 from engine.decode import Sampling, collect
@@ -369,17 +369,10 @@ def test_the_program_says_what_it_will_do_and_prints_a_summary(argv):
         assert bool(re.search("^ +inner_rank 4$", out, re.MULTILINE)) == bool(words)
 
 
-@pytest.mark.parametrize("command", [
-    "model.py --model MODEL --max-new 3",
-    "lora.py --model MODEL --steps 2",
-    "selfedit.py --model MODEL --data data/example_eval.json --edits 1",
-    "inner_loop.py --model MODEL --data data/example_eval.json"])
-def test_every_file_runs_by_itself(command, tiny_folder, monkeypatch, capsys):
-    words = command.replace("MODEL", str(tiny_folder)).split()
-    monkeypatch.setattr("sys.argv", words)
-    monkeypatch.chdir(ROOT)
-    runpy.run_path(words[0], run_name="__main__")
-    assert len(capsys.readouterr().out) > 20
+def test_selfedit_prints_what_a_model_writes(tiny_folder):
+    data = ROOT / "data/example_eval.json"
+    out = call(selfedit, "--model", tiny_folder, "--data", data, "--edits", 2)
+    assert "--- self-edit 0: " in out and "--- self-edit 1: " in out
 
 
 @pytest.mark.slow
