@@ -510,12 +510,15 @@ def test_a_kill_before_any_write_or_a_full_disk_loses_nothing(kind, least, statu
 FULL = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError(), FULL])
-def test_lack_of_memory_is_one_line(error):
+@pytest.mark.parametrize("error, line", [
+    (torch.OutOfMemoryError("CUDA"), "out of memory"), (MemoryError(), "out of memory"),
+    (FULL, "out of memory"),
+    (PermissionError(13, "Permission denied", "a\x1b[2J\nb"), r"a\?\[2J b: Permission denied")])
+def test_what_the_system_lacks_or_denies_is_one_line(error, line):
     def main():
         raise error
 
-    with pytest.raises(SystemExit, match="^error: out of memory"):
+    with pytest.raises(SystemExit, match=f"^error: {line}"):
         cli(main)
 
 
