@@ -1,6 +1,5 @@
 """The exercises: the project's own functions pass, the stubs don't; each bug shows somewhere."""
 import copy
-import os
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,8 +20,10 @@ from tests.helpers import ROOT, open_run, python, read_lines, run_rest_em
 def check(which, status):
     """What pytest says of exercises/check.py."""
     words = ("exercises/check.py", "-q", "--tb=line", "-rf", "-p", "no:cacheprovider")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300", "EXERCISES": which}
-    return python("-m", "pytest", *words, env=env, status=status).stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "300")
+        patch.setenv("EXERCISES", which)
+        return python("-m", "pytest", *words, status=status).stdout
 
 
 @pytest.mark.slow
