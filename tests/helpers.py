@@ -174,6 +174,10 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 def even_length(question, gold, prediction):
     """A rule whose rewards differ on a random model: is the number of letters even?"""
     return len(prediction) % 2 == 0

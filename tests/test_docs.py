@@ -18,12 +18,10 @@ from tests.helpers import ROOT, python, read_lines
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# What stands for something of the reader's own.
 PLACEHOLDERS = {"S": "0", "N": "1", "L": "1"}
 
 
 def commands_of(path):
-    """The `python ...` commands of a document, a list of words each."""
     text = path.read_text().replace("\\\n", " ")
     shown = re.findall(r"^(?:    )?(python .*)$", text, re.MULTILINE)    # in a block
     shown += re.findall(r"`(?:[^`\n]*&& )?(python [^`]+)`", text)       # in a line
@@ -112,43 +110,38 @@ CHANGES = {
 
 
 def blocks():
-    """{heading: the diff block below it}."""
     found = re.findall(r"^## (.*?)\n.*?^```diff\n(.*?)^```$", EXTENDING.read_text(),
                        re.MULTILINE | re.DOTALL)
     return dict(found)
 
 
 def commands_to_try(block):
-    """The commands at the head of a block, a list of words each."""
     head = block[:block.index("diff --git")].replace("\\\n", " ")
     return [shlex.split(line.removeprefix("Try: ")) for line in head.splitlines()]
 
 
-class Changed:
-    """A copy of the project with one change in it (git apply), and what its commands printed.
-    Nothing is skipped: without git it fails."""
+def change(folder, heading):
+    """A copy of the project with one change in it (git apply): what its commands print. Nothing is
+    skipped: without git it fails."""
+    block, printed = blocks()[heading], ""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name,
+                        ignore=shutil.ignore_patterns("__pycache__", "*.tmp"))
+    # A folder above may be a repository: then git would look for the files there.
+    subprocess.run(["git", "apply"], cwd=folder, input=block, text=True, check=True,
+                   env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)})
+    for command in commands_to_try(block):
+        assert command[0] == "python"
+        printed += python(*command[1:], cwd=folder).stdout
+    return printed
 
-    def __init__(self, folder, heading):
-        self.folder = folder
-        block = blocks()[heading]
-        for path in ROOT.glob("*.py"):
-            shutil.copy(path, folder)
-        for name in FOLDERS:
-            shutil.copytree(ROOT / name, folder / name,
-                            ignore=shutil.ignore_patterns("__pycache__", "*.tmp"))
-        # A folder above may be a repository: then git would look for the files there.
-        done = subprocess.run(["git", "apply"], cwd=folder, input=block, text=True,
-                              env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)})
-        assert done.returncode == 0
-        self.printed = ""
-        for command in commands_to_try(block):
-            assert command[0] == "python"
-            self.printed += python(*command[1:], cwd=folder).stdout
 
-    def ask(self, program):
-        """The `answer` of a few lines of Python in this copy, which may be any JSON."""
-        program += "import json\nprint(json.dumps(answer))"
-        return json.loads(python("-c", program, cwd=self.folder).stdout.splitlines()[-1])
+def ask(folder, program):
+    """The `answer` of a few lines of Python in this copy, which may be any JSON."""
+    program += "import json\nprint(json.dumps(answer))"
+    return json.loads(python("-c", program, cwd=folder).stdout.splitlines()[-1])
 
 
 def test_every_change_has_a_test_and_is_not_there_already():
@@ -161,8 +154,8 @@ def test_every_change_has_a_test_and_is_not_there_already():
 @pytest.mark.slow
 @pytest.mark.parametrize("heading", CHANGES)
 def test_a_change_does_what_it_says(heading, tmp_path):
-    changed = Changed(tmp_path, heading)
-    assert re.search(CHANGES[heading][2], changed.printed), changed.printed
+    printed = change(tmp_path, heading)
+    assert re.search(CHANGES[heading][2], printed), printed
     if heading == "A reward":
         for r in read_lines(tmp_path / "runs/shorter/rollouts.jsonl"):
             penalty = 0.001 * len(r["token_ids"])
@@ -174,7 +167,7 @@ def test_a_change_does_what_it_says(heading, tmp_path):
             assert r["gold"] == [r["title"]] * 4
     if heading == "An update rule":
         # Two readable ones and one that isn't; a task of which none can be read.
-        (*first, one), (*second, other) = changed.ask("""
+        (*first, one), (*second, other) = ask(tmp_path, """
 from outer_loop import weigh
 from selfedit import SelfEdit
 from support.config import Config
@@ -187,7 +180,7 @@ answer = weigh(Config(update="softmax"), [[0.5, 0.4, 0], [0, 0, 0]],
         assert one / other == pytest.approx(np.e)
     if heading == "A family of models":
         # Within the sliding window it is theirs; beyond it ours would be another model.
-        within, beyond, window = changed.ask("""
+        within, beyond, window = ask(tmp_path, """
 import torch
 from transformers import MistralForCausalLM
 from model import load_pretrained
@@ -221,40 +214,30 @@ def test_the_notebook_runs_and_shows_what_it_says():
     """From docs, as Jupyter does."""
     printed = python("-", cwd=ROOT / "docs", input=SCRIPT).stdout
 
-    # The model knows more afterwards.
     before, asked = numbers(r"right before: (\d+) of (\d+)", printed)
     after, asked_again = numbers(r"right after: (\d+) of (\d+)", printed)
     assert asked == asked_again == 11
     assert before <= 2
     assert after >= before + 2
 
-    # Self-edits differ in their reward.
     rewards = [float(r) for r in re.findall(r"^self-edit \d: reward (\S+)$", printed, re.MULTILINE)]
     best = numbers(r"--- best: self-edit \d, reward (\S+)", printed)
     worst = numbers(r"--- worst: self-edit \d, reward (\S+)", printed)
     assert len(rewards) == 8
     assert (best, worst) == (max(rewards), min(rewards))
     assert best >= worst + .1
-    # The notes that it suggests are good.
     mine = numbers(r"my notes: reward (\S+)", printed)
     passage = numbers(r"the passage alone: reward (\S+)", printed)
     assert mine >= passage + .1
 
 
 def test_the_notebook_is_clean_short_and_without_outputs():
-    for cell in CODE:
-        assert cell["outputs"] == []
-        assert cell["execution_count"] is None
-    assert 8 <= len(CODE) <= 12
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in CODE)
+    assert len(CODE) <= 12
     assert max(len(cell["source"]) for cell in CODE) <= 25
     assert max(len(line) for line in SCRIPT.splitlines()) <= 100
-    ids = [cell["id"] for cell in BOOK["cells"]]
-    assert (BOOK["nbformat"], BOOK["nbformat_minor"]) == (4, 5)
-    assert len(set(ids)) == len(ids)
-    assert all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name) for name in ids)
     assert NOTEBOOK.read_text() == (
         json.dumps(BOOK, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    # Its links and pictures exist.
     text = "".join("".join(cell["source"]) for cell in BOOK["cells"] if cell not in CODE)
     local = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
     assert {path.name for path in FIGURES} <= set(local)

@@ -1,9 +1,6 @@
 """The exercises: the project's own functions pass, the stubs don't; each bug shows somewhere."""
 import copy
-import os
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,25 +17,23 @@ from selfedit import SelfEdit, sample_self_edits
 from tests.helpers import ROOT, open_run, python, read_lines, run_rest_em
 
 
-def check(which):
-    """What pytest says of exercises/check.py: its exit status, and its output."""
+def check(which, status):
+    """What pytest says of exercises/check.py."""
     words = ("exercises/check.py", "-q", "--tb=line", "-rf", "-p", "no:cacheprovider")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300", "EXERCISES": which})
-    return done.returncode, done.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "300")
+        patch.setenv("EXERCISES", which)
+        return python("-m", "pytest", *words, status=status).stdout
 
 
 @pytest.mark.slow
 def test_the_projects_own_functions_pass():
-    status, said = check("solutions")
-    assert status == 0, said
-    assert "skipped" not in said
+    assert "skipped" not in check("solutions", status=0)
 
 
 @pytest.mark.slow
 def test_every_test_of_the_stubs_fails_and_says_why():
-    _, said = check("")
+    said = check("", status=1)
     failed = [line for line in said.splitlines() if line.startswith("FAILED")]
     assert len(failed) >= 40
     assert re.search(rf"^{len(failed)} failed in ", said, re.MULTILINE)   # none passed
@@ -46,13 +41,6 @@ def test_every_test_of_the_stubs_fails_and_says_why():
     assert set(numbers) == {f"{number:02}" for number in range(1, 13)}
     for line, number in zip(failed, numbers):
         assert line.endswith(f"NotImplementedError: exercise {int(number)}")
-
-
-def test_a_plain_pytest_does_not_collect_them_and_lines_are_short():
-    assert "testpaths = tests\n" in (ROOT / "pytest.ini").read_text()
-    assert not list((ROOT / "exercises").glob("test_*.py"))
-    for path in (ROOT / "exercises").glob("*.py"):
-        assert max(map(len, path.read_text().splitlines()), default=0) <= 100, path
 
 
 def with_and_without(bug, measure):
@@ -104,7 +92,6 @@ def test_ties_by_position_keep_the_shortest_though_no_reward_differs():
         kept = outer_loop.select(tiny.CONFIG, [[0.5] * 4] * 5, edits, [0] * 5, t=0)
         return sum(len(edits[i][j].token_ids) for i, j in kept) / len(kept)
 
-    # keep is 2: the first two, the shortest two.
     assert with_and_without(bugs.ties_by_position, kept_tokens) == (40, 15)
 
 
@@ -113,7 +100,6 @@ def test_a_merge_in_bfloat16_is_not_what_was_trained():
     ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(0))
 
     def gap():
-        """Between the adapter's logits and those of the merged weights."""
         model = copy.deepcopy(base)
         adapters = Adapters(model, Lora(4, 4, PROJECTIONS), 1)
         adapters.flat.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
@@ -172,7 +158,6 @@ def test_a_stale_policy_writes_the_same_after_the_m_step(tmp_path):
 
 @pytest.mark.slow
 def test_a_bug_can_be_run_by_its_number_and_an_unknown_one_is_a_line(tmp_path):
-    """python -m exercises.bugs N, with the flags of outer_loop.py."""
     small = ("--iterations 0 --eval-tasks 2 --eval-edits 1 --no-baselines --inner-epochs 1 "
              f"--device cpu --run-dir {tmp_path / 'run'}")
     python("-m", "exercises.bugs", "3", *small.split())

@@ -19,8 +19,8 @@ import model as transformer
 from engine import decode, device
 from engine import ribbon as ribbon_file
 from engine import train as train_file
-from engine.decode import Sampling, in_groups
-from engine.device import compiled, flash_attention, fused, has_flash, step_memory
+from engine.decode import Sampling
+from engine.device import compiled, flash_attention
 from engine.ribbon import PaddedRibbon, Ribbon
 from engine.train import adamw_, sft
 from lora import Adapters, Job, Lora, PROJECTIONS, Recipe
@@ -29,15 +29,15 @@ from tests.helpers import ALL, CASES, STOP, generate, mixed_jobs, random_adapter
 from tests.make_checkpoint import make_checkpoint
 from tests.strict import may_stay_unused
 
+
 def train(model, jobs, slots=3):
-    """{number: Trained} of jobs, so many side by side."""
     return dict(sft(model, [replace(job, recipe=replace(job.recipe, slots=slots)) for job in jobs]))
 
 
 @pytest.fixture()
 def trace(monkeypatch):
-    """A function: from then on, whatever is compiled on CUDA is traced here. It returns a counter,
-    whose `frame_count` is how many graphs that took."""
+    """A function: from then on, whatever is compiled on CUDA is traced here. It returns a counter
+    of graphs."""
     counter = CompileCounterWithBackend("eager")
     compiled = {}
 
@@ -58,11 +58,6 @@ def trace(monkeypatch):
 
 # ------------------------------------------------------------------------------- compiled pieces
 
-def test_nothing_is_compiled_on_a_cpu_and_it_has_no_flash_attention():
-    assert fused(torch.relu, torch.zeros(1)) is torch.relu
-    assert not has_flash(torch.zeros(3, 2, 64, dtype=torch.bfloat16))
-
-
 @pytest.mark.parametrize("dtype, grouped", [("bfloat16", True), ("float32", False)])
 def test_four_graphs_serve_all_layers(tiny_folder, trace, monkeypatch, dtype, grouped):
     """rotate, swiglu, the loss and AdamW, whatever the layers, tokens and adapters' segments."""
@@ -70,10 +65,8 @@ def test_four_graphs_serve_all_layers(tiny_folder, trace, monkeypatch, dtype, gr
     model = load_pretrained(tiny_folder, "cpu", getattr(torch, dtype))
     jobs = mixed_jobs(n=8)
     expected = train(model, jobs)
-
     counter = trace()
     trained = train(model, jobs)
-
     assert counter.frame_count == 4
     for i in expected:
         torch.testing.assert_close(trained[i].weights, expected[i].weights, atol=2e-3, rtol=0)
@@ -84,9 +77,7 @@ def test_few_graphs_serve_all_grids_of_a_decoding(tiny, trace):
     groups = [[[i, i + j + 1] * (j + 1) for j in range(6)] for i in range(4)]
     how = (groups, Sampling(40, stop=STOP, max_rows=16), None, adapters)
     expected = generate(tiny, *how)
-
     counter = trace()
-
     assert generate(tiny, *how) == expected
     # rotate and swiglu, of one row and of many.
     assert counter.frame_count <= 6
@@ -96,9 +87,7 @@ def test_every_kind_of_model_can_be_traced(peer, trace):
     model = load_pretrained(peer[0], "cpu")
     ids = torch.randint(0, 320, (2, 11))
     expected = model(ids)
-
     counter = trace()
-
     torch.testing.assert_close(model(ids), expected, atol=1e-4, rtol=1e-3)
     assert counter.frame_count == 2
 
@@ -108,16 +97,14 @@ def test_every_kind_of_model_can_be_traced(peer, trace):
 def by_sequence(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug,
                 seqused_k):
     """What aten's flash attention computes, a sequence at a time."""
-    assert bounds_q.dtype == torch.int32
-    assert torch.equal(bounds_q, bounds_k)
-    lengths = bounds_q.diff().tolist()
-    assert (bounds_q[0], sum(lengths)) == (0, len(q))
-    assert longest_q == longest_k == max(lengths)
-    assert (dropout, causal, debug, seqused_k) == (0.0, True, False, None)
+    assert bounds_q.dtype == bounds_k.dtype == torch.int32
+    lengths, seen = bounds_q.diff(), bounds_k.diff() if seqused_k is None else seqused_k
+    assert (bounds_q[0], sum(lengths), longest_q) == (0, len(q), max(lengths))
+    assert (dropout, debug) == (0.0, False) and 0 < min(seen) and max(seen) <= longest_k
     outputs = []
-    for part in zip(*(x.split(lengths) for x in (q, k, v))):
-        heads_first = [x.transpose(0, 1) for x in part]
-        y = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+    for own, begin, n in zip(q.split(lengths.tolist()), bounds_k.tolist(), seen.tolist()):
+        heads_first = [x.transpose(0, 1) for x in (own, k[begin:begin + n], v[begin:begin + n])]
+        y = F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True)
         outputs.append(y.transpose(0, 1))
     return torch.cat(outputs), None, None, None, None
 
@@ -125,9 +112,8 @@ def by_sequence(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, caus
 def test_flash_attention_takes_the_ribbon_as_it_lies_but_for_imitated_pads(tiny, monkeypatch):
     lengths = [5, 40, 1, 17]
     ids = torch.randint(0, 256, (sum(lengths),))
-    ribbon = Ribbon(lengths, "cpu")
+    ribbon, called = Ribbon(lengths, "cpu"), []
     expected = tiny.hidden(ids, ribbon.position, ribbon.attend)
-    called = []
 
     def op(*args, **seen):
         called.append(args)
@@ -139,21 +125,17 @@ def test_flash_attention_takes_the_ribbon_as_it_lies_but_for_imitated_pads(tiny,
 
     assert len(called) == tiny.config.n_layer
     torch.testing.assert_close(h, expected, atol=1e-5, rtol=1e-4)
-    # Those are masked.
     ribbon = PaddedRibbon([5, 7], [2, 0], torch.arange(12), "cpu")
     tiny.hidden(ids[:12], ribbon.position, ribbon.attend)
     assert len(called) == tiny.config.n_layer
 
 
 def test_torch_knows_this_flash_attention_and_its_gradient():
-    """On meta tensors, which are shapes alone: its arguments, its shape, its gradient."""
     q, k, v = (torch.empty(9, heads, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
                for heads in (4, 2, 2))
     bounds = torch.empty(3, device="meta", dtype=torch.int32)
-
     y = flash_attention(q, k, v, [bounds] * 2, [6] * 2)
     y.sum().backward()
-
     assert y.shape == q.shape
     assert [x.grad.shape for x in (q, k, v)] == [q.shape, k.shape, v.shape]
 
@@ -162,7 +144,7 @@ def test_torch_knows_this_flash_attention_and_its_gradient():
 
 @pytest.fixture()
 def fewer(monkeypatch):
-    """A function: from then on there are as few kernels as on CUDA, each of which is plain."""
+    """A function: from then on there are as few kernels as on CUDA."""
     def start():
         for file in (device, ribbon_file):
             monkeypatch.setattr(file, "few_kernels", may_stay_unused(lambda x: True))
@@ -179,31 +161,25 @@ def test_fewer_kernels_compute_the_same(case, tmp_path, fewer):
     joined = load_pretrained(tmp_path / "base", "cpu", torch.float64)
     jobs = mixed_jobs(n=4, recipe=replace(RECIPE, lora=lora))
     expected = train(plain, jobs), texts(plain, lora)
-
     fewer()
     trained, written = train(joined, jobs), texts(joined, lora)
-
     for i in expected[0]:
         torch.testing.assert_close(trained[i].weights, expected[0][i].weights, atol=1e-10, rtol=0)
     assert written == expected[1]
 
 
 def texts(model, lora):
-    adapters = Adapters(model, lora, 2)
-    adapters.flat.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
-    groups = [[[1, 2, 3], [4]], [[5, 6]]]
-    return in_groups(decode.generate(model, groups, Sampling(12), adapters=adapters), groups)
+    adapters = random_adapters(model, 2, lora, std=0.05)
+    return generate(model, [[[1, 2, 3], [4]], [[5, 6]]], Sampling(12), adapters=adapters)
 
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_one_product_for_the_a_of_several_adapters(tiny, fewer, grouped):
-    """Layers that read the same, with gradients, by grouped products and by padded ones."""
     ids, attend = torch.randint(0, 256, (24,)), Ribbon([5, 11, 8], "cpu")
     found = []
     for start in (lambda: None, fewer):
         start()
-        adapters = Adapters(tiny, Lora(8, 8, ["q_proj", "v_proj"]), 5)
-        adapters.flat.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+        adapters = random_adapters(tiny, 5, Lora(8, 8, ["q_proj", "v_proj"]), std=0.05)
         adapters.flat.requires_grad_()
         adapters.grouped = grouped
         with adapters.route([16, 0, 8, 0, 0]):
@@ -231,11 +207,10 @@ def test_weights_that_lie_together_load_change_and_save_as_before(tmp_path):
         for i, model in enumerate((plain, joined)):
             change(i, model)
         expected = plain(ids)
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
             patch.setattr(device, "few_kernels", lambda x: True)
             patch.setattr(device, "compiled", lambda function: function)
-            with torch.inference_mode():
-                torch.testing.assert_close(joined(ids), expected)
+            torch.testing.assert_close(joined(ids), expected)
 
     attn = joined.model["layers"][0].self_attn
     assert attn.k_proj.weight.storage_offset() == attn.q_proj.weight.numel()
@@ -245,27 +220,12 @@ def test_weights_that_lie_together_load_change_and_save_as_before(tmp_path):
     assert (tmp_path / "joined" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
 
 
-def over_cache(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug,
-               seqused_k):
-    """What aten's flash attention computes of one query per sequence and its first keys."""
-    assert (longest_q, dropout, causal, debug) == (1, 0.0, False, False)
-    assert bounds_q.dtype == bounds_k.dtype == seqused_k.dtype == torch.int32
-    assert bounds_q.tolist() == list(range(len(q) + 1))
-    outputs = []
-    for own, begin, n in zip(q, bounds_k.tolist(), seqused_k.tolist()):
-        assert 0 < n <= longest_k
-        keys, values = k[begin:begin + n, 0], v[begin:begin + n, 0]
-        outputs.append((own @ keys.T / own.shape[-1] ** 0.5).softmax(-1) @ values)
-    return torch.stack(outputs), None, None, None, None
-
-
 def test_flash_attention_over_the_cache(tiny, monkeypatch):
-    groups = [[[1, 2, 3], [4], [5] * 70]]
-    sampling = Sampling(12, n=2, temperature=1.0, top_p=0.9)
-    expected = in_groups(decode.generate(tiny, groups, sampling, range(6)), groups)
+    how = [[[1, 2, 3], [4], [5] * 70]], Sampling(12, n=2, temperature=1.0, top_p=0.9), range(6)
+    expected = generate(tiny, *how)
     monkeypatch.setattr(decode, "has_flash", lambda x: True)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", over_cache)
-    assert in_groups(decode.generate(tiny, groups, sampling, range(6)), groups) == expected
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", by_sequence)
+    assert generate(tiny, *how) == expected
 
 
 # ------------------------------------------------------------------------------- training (GPU)
@@ -346,9 +306,7 @@ def test_graphs_train_the_same(model, alike, monkeypatch):
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: (replays.append(g), replay(g)))
     with_graphs = train(model, alike, slots=5)
     monkeypatch.setenv("NANOSEAL_NO_GRAPHS", "1")
-
     without = train(model, alike, slots=5)
-
     assert len(replays) > 5
     assert (all_losses(with_graphs) - all_losses(without)).abs().max() < 0.1
     for i in without:
@@ -359,12 +317,10 @@ def test_graphs_train_the_same(model, alike, monkeypatch):
 def test_answers_between_the_yields_of_a_training_change_nothing(model, alike):
     """Decoding records and drops graphs while those of training wait (pytorch#193402)."""
     alone = train(model, alike)
-
     beside = {}
     for i, trained in sft(model, [replace(job, recipe=replace(RECIPE, slots=3)) for job in alike]):
         beside[i] = trained
         generate(model, [[[1, 2]], [[3]]], Sampling(40), None, random_adapters(model, 2))
-
     for i in alone:
         assert torch.equal(beside[i].weights, alone[i].weights)
 
@@ -378,10 +334,8 @@ def test_the_compiled_update_is_the_plain_one(n, P):
     t = torch.tensor([[1.0 + i % 4] for i in range(n)], device="cuda")
     plain = [x.clone() for x in state]
     fast = [x.clone() for x in state]
-
     for update, x in [(adamw_, plain), (compiled(adamw_), fast)]:
         update(*x, lr, t, x[0], clip=1.0, weight_decay=0.01)
-
     for ours, theirs in zip(fast, plain):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
@@ -396,14 +350,12 @@ def test_a_step_waits_for_nothing(model):
             train(model, mixed_jobs(n=6), slots=3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
     places = {(warning.filename, warning.lineno) for warning in heard
               if "synchron" in str(warning.message)}
-    print("waits at", sorted(places))
-    assert len(places) <= 3
+    assert len(places) <= 3, sorted(places)
 
 
-def test_memory_is_as_reckoned_and_running_out_halves_the_slots(model, capsys):
+def test_running_out_of_memory_halves_the_slots(model, capsys):
     examples = [([5] * 400, [True] * 400)] * 2
     jobs = [Job(examples, i, replace(RECIPE, epochs=1, batch=1)) for i in range(16)]
     torch.cuda.empty_cache()
@@ -413,9 +365,6 @@ def test_memory_is_as_reckoned_and_running_out_halves_the_slots(model, capsys):
     train(model, jobs, slots=16)
 
     peak = torch.cuda.max_memory_allocated() - before
-    formula = step_memory(model, RECIPE.lora, 16, 16 * 400)
-    print(f"peak {peak / 2 ** 20:.0f} MiB, formula {formula / 2 ** 20:.0f} MiB")
-
     # The same with half of that memory.
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]
@@ -436,7 +385,6 @@ def test_graphs_change_nothing(model, monkeypatch, case):
     with_graphs = generate(model, *how)
     monkeypatch.setattr(decode, "has_graphs", lambda device: False)
     assert generate(model, *how) == with_graphs
-
 
 
 def test_flash_attention_over_the_cache_is_the_masked_one(model, monkeypatch):

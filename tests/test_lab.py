@@ -16,24 +16,12 @@ from selfedit import fill, seed_for
 from support.config import Config
 from support.files import UserError
 from support.tokenizer import Tokenizer
-from tests.helpers import MEASURED, ROLLOUT, SMALL, read_lines, run_it
-
-
-def call(program, *words):
-    """Run a program's main function as `python -m` does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [program.__name__, *map(str, words)])
-        program.main()
-
-
-def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+from tests.helpers import MEASURED, ROLLOUT, SMALL, call, read_lines, run_it, write_lines
 
 
 # ------------------------------------------------------------------------------- experiment
 
 def question(tmp_path, words, measure):
-    """The lines of a question with a flag of its own, as its table gets them."""
     shown = {}
     asked = experiment.Question(["a", "b"], measure, shown.update, None, settings={"towns": 4})
     ap = asked.flags("Is it so?\n\nMore.")
@@ -50,7 +38,6 @@ def test_what_is_missing_is_measured_and_nothing_else(tmp_path):
 
     first = question(tmp_path, "--seeds 1", measure)
     arms = question(tmp_path, "--seeds 0 1", measure)
-
     assert asked == [("a", 1, 4), ("b", 1, 4), ("a", 0, 4), ("b", 0, 4)]
     lines = read_lines(tmp_path / "out.jsonl")
     assert lines[:2] == first["a"] + first["b"]
@@ -66,37 +53,12 @@ def test_all_lines_of_a_file_have_the_same_settings(tmp_path):
         question(tmp_path, "--towns 5", lambda *_: {})
 
 
-def test_lines_are_chosen_grouped_and_compared_by_hand():
-    lines = [{"arm": "b", "seed": 0, "reward": [.1, .5]},
-             {"arm": "a", "seed": 1, "reward": [.2, .3]},
-             {"arm": "a", "seed": 0, "reward": [.1, .2]}]
-    assert experiment.where(lines, arm="a", seed=0) == lines[2:]
-    arms = experiment.groups(lines, "arm", ["c", "a", "b"])
-    assert list(arms) == ["a", "b"] and arms["a"] == lines[1:]
-    more = experiment.differences(arms["a"], arms["b"], experiment.last_reward)
-    assert more == [pytest.approx(.2 - .5)]         # of the seed that both have
-    assert experiment.gain(lines[0]) == pytest.approx(.4)
-
-
-def test_means_and_intervals_in_words(capsys):
-    # Student's t for two values is 12.71; the error of .2 and .4 is .1.
-    assert experiment.over_seeds([[.2, 1], [.4, 1]]) == ["0.300 ±1.271", "1.000 ±0.000"]
-    assert experiment.of_seeds([.25], "+.2f") == "+0.25"      # one seed
-    assert experiment.over_passages([.5, .5], ".1f") == "0.5 [0.5, 0.5]"
-    assert experiment.arrows([.1, .25], ".2f") == "0.10 -> 0.25"
-    experiment.print_table(["", "k"], [["a", 1]])
-    assert capsys.readouterr().out == "|  | k |\n| --- | --- |\n| a | 1 |\n"
-
-
 # ------------------------------------------------------------------------------- curve
 
-def write_run(folder, rewards, made_of=(), iterations=None, **settings):
-    """A run's folder as lab.curve reads it."""
+def write_run(folder, rewards, made_of=(), **settings):
     folder.mkdir()
     config = {"iterations": len(rewards) - 1, "seed": 0, "run_dir": str(folder), "model": "m",
               "verbose": False, "update": "best", "strict": False, "targets": ["q_proj"]}
-    if iterations:
-        config["iterations"] = iterations
     (folder / "config.json").write_text(json.dumps(config | settings))
     write_lines(folder / "metrics.jsonl", [
         MEASURED | {"iteration": t, "eval_reward": reward, "eval_by_kind": {"forward": reward},
@@ -106,41 +68,19 @@ def write_run(folder, rewards, made_of=(), iterations=None, **settings):
     return folder
 
 
-def test_a_curve_by_hand(tmp_path, capsys):
-    """Two seeds; Student's t for two values is 12.71."""
+def test_a_curve_by_hand(tmp_path):
     one = write_run(tmp_path / "one", [0.2, 0.5], [{"copy": 1.0}, {"copy": 0.4, "rare": 0.01}])
     two = write_run(tmp_path / "two", [0.4, 0.9], [{"copy": 0.8}, {"copy": 0.2}], seed=1)
-
-    call(curve, one, two)
-
-    # The standard deviation of two values is their distance over sqrt(2), the error half of it.
-    assert capsys.readouterr().out.splitlines() == [
+    # The standard deviation of two values is their distance over sqrt(2), the error half of it;
+    # Student's t for two values is 12.71.
+    assert call(curve, one, two).splitlines() == [
         "all runs, 2 seeds: 0.300 ±1.271 -> 0.700 ±2.542",
         "    gain +0.400 ±1.271, by seed +0.300 +0.500",
         "    forward questions: 0.300 ±1.271 -> 0.700 ±2.542",
         "    copy: 90% -> 30%"]
 
 
-def test_runs_are_grouped_by_what_sets_them_apart(tmp_path):
-    folders = [
-        write_run(tmp_path / "a", [0.1, 0.2]),
-        write_run(tmp_path / "b", [0.3, 0.4], seed=1),
-        write_run(tmp_path / "c", [0.5, 0.6], update="random", strict=True),
-        write_run(tmp_path / "d", [0.7, 0.8], targets=["q_proj", "v_proj"], model="other")]
-
-    groups = curve.read_runs(folders)
-
-    names = list(groups)
-    assert names[0].startswith("update best, targets")
-    assert names[1].startswith("update random, strict, targets")
-    assert [len(group) for group in groups.values()] == [2, 1, 1]
-    rewards = [m["eval_reward"] for m in groups[names[0]][1]]
-    assert rewards == [0.3, 0.4]
-
-
 def test_runs_that_have_no_curve_are_one_line(tmp_path):
-    with pytest.raises(UserError, match="config.json is missing"):
-        call(curve, tmp_path)
     short = write_run(tmp_path / "short", [0.1, 0.2], iterations=2)
     with pytest.raises(UserError, match="short: this run has not ended; repeat its command"):
         call(curve, short)
@@ -148,43 +88,24 @@ def test_runs_that_have_no_curve_are_one_line(tmp_path):
     two = write_run(tmp_path / "two", [0.1, 0.2, 0.3], iterations=1, seed=1)
     with pytest.raises(UserError, match="two: 3 iterations are measured, 2 in another run"):
         call(curve, one, two)
-    (one / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="config.json: not readable as JSON of its kind"):
-        call(curve, one)
 
 
-@pytest.fixture
-def runs(tmp_path):
-    """Two runs that differ in their seed, and one that differs in its update rule as well."""
-    return [write_run(tmp_path / "a", [0.1, 0.2]), write_run(tmp_path / "b", [0.3, 0.4], seed=1),
+def test_runs_that_differ_in_their_seed_alone_are_a_line_of_the_drawing(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    runs = [write_run(tmp_path / "a", [0.1, 0.2]), write_run(tmp_path / "b", [0.3, 0.4], seed=1),
             write_run(tmp_path / "c", [0.5, 0.6], update="random", strict=True)]
 
-
-def test_curves_of_runs_are_drawn(runs, tmp_path, capsys):
-    """Runs that differ in their seed alone are one line, with an interval."""
-    pytest.importorskip("matplotlib")
-
-    call(curve, *runs, "--svg", tmp_path / "curve.svg")
+    out = call(curve, *runs, "--svg", tmp_path / "curve.svg")
     call(curve, *runs, "--svg", tmp_path / "again.svg")
 
-    out = capsys.readouterr().out
     assert "update best, 2 seeds: " in out
     assert "update random, strict, 1 seeds: " in out
     drawing = (tmp_path / "curve.svg").read_text()
     assert ElementTree.fromstring(drawing).tag.endswith("svg")
     # matplotlib writes each text, drawn as shapes, into a comment as well.
-    for text in ("the best self-edits are kept; 2 seeds",
-                 "any self-edits are kept (control), strict; 1 seeds",
-                 "iteration of ReST-EM", "trained on the passage only"):
+    for text in ("the best self-edits are kept; 2 seeds", "trained on the passage only"):
         assert f"<!-- {text} -->" in drawing
     assert drawing == (tmp_path / "again.svg").read_text()
-
-
-def test_without_a_baseline_there_is_no_floor_and_without_matplotlib_no_drawing(
-        runs, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    curve.draw(curve.read_runs(runs), None, tmp_path / "curve.svg")
-    assert "trained on the passage only" not in (tmp_path / "curve.svg").read_text()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="needs matplotlib"):
         call(curve, *runs, "--svg", tmp_path / "curve.svg")
@@ -199,8 +120,7 @@ def rollout(task, edit, right, split="train"):
                       "losses": [[1, 1]] * len(right)}
 
 
-def test_reliability_by_hand(tmp_path, capsys):
-    """Of what was trained on, and could be; self-edits in any order."""
+def test_reliability_by_hand(tmp_path):
     yes, no = [True, True], [False, False]
     write_lines(tmp_path / "rollouts.jsonl", [
         rollout(0, 1, [yes, yes]),
@@ -209,15 +129,9 @@ def test_reliability_by_hand(tmp_path, capsys):
         rollout(1, 1, []),                              # nothing to learn from
         rollout(0, 0, [yes], split="eval")])
 
-    groups = reliability.read_groups(tmp_path)
-    assert [reliability.accuracy_of(group).tolist() for group in groups] == [
-        [[0, 0], [1, 1]], [[0.5, 0.5]]]
-
-    call(reliability, tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "2 passages, 3 self-edits, 2 seeds each"
-    values = dict(line.strip().rsplit(maxsplit=1) for line in lines[1:])
-    assert "reliability of a 2-seed mean, among the edits of a passage" in values
+    head, *lines = call(reliability, tmp_path).splitlines()
+    assert head == "2 passages, 3 self-edits, 2 seeds each"
+    values = dict(line.strip().rsplit(maxsplit=1) for line in lines)
     assert values["mean reward"] == "0.500"
     assert values["the best of K, by the seeds that chose it"] == "0.750"
 
@@ -240,7 +154,6 @@ def evaluated(task, arm, answer, reward):
 
 @pytest.fixture
 def single_run(tmp_path):
-    """Two kinds of self-edits of three passages, and one that is not finished."""
     rows = []
     for task, (plain, own) in enumerate([(1, 0), (1, 1), (0, 1)]):
         # The first kind recites: the gold answer comes in its second sentence.
@@ -256,26 +169,24 @@ def single_run(tmp_path):
 BOOTSTRAP = "lab.experiment.bootstrap_ci", lambda values: [min(values), max(values)]
 
 
-def test_each_passage_is_compared_with_itself(single_run, capsys, monkeypatch):
+def test_each_passage_is_compared_with_itself(single_run, tmp_path, monkeypatch):
     monkeypatch.setattr(*BOOTSTRAP)
-    call(paired, single_run)
-    lines = capsys.readouterr().out.splitlines()
+    table = call(paired, single_run, "--save", tmp_path / "kept.json")
+    lines = table.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
         "no adaptation", "passage only", "own"]
     assert lines[3].startswith("| passage only | 0.667 [0.000, 1.000] |  | 0.000 [0.000, 0.000] |")
     assert "| +0.000 [-1.000, +1.000] | 1.000 [1.000, 1.000] | 2 | 2.0 | 2 |" in lines[4]
+    # What is saved gives the same table, and holds no text of a passage.
+    assert call(paired, tmp_path / "kept.json") == table
+    assert "Ostermar" not in (tmp_path / "kept.json").read_text()
+    with pytest.raises(UserError, match="choose among passage only, own"):
+        call(paired, single_run, "--against", "half")
+    with pytest.raises(UserError, match="no rollouts of held-out passages"):
+        call(paired, tmp_path)
 
 
-def test_what_is_saved_gives_the_same_table(single_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(*BOOTSTRAP)
-    call(paired, single_run, "--save", tmp_path / "kept.json")
-    first = capsys.readouterr().out
-    call(paired, tmp_path / "kept.json")
-    assert capsys.readouterr().out == first
-    assert "Ostermar" not in (tmp_path / "kept.json").read_text()       # no text of a passage
-
-
-def test_rounds_of_runs_are_kinds_of_their_own(tmp_path, capsys, monkeypatch):
+def test_rounds_of_runs_are_kinds_of_their_own(tmp_path, monkeypatch):
     """A passage's value is the mean over its self-edits, and training passages are left out."""
     monkeypatch.setattr(*BOOTSTRAP)
     for name, better in (("one", 0.5), ("two", 0.0)):
@@ -288,19 +199,12 @@ def test_rounds_of_runs_are_kinds_of_their_own(tmp_path, capsys, monkeypatch):
         (tmp_path / name).mkdir()
         write_lines(tmp_path / name / "rollouts.jsonl", rows)
 
-    call(paired, tmp_path / "one", tmp_path / "two", "--against", "two, round 1")
+    out = call(paired, tmp_path / "one", tmp_path / "two", "--against", "two, round 1")
 
-    found = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[3:]]
+    found = [line.split(" | ")[:2] for line in out.splitlines()[3:]]
     assert [(name.strip("| "), reward[:5]) for name, reward in found] == [
         ("one, round 0", "0.500"), ("one, round 1", "0.875"), ("two, round 0", "0.500"),
         ("two, round 1", "0.500")]
-
-
-def test_there_is_something_to_compare_with(single_run, tmp_path):
-    with pytest.raises(UserError, match="choose among passage only, own"):
-        call(paired, single_run, "--against", "half")
-    with pytest.raises(UserError, match="no rollouts of held-out passages"):
-        call(paired, tmp_path)
 
 
 # ------------------------------------------------------------------------------- imitate
@@ -325,7 +229,6 @@ def taught(passages, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def student(tiny_folder, taught, tmp_path_factory):
-    """What `python -m lab.imitate` makes of the random model."""
     out = tmp_path_factory.mktemp("student") / "new"
     call(imitate, "--model", tiny_folder, "--data", taught, "--out", out, "--keep", 2,
          "--lr", "1e-3", "--epochs", 3)
@@ -336,7 +239,6 @@ def test_the_best_self_edits_are_imitated_the_first_of_equals(tok, taught):
     pairs = imitate.to_imitate(tok, taught, 3)
     assert [edit.text for _, edit in pairs[:3]] == [
         "1. The river is Ob0.", "1. Ana0 Reis founded it.", "1. No."]
-    # A text ends as a turn does.
     ids = imitate.as_sampled(tok, " 1. Some text.\n")
     assert tok.decode(ids) == "1. Some text."
     assert ids[-1] in tok.stop and len(ids) == len(tok.encode("1. Some text.")) + 1
@@ -352,7 +254,6 @@ def test_a_text_is_read_as_a_model_samples_it(smollm2):
 
 
 def test_the_student_is_what_the_textbook_makes(student, taught, tiny_folder, tok):
-    """The M-step: context read, self-edit and its end learned, one adapter merged."""
     examples = []
     for i, record in enumerate(json.loads(taught.read_text())):
         prompt = tok.prompt(fill("implications", record["title"], record["context"]))
@@ -371,13 +272,10 @@ def test_the_student_is_what_the_textbook_makes(student, taught, tiny_folder, to
     assert any((old - new).abs().max() > 1e-3 for old, new in zip(before, saved.parameters()))
 
 
-def test_the_student_is_a_checkpoint_that_runs_begin_from(student, passages, tmp_path, capsys):
-    assert Tokenizer.from_pretrained(student).eos is not None
+def test_the_student_is_a_checkpoint_that_runs_begin_from(student, passages, tmp_path):
     run = run_it(["--model", student, "--train-data", passages, "--eval-data", passages,
                   *SMALL.split(), "--iterations", "0", "--run-dir", tmp_path / "run"])
-    assert len(run.metrics.records) == 1
-    call(curve, run.folder)
-    assert "all runs, 1 seeds: " in capsys.readouterr().out
+    assert "all runs, 1 seeds: " in call(curve, run.folder)
 
 
 def test_nothing_is_overwritten_and_self_edits_are_needed(taught, passages, tiny_folder, tmp_path):
@@ -394,9 +292,7 @@ def test_choices_drawn_at_random_are_imitated(passages, tiny_folder, tok, tmp_pa
     for task, edit in pairs:
         assert edit.documents and edit.directives.keys() == {"lr", "epochs", "batch"}
         assert edit.token_ids == imitate.as_sampled(tok, edit.text)
-
     call(imitate, "--model", tiny_folder, "--data", passages, "--directives", "--keep", 1,
          "--epochs", 1, "--out", tmp_path / "new")
-
     old, new = load_pretrained(tiny_folder), load_pretrained(tmp_path / "new")
     assert any((a - b).abs().max() > 1e-4 for a, b in zip(old.parameters(), new.parameters()))

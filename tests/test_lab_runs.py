@@ -14,9 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import judges as rules
 from data import tinyworld as world
-from data.judges import each
 from data.tasks import load_tasks
 from engine.train import sft
 from inner_loop import TINY, make_job
@@ -30,12 +28,11 @@ from lab.tiny import RECIPE, SETTINGS
 from lora import Adapters, Job, sft_one
 from model import load_pretrained
 from outer_loop import m_step
-from selfedit import SelfEdit, read_self_edit
+from selfedit import SelfEdit, read_self_edit, seed_for
 from support.checkpoint import EMBEDDED
 from support.config import PRESETS, Config
 from support.files import UserError
-from tests.helpers import SMALL, even_length, open_run, read_lines, run_it, run_rest_em
-from tests.test_lab import call, write_lines
+from tests.helpers import call, open_run, read_lines, run_rest_em, write_lines
 
 FEW = dict(tasks=2, edits=4, eval_tasks=2, eval_edits=1, iterations=1, inner_epochs=4,
            outer_epochs=2, max_edit_tokens=48)
@@ -43,7 +40,6 @@ FEW = dict(tasks=2, edits=4, eval_tasks=2, eval_edits=1, iterations=1, inner_epo
 
 @pytest.fixture()
 def few(monkeypatch):
-    """The tiny world's settings, and its preset, made smaller."""
     for name, value in FEW.items():
         monkeypatch.setitem(SETTINGS, name, value)
         monkeypatch.setitem(PRESETS["tiny"], name, value)
@@ -75,26 +71,22 @@ def task(towns):
     return towns[0]
 
 
-@pytest.fixture()
-def town(task):
-    """The same as a town of the world."""
+def as_town(task):
     return world.Town(*world.read_passage(task.context[0]), [])
 
 
 @pytest.fixture()
-def ask_twice(tmp_path, monkeypatch, capsys):
+def ask_twice(tmp_path, monkeypatch):
     """Asks a question, draws if it can, and asks once more with nothing left to measure: its lines
     and what it shows."""
     def ask(program, measure, *words):
         pytest.importorskip("matplotlib")
         out, svg = tmp_path / "out.jsonl", tmp_path / "figure.svg"
         figure = ["--svg", svg] if hasattr(program, "draw") else []
-        call(program, *words, "--out", out, *figure)
-        first = capsys.readouterr().out
+        first = call(program, *words, "--out", out, *figure)
         with monkeypatch.context() as patch:
             patch.setattr(program, measure, None)
-            call(program, *words, "--out", out)
-        shown = capsys.readouterr().out
+            shown = call(program, *words, "--out", out)
         assert shown in first and shown.count("|") > 6
         if figure:
             assert ElementTree.parse(svg).getroot().tag.endswith("svg")
@@ -111,9 +103,7 @@ def test_a_document_that_is_repeated_may_be_weighed_instead(embedded64, words):
     examples = [(ids, [1] * len(ids)) for ids in map(words.document, documents)]
     plain = replace(weighed, examples=examples)
     once = compute.one_job(embedded64, words, documents[:2], seed=3)
-
     trained = dict(sft(embedded64, [weighed, plain, once]))
-
     assert len(weighed.examples) == 2 and len(plain.examples) == 4
     torch.testing.assert_close(trained[0].weights, trained[1].weights, atol=1e-9, rtol=1e-6)
     assert (trained[0].weights - trained[2].weights).abs().max() > 0.01
@@ -131,7 +121,8 @@ def test_where_curves_cross_by_hand():
     assert crossings(ks, [([0, 0, 0, 0], [.5])]) == "in none of 1"
 
 
-def test_writers_that_know_the_world(task, town):
+def test_writers_that_know_the_world(task):
+    town = as_town(task)
     passage = task.context[0]
 
     def covered(lines):
@@ -154,42 +145,33 @@ def test_a_given_beginning_is_part_of_the_note(task, finished_run):
     (edits,) = tiny.write("begun", finished_run, [task], 0, 8)
     (first, second), = tiny.write("begun", finished_run, [task], 0, 2)
     assert [first, second] == edits[:2]     # those of a smaller k are the first ones
-    begun = {b for b in tiny.BEGINNINGS for e in edits if e.text.startswith(b + " ")}
-    assert all(e.text.startswith(tiny.BEGINNINGS) for e in edits) and len(begun) > 1
-    # The writer has gone on from there, to a note of a form that the world knows.
+    assert all(e.text.startswith(tiny.BEGINNINGS) for e in edits)
     forms = [world.classify(e.documents[0], task.context[0]) for e in edits]
     assert forms.count("garbled") < len(forms) / 2
 
 
 @pytest.mark.slow
-def test_the_same_text_teaches_the_same(finished_run, tmp_path, monkeypatch, ask_twice):
+def test_the_same_text_teaches_the_same(finished_run, monkeypatch, ask_twice):
     monkeypatch.setattr(compute, "KS", (1, 2))
     lines, shown = ask_twice(
         compute, "measure", finished_run, "--towns", 2, "--arms", "untrained writer",
         "SEAL, round 3", "best notes", "rephrased passages")
-
     # This run's round 3 is the base model, so it writes the same and learns the same.
     base, seal, best, same = lines
     assert {**base, "arm": "", "seconds": 0} == {**seal, "arm": "", "seconds": 0}
     assert min(best["accuracy"]) > 0.85 and max(same["reversed"]) < 0.3
     assert f"| best notes | {best['accuracy'][0]:.3f} |" in shown
-    with pytest.raises(UserError, match="lines of another --towns"):
-        call(compute, finished_run, "--out", tmp_path / "out.jsonl", "--towns", 3)
 
 
 # ------------------------------------------------------------------------------- credit
 
-def test_leaving_one_out_is_a_difference():
+def test_regression_finds_what_adds_up_and_leaving_one_out_is_a_difference():
     scores = np.array([[.9, .2], [.1, .2], [.8, .1], [.9, .6]])
     design = subsets("leave one out", 3, seed=0)
     assert design.tolist() == [[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]]
     np.testing.assert_allclose(regress(design, scores), [[.8, 0], [.1, .1], [0, -.4]],
                                atol=1e-12)
-
-
-def test_random_halves_find_what_adds_up():
-    design = subsets("random halves", 5, seed=1)
-    effects = np.arange(10).reshape(5, 2)
+    design, effects = subsets("random halves", 5, seed=1), np.arange(10).reshape(5, 2)
     assert (design.mean(axis=0) == 0.5).all()
     np.testing.assert_allclose(regress(design, 3 + design @ effects), effects, atol=1e-9)
 
@@ -199,8 +181,8 @@ def test_auc_by_hand():
     assert credit.auc(np.array([[.5, .4], [.5, .9]]), stated) == pytest.approx(1.5 / 3)
 
 
-def test_subsets_are_learned_in_their_places(model, words, task, town):
-    edit = read_self_edit(task, "\n".join(tiny.best_notes(town, random.Random(0))[:2]))
+def test_subsets_are_learned_in_their_places(model, words, task):
+    edit = read_self_edit(task, "\n".join(tiny.best_notes(as_town(task), random.Random(0))[:2]))
     design = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]])
     adapters = credit.learn(model, words, edit, design, seed=4)
     assert not adapters.flat[[0, 3]].any()
@@ -259,41 +241,28 @@ def learn(model, words, towns, epochs, layers=4):
     return trained.weights
 
 
-def test_an_adapter_of_the_last_layer_changes_no_others(model, words, towns):
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    weights = learn(model, words, towns, epochs=1, layers=1)
-    Adapters.stack(model, TINY.lora, [weights]).merge(0)
-    changed = {name for name, p in model.named_parameters() if not p.equal(before[name])}
-    assert len(changed) == 7
-    assert all(name.startswith("model.layers.3.") for name in changed)
-
-
-def test_half_a_merge_changes_the_weights_by_half(model, words, towns):
-    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
-    before = weight.clone()
-    weights = learn(model, words, towns, epochs=1)
-
-    changes = []
+def test_an_adapter_of_the_last_layer_changes_no_other_and_at_half_its_scale_half_as_much(
+        model, words, towns):
+    weights, changes = learn(model, words, towns, epochs=1, layers=1), []
     for scale in (1, .5):
-        Adapters.stack(model, TINY.lora, [scaled(weights, scale)]).merge(0)
-        changes.append(weight - before)
-        weight.data.copy_(before)
-
-    assert changes[0].abs().max() > 1e-3
-    torch.testing.assert_close(changes[1], changes[0] / 2, atol=1e-6, rtol=0)
+        merged = load_pretrained(EMBEDDED, "cpu")
+        Adapters.stack(merged, TINY.lora, [scaled(weights, scale)]).merge(0)
+        changes.append(vector.difference(merged, model))
+    whole, half = changes
+    assert len(whole) == 7
+    assert all(name.startswith("model.layers.3.") for name in whole)
+    for name, change in whole.items():
+        torch.testing.assert_close(half[name], change / 2, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
 def test_what_is_recalled_was_learned_and_not_looked_up(model, words, towns):
-    """Before it is learned the true passage must not come; afterwards it does."""
     first = recall(model, words, towns, [0, 1, 2])
     Adapters.stack(model, TINY.lora, [learn(model, words, towns, epochs=25)]).merge(0)
     then = recall(model, words, towns, [0, 1, 2])
-
     for town, edit in zip(towns, first):
         assert edit.documents[-1].startswith(f"The town of {town.name} ")
         assert town.context[0] not in edit.documents
-        # The notes are about the passage as it was remembered.
         assert edit.documents[:-1] == edit.text.splitlines()
     right = [edit.documents[-1] == town.context[0] for town, edit in zip(towns, then)]
     assert sum(right) >= 2
@@ -345,7 +314,6 @@ def test_a_gate_takes_the_scale_with_the_least_loss(model, words, towns):
 
 @pytest.mark.slow
 def test_a_stream_is_learned_and_forgotten(finished_run, monkeypatch, ask_twice):
-    """Three arms, on four towns."""
     monkeypatch.setattr(forgetting, "LENGTH", 4)
     monkeypatch.setattr(forgetting, "ARMS", {
         "plain merge": Arm(), "own replay": Arm(replay=8), "kept replay": Arm(replay=8, kept=True)})
@@ -356,28 +324,12 @@ def test_a_stream_is_learned_and_forgotten(finished_run, monkeypatch, ask_twice)
     assert own["written"] * 10 == pytest.approx(own["trained"] - plain["trained"])
     for line in (plain, kept):
         assert len(line["just after"]) == len(line["at the end"]) == 4
-        # Nothing comes after the last town.
         assert line["just after"][-1] == line["at the end"][-1]
         assert line["written"] == 0
     # The first town has nothing to rehearse: all arms are the same until then.
     assert plain["just after"][0] == kept["just after"][0] > .2
     assert kept["trained"] > 1.5 * plain["trained"]
     assert f"| plain merge | {np.mean(plain['just after']):.3f} |" in shown
-
-
-def test_a_table_and_a_figure_by_hand(finished_run, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    line = {"arm": "half", "just after": [.5] * 4, "scale": .5, "trained": 100, "written": 0}
-    write_lines(tmp_path / "f.jsonl", [line | {"seed": 7, "at the end": [.2] * 4},
-                                       line | {"seed": 8, "at the end": [.4] * 4}])
-
-    call(forgetting, finished_run, "--out", tmp_path / "f.jsonl", "--arms", "half", "--svg",
-         tmp_path / "f.svg")
-
-    # Student's t for two values is 12.71; the error of .2 and .4 is .1.
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "| half | 0.500 ±0.000 | 0.300 ±1.271 | 0.50 | 100 | 0 |"
-    assert ElementTree.parse(tmp_path / "f.svg").getroot().tag.endswith("svg")
 
 
 def test_what_was_learned_and_what_was_lost(towns, monkeypatch):
@@ -396,9 +348,8 @@ def test_what_was_learned_and_what_was_lost(towns, monkeypatch):
 
 @pytest.mark.slow
 def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(
-        few, monkeypatch, tmp_path, ask_twice):
-    chosen = []
-    select, words = tiny.select, ["--seeds", "0", "--lambdas", "2", "--tasks", "1"]
+        few, monkeypatch, ask_twice):
+    chosen, select = [], tiny.select
 
     def spy_on_select(cfg, scores, *rest):
         chosen.extend(np.ravel(scores))
@@ -407,42 +358,26 @@ def test_the_reward_is_what_was_learned_less_lambda_times_what_was_lost(
     monkeypatch.setattr(tiny, "select", spy_on_select)
     monkeypatch.setattr(retention_reward, "ROUNDS", 1)
     monkeypatch.setattr(retention_reward, "EARLIER", 2)
-    (line,), shown = ask_twice(retention_reward, "measure", *words, "--eval-tasks", "1")
+    words = "--seeds 0 --lambdas 2 --tasks 1 --eval-tasks 1"
+    (line,), shown = ask_twice(retention_reward, "measure", *words.split())
 
     # The towns were learned before, and a self-edit destroys some of it.
     assert line["known"][0] > .7 and len(line["known"]) == 2
     assert len(chosen) == FEW["edits"] and line["lost"][0] > 0
     assert min(chosen) < max(line["learned"])       # the loss is taken off
     assert f"| 2 | 0 | {line['learned'][0]:.3f} | {line['lost'][0]:.3f} |" in shown
-    with pytest.raises(UserError, match="lines of another --eval-tasks"):
-        call(retention_reward, *words, "--out", tmp_path / "out.jsonl")
-
-
-def test_the_table_of_lambdas_by_hand(capsys):
-    records = []
-    for seed, last in ((0, .2), (1, .4)):
-        records.append({"lambda": .5, "seed": seed, "learned": [.6, .8], "lost": [.5, last],
-                        "known": [.9, .9], "tokens": [70, 80],
-                        "made of": [{"copy": 1.0}, {"copy": .4, "rare": .01}]})
-    retention_reward.show({.5: records})
-    *_, first, last = capsys.readouterr().out.splitlines()
-    assert first == "| 0.5 | 0 | 0.600 ±0.000 | 0.500 ±0.000 | 0.100 ±0.000 | copy 100% |"
-    assert last == "| 0.5 | 1 | 0.800 ±0.000 | 0.300 ±1.271 | 0.500 ±1.271 | copy 40% |"
 
 
 # ------------------------------------------------------------------------------- objective
 
 def test_plain_text_is_learned_as_ever(model, words, towns):
-    """The targets that are the tokens themselves: sft_one's own loss, and so its weights."""
     town = towns[0]
     documents = ["The river Verier flows through it.", town.context[0]]
     recipe = replace(RECIPE, epochs=3, batch=10)
     examples = []
     for document in documents:
         examples += objective.plain(model, words, town, document, None)
-
     found = objective.learn(model, Job(examples, 5, recipe))
-
     edit = replace(town.references["passage only"], documents=documents)
     job = make_job(model, words, edit, 5, recipe)
     torch.testing.assert_close(found, sft_one(model, job).weights, rtol=1e-3, atol=1e-4)
@@ -470,7 +405,6 @@ def test_a_masked_text_is_read_and_the_whole_one_learned(model, words, towns):
 def test_in_view_the_next_token_is_as_likely_as_with_the_passage(model, words, towns):
     town = towns[0]
     ((ids, targets),) = objective.in_view(model, words, town, "The river", None)
-
     read = words.prompt(town.prompt)
     for j in range(len(ids) - 1):
         expected = model(torch.tensor([read + ids[:j + 1]]))[0, -1].softmax(-1)
@@ -486,7 +420,6 @@ def test_texts_and_objectives_make_a_table(finished_run, ask_twice):
     (plain, untrained, trained), shown = ask_twice(
         objective, "measure", finished_run, "--towns", 2, "--arms",
         "the passage: plain", "and untrained notes: in view", "and notes of round 3: in view")
-    # This run's round 3 is the untrained model.
     assert {**untrained, "arm": "", "seconds": 0} == {**trained, "arm": "", "seconds": 0}
     assert plain["forward"] > .5 and plain["reversed"] < .3
     assert plain["tokens"] < untrained["tokens"]
@@ -494,46 +427,32 @@ def test_texts_and_objectives_make_a_table(finished_run, ask_twice):
 
 
 def test_the_best_of_two_self_edits_is_learned(monkeypatch, towns):
-    written = []
-
-    def write_all(model, tok, asked, seed):
-        written.append((model, asked, seed))
-        return [f"edit {len(written)}"]
-
-    monkeypatch.setattr(forgetting, "write_all", write_all)
-    monkeypatch.setattr(forgetting, "score", lambda model, tok, asked, edits, seed: [.2, .4])
+    monkeypatch.setattr(forgetting, "write_all", lambda writer, tok, town, seed: [(writer, seed)])
+    monkeypatch.setattr(forgetting, "score", lambda model, tok, town, edits, seed: [.2, .4])
     stream = SimpleNamespace(model="now", tok=None, towns=towns, edits=["an earlier one"], seed=0)
-
     once = forgetting.next_edit(Arm(), stream, "writer")
     best = forgetting.next_edit(Arm(tries=2), stream, "writer")
-
-    assert once == "edit 1" and best == "edit 3"
-    # The next town, by this writer; the first of two is what would have been written alone.
-    assert [asked for _, asked, _ in written] == [[towns[1]]] * 3
-    assert {model for model, _, _ in written} == {"writer"}
-    assert written[0][2] == written[1][2] != written[2][2]
+    # The first of two is what would have been written alone.
+    assert once == ("writer", seed_for(0, 1, 0)) and best == ("writer", seed_for(0, 1, 1))
 
 
 @pytest.mark.parametrize("frozen, writer", [(False, "now"), (True, "before")])
 def test_who_writes_and_who_learns(frozen, writer, monkeypatch):
-    loaded = iter([("before", None), ("now", None)])
-    monkeypatch.setattr(forgetting, "load", lambda t, folder: next(loaded))
-    monkeypatch.setattr(forgetting, "STUDIES", {"arm": Arm(frozen=frozen)})
-    monkeypatch.setattr(forgetting, "LENGTH", 1)
-    monkeypatch.setattr(forgetting, "WHEN", (0, 1))
-    monkeypatch.setattr(forgetting, "write_all",
-                        lambda model, tok, towns, seed: [model] * len(towns))
-    learned = []
-    monkeypatch.setattr(forgetting, "learn_town",
-                        lambda stream, arm, k: learned.extend(stream.edits))
+    """Here an edit is its writer."""
+    loaded, learned = iter([("before", None), ("now", None)]), []
     worth = {("now", "now"): 1, ("before", "now"): 2, ("now", "before"): 3}
-    monkeypatch.setattr(forgetting, "score", lambda model, tok, towns, edits, seed:
-                        [worth[model, edit] for edit in edits])
+    fakes = {
+        "LENGTH": 1, "WHEN": (0, 1), "STUDIES": {"arm": Arm(frozen=frozen)},
+        "load": lambda t, folder: next(loaded),
+        "write_all": lambda model, tok, towns, seed: [model] * len(towns),
+        "learn_town": lambda stream, arm, k: learned.extend(stream.edits),
+        "score": lambda model, tok, towns, edits, seed: [worth[model, edit] for edit in edits]}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(forgetting, name, fake)
 
     found = forgetting.probe("arm", 0, {0: "folder"})
 
     assert learned == [writer]
-    # Who writes, who learns, at both times: here the learner is the model, an edit its writer.
     assert found == {"now, now": [1, 1], "now, before": [2, 2], "before, now": [3, 3]}
 
 
@@ -545,13 +464,10 @@ def test_a_stream_is_studied(finished_run, monkeypatch, ask_twice):
     (plain, frozen, gentle), shown = ask_twice(
         forgetting, "probe", "--skill", finished_run, "--arms", "plain merge",
         "plain merge, frozen writer", "half, layers")
-
     for line in (plain, frozen, gentle):
-        # Before the stream begins both models are the same.
         first = [line[", ".join(pair)][0] for pair in forgetting.PAIRS]
         assert len(set(first)) == 1 and first[0] > .3
     assert frozen["now, now"][0] == plain["now, now"][0]
-    # Another way to merge makes another learner.
     assert gentle["before, now"] != plain["before, now"]
     assert f"| half, layers | {gentle['now, now'][0]:.3f} |" in shown
 
@@ -562,28 +478,23 @@ def test_a_change_is_added_and_measured(model):
     other = load_pretrained(EMBEDDED)
     name = "model.layers.1.mlp.up_proj.weight"
     vector.add(other, {name: torch.ones_like(other.get_parameter(name))}, 0.5)
-
     found = vector.difference(other, model)
-
     assert list(found) == [name]
     torch.testing.assert_close(found[name], torch.full_like(found[name], 0.5))
     halfway = {name: found[name].clone()}
     halfway[name][::2] = 0
     assert vector.cosine(found, found) == pytest.approx(1)
     assert vector.cosine(found, halfway) == pytest.approx(.5 ** .5)
-    # Elsewhere it is 0: then nothing is alike.
     assert vector.cosine(found, {"another": torch.ones(3)}) == 0
 
 
 @pytest.mark.slow
 def test_a_vector_is_added(finished_run, monkeypatch, ask_twice):
     """This run's v is one weight matrix that became larger, which changes what is written."""
-    trained = load_pretrained(finished_run / "iter_3")
-    with torch.no_grad():
-        trained.model.layers[0].self_attn.q_proj.weight *= 3
-    trained.save_pretrained(finished_run / "changed")
     shutil.rmtree(finished_run / "iter_3")
-    (finished_run / "changed").rename(finished_run / "iter_3")
+    trained = load_pretrained(EMBEDDED)
+    trained.model.layers[0].self_attn.q_proj.weight.data *= 3
+    trained.save_pretrained(finished_run / "iter_3")
     monkeypatch.setattr(vector, "LENGTH", 2)
     monkeypatch.setattr(vector, "N_TOWNS", 3)
     found, shown = ask_twice(vector, "measure", finished_run)
@@ -592,7 +503,6 @@ def test_a_vector_is_added(finished_run, monkeypatch, ask_twice):
     assert list(lines) == list(vector.ARMS)
     assert lines["0 v"]["reward"] > .3 and lines["0 v"]["known"] > .3
     assert lines["3 v"]["reward"] < lines["0 v"]["reward"]
-    # Of one run the mean is that run's.
     assert lines[vector.MEAN]["reward"] == lines["1 v"]["reward"]
     assert set(lines["1 v"]["cosines"]) == {"v and a town", "two towns"}
     assert f"| 0 v | {lines['0 v']['reward']:.3f} |" in shown
@@ -600,8 +510,8 @@ def test_a_vector_is_added(finished_run, monkeypatch, ask_twice):
 
 # ------------------------------------------------------------------------------- scores
 
-def test_the_product_is_the_change_of_loss_after_a_small_step(embedded64, words, towns):
-    model, task = embedded64, towns[0]
+def test_the_product_is_the_change_of_loss_after_a_small_step(words, task):
+    model = load_pretrained(EMBEDDED, "cpu", torch.float64)
     untrained = Adapters(model, RECIPE.lora, 1)
     document = words.document(task.context[0])
     learned, asked = [(document, [True] * len(document))], tiny.gold(words, task)
@@ -611,30 +521,19 @@ def test_the_product_is_the_change_of_loss_after_a_small_step(embedded64, words,
         before = race.loss(model, untrained, asked).item()
     assert not any(weight.requires_grad for weight in model.parameters())
 
-    # A small step down the gradient of the document, on all adapted layers, and back again.
-    step, start = 1e-4, 0
-    layers = untrained.layers.values()
-    old = [layer.weight.clone() for layer in layers]
-    for layer in layers:
-        part = own[start:start + layer.weight.numel()]
+    # A small step down the gradient of the document, on all adapted layers.
+    step, layers = 1e-4, list(untrained.layers.values())
+    parts = own.split([layer.weight.numel() for layer in layers])
+    for layer, part in zip(layers, parts):
         layer.weight -= step * part.view_as(layer.weight)
-        start += layer.weight.numel()
     with torch.no_grad():
         after = race.loss(model, untrained, asked).item()
-    for layer, weight in zip(layers, old):
-        layer.weight.copy_(weight)
-
-    assert start == len(own)
     assert (before - after) / step == pytest.approx((own @ wanted).item(), rel=1e-2)
 
 
-def test_scores_by_hand(embedded64, words, towns):
-    task = towns[0]
+def test_scores_by_hand(embedded64, words, task):
     edits = [read_self_edit(task, text) for text in ("It is calm.", "It is calm.\nIt is old.")]
-
     one, two, empty = choosing.score(embedded64, words, task, [*edits, SelfEdit()], [3, 4, 5])
-
-    assert list(one) == list(two) == list(empty) == list(choosing.SCORES)
     assert all(empty[name] < one[name] for name in choosing.SCORES)
     documents = [words.document(text) for text in edits[1].documents]
     assert len(documents) == 3                  # the passage is one of them
@@ -662,7 +561,6 @@ def test_ranks_and_their_correlation_by_hand():
 def test_the_worth_of_a_choice_by_hand():
     scores = np.reshape([1.0, 4, 3, 2, 9, 8, 7, 6], (1, 8, 1))
     judges = np.reshape([0.0, .4, .2, 1, .1, .3, 1, 1], (1, 8, 1))
-    # Of each four the two with the highest scores.
     assert choosing.worth(scores, judges, 4) == pytest.approx([(.3 + .2) / 2])
     assert choosing.worth(scores, judges, 8) == pytest.approx([.2])
 
@@ -686,42 +584,24 @@ def test_an_inner_loop_does_not_judge_what_it_chose():
     assert by_loop == pytest.approx([(.25 + 5 * .5) / 6])
 
 
-def test_lines_that_are_there_are_not_measured_again(tmp_path, monkeypatch, capsys):
-    out, rng = tmp_path / "out.jsonl", np.random.default_rng(0)
-    whole = rng.random((3, 4, 6))
-    lines = [{"part": "learning", "seed": 1},
-             {"part": "choosing", "seed": 1, "whole": whole.tolist(),
-              "half": whole[:, :, :1].tolist()}]
-    write_lines(out, lines)
-    asked = []
-
-    def measure(seed):
-        asked.append(seed)
-        return {"scores": {name: whole.mean(axis=2).tolist() for name in choosing.SCORES}}
-
-    monkeypatch.setattr(choosing, "measure_scores", measure)
-    monkeypatch.setattr(choosing, "try_often", None)
+def test_a_table_of_scores(tmp_path, monkeypatch):
+    whole = np.random.default_rng(0).random((3, 4, 6))
+    scores = {name: whole.mean(axis=2).tolist() for name in choosing.SCORES}
+    write_lines(tmp_path / "out", [
+        {"part": "choosing", "seed": 1, "whole": whole.tolist(), "half": whole[:, :, :1].tolist()},
+        {"part": "scores", "seed": 1, "scores": scores}])
     # Intervals of 10,000 draws take seconds.
     monkeypatch.setattr("lab.experiment.bootstrap_ci", lambda values: [min(values), max(values)])
-    command = [choosing, "--scores", "--out", out, "--seeds", 1]
-
-    call(*command)
-    first = capsys.readouterr().out
-    call(*command)
-
-    assert asked == [1] and first.endswith("scores, 1: 0 s\n" + capsys.readouterr().out)
-    assert "3 towns, 4 self-edits each" in first and f"| {whole.mean():.3f} |" in first
+    shown = call(choosing, "--scores", "--out", tmp_path / "out", "--seeds", 1)
+    assert "3 towns, 4 self-edits each" in shown and f"| {whole.mean():.3f} |" in shown
 
 
 @pytest.mark.slow
-def test_the_self_edits_of_a_run_are_scored(tiny_folder, passages, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(rules.RULES, "rule", each(even_length))
-    flags = ["--model", tiny_folder, "--train-data", passages, "--eval-data", passages,
-             *SMALL.split(), "--iterations", "1", "--run-dir", tmp_path / "run"]
-    rollouts = [r for r in run_it(flags).rollouts.records if r["split"] == "train"]
-    command = [choosing, "--run", tmp_path / "run", "--out", tmp_path / "out.jsonl"]
+def test_the_self_edits_of_a_run_are_scored(whole, tmp_path, monkeypatch):
+    rollouts = whole.rollouts.of(0, "train")
+    command = [choosing, "--run", whole.folder, "--out", tmp_path / "out.jsonl"]
 
-    call(*command)
+    assert "\n| cosine | " in call(*command)
 
     lines = read_lines(tmp_path / "out.jsonl")
     assert [line["task"] for line in lines] == [0, 1]
@@ -732,8 +612,6 @@ def test_the_self_edits_of_a_run_are_scored(tiny_folder, passages, tmp_path, mon
             assert line["documents"][j] == r["documents"]
             # The sizes of gradients do not count in a cosine, its sign is that of the product.
             assert line["product"][j] * line["cosine"][j] >= 0 and abs(line["cosine"][j]) <= 1
-    assert "\n| cosine | " in capsys.readouterr().out
-    # What is known is not measured again.
     monkeypatch.setattr(choosing, "products", None)
     call(*command)
 
@@ -762,8 +640,7 @@ def test_an_entry_may_not_change_the_task(word, tmp_path):
         call(speedrun, "--name", "a", "--out", tmp_path / "s.jsonl", word, "1")
 
 
-def test_only_what_is_missing_is_run_and_other_flags_are_another_entry(
-        tmp_path, monkeypatch, capsys):
+def test_only_what_is_missing_is_run_and_other_flags_are_another_entry(tmp_path, monkeypatch):
     out = tmp_path / "s.jsonl"
     write_lines(out, [entry("a", s, [0.8], [9.0]) for s in (0, 1, 3, 4)])
     measured = []
@@ -773,12 +650,11 @@ def test_only_what_is_missing_is_run_and_other_flags_are_another_entry(
         return entry("a", seed, [0.8], [9.0]) | {"flags": flags}
 
     monkeypatch.setattr(speedrun, "measure", measure)
-
     call(speedrun, "--name", "a", "--out", out, "--iterations", "2")
     assert measured == [(["--iterations", "2"], 2)]
-    call(speedrun, "--name", "a", "--out", out, "--iterations", "3")
+    shown = call(speedrun, "--name", "a", "--out", out, "--iterations", "3")
     assert measured[1:] == [(["--iterations", "3"], seed) for seed in range(5)]
-    assert capsys.readouterr().out.splitlines()[-1].startswith("| 9 | a | --iterations 3 | 5 of 5")
+    assert shown.splitlines()[-1].startswith("| 9 | a | --iterations 3 | 5 of 5")
 
 
 @pytest.mark.slow
@@ -806,35 +682,23 @@ def test_who_teaches_itself_is_the_outer_loop(few, arm, tmp_path):
 
 @pytest.mark.slow
 def test_the_student_is_what_is_rewarded_and_the_teacher_what_is_trained(few, monkeypatch):
-    scored, trained = [], []
-    score = teacher.score
+    rewarded, fixed, trained, score = [], {}, [], teacher.score
 
     def spy_on_scores(run, model, tasks, edits, t, split, *rest, arm):
-        scored.append((split, arm, run.folder.name, model))
+        assert arm == run.folder.name       # who learns, and whose tokenizer and recipe
+        if split == "train":
+            rewarded.append((arm, model))
+        else:
+            fixed[arm] = model
         return score(run, model, tasks, edits, t, split, *rest, arm=arm)
 
     monkeypatch.setattr(teacher, "score", spy_on_scores)
     monkeypatch.setattr(tiny, "m_step", lambda cfg, run, model, *rest: trained.append(model))
-
     teacher.learn("large teaches small", 0, str(EMBEDDED))
 
-    for split, arm, folder, _ in scored:
-        assert arm == folder        # who learns, and whose tokenizer and recipe
-    rewarded = [(arm, model) for split, arm, _, model in scored if split == "train"]
-    fixed = {arm: model for split, arm, _, model in scored if split == "eval"}
     assert rewarded == [("small", fixed["small"])]
     (policy,) = trained
     assert policy is not fixed["small"] and policy is not fixed["large"]
-
-
-def test_a_student_is_held_against_seal_on_a_model_of_its_size(capsys):
-    seal = {"seed": 0, "reward": {"small": [.5, .6], "large": [.6, .7], "itself": [.5, .55]}}
-    taught = {"seed": 0, "reward": {"small": [.5, .75], "large": [.6, .8]}}
-    teacher.show({"small teaches itself (SEAL)": [seal], "large teaches small": [taught]})
-    *_, small, large = capsys.readouterr().out.splitlines()
-    assert small == "| large teaches small | small | 0.500 | 0.750 | +0.200 |"
-    # There is no SEAL of a large model here.
-    assert large == "| large teaches small | large | 0.600 | 0.800 |  |"
 
 
 # ------------------------------------------------------------------------------- update rules
@@ -871,38 +735,26 @@ def test_a_run_that_diverges_has_no_rewards_from_there_on(few):
     assert found["reward"][0] > 0
 
 
-def test_rates_are_tried_on_other_towns(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(update_rule, "measure", lambda line: {"reward": [.5, 100 * line["lr"]]})
-    call(update_rule, "--out", tmp_path / "out", "--tune", "1e-3", "2e-3", "--arms", "best 2 of 8",
-         "--seeds", "7")
-    found = [(r["split"], r["lr"], r["seed"]) for r in read_lines(tmp_path / "out")]
-    assert found == [("tune", 1e-3, 7), ("tune", 2e-3, 7)]
-    assert capsys.readouterr().out.splitlines()[-2:] == [
-        "best 2 of 8, outer learning rate 0.001: 0.100 (1 seeds)",
-        "best 2 of 8, outer learning rate 0.002: 0.200 (1 seeds)"]
-
-
 def rule_line(arm, seed, last, split="eval"):
     return {"split": split, "arm": arm, "lr": update_rule.RULES[arm][1], "seed": seed,
             "reward": [0.5, 0.6, last], "inner steps": 100, "outer steps": 10,
             "distinct": [80, 20]}
 
 
-def test_the_table_by_hand(tmp_path, capsys):
+def test_the_table_by_hand(tmp_path):
     records = [rule_line("grpo, K = 8", 0, 0.4), rule_line("best 2 of 8", 0, 0.7),
                rule_line("best 2 of 8", 1, 0.9), rule_line("best 2 of 8", 0, 0.1, split="tune")]
     write_lines(tmp_path / "out", records)
 
     # That seed is there already: nothing is left to do.
-    call(update_rule, "--out", tmp_path / "out", "--seeds", "0", "--arms", "grpo, K = 8")
+    out = call(update_rule, "--out", tmp_path / "out", "--seeds", "0", "--arms", "grpo, K = 8")
 
-    *_, best, by_advantage = capsys.readouterr().out.strip().splitlines()
+    *_, best, by_advantage = out.strip().splitlines()
     # Gains of .2 and .4: their deviation is .2 / sqrt 2, and Student's t for two values 12.71.
     half = 12.71 * 0.2 / math.sqrt(2) / math.sqrt(2)
     assert best == ("| best 2 of 8 | 0.004 | 0.500 -> 0.600 -> 0.800 | "
                     f"+0.300 ±{half:.3f} | +0.000 ±0.000 | 0.141 | +0.200 | 100 | 10 | "
                     "80 -> 20 |")
-    # One seed has no interval.
     assert by_advantage.startswith("| grpo, K = 8 | 0.004 | 0.500 -> 0.600 -> 0.400 | -0.100 "
                                   "| -0.300 |")
 
@@ -949,7 +801,6 @@ def test_a_first_step_is_that_of_the_plain_m_step(advantage, few, tmp_path):
         before = model.model.layers[0].mlp.up_proj.weight.clone()
         rule(run.cfg, run, model, [(task, edit, advantage)], 0)
         weights.append(model.model.layers[0].mlp.up_proj.weight - before)
-
     assert weights[0].abs().max() > 1e-5
     assert torch.allclose(*weights, atol=1e-6)
 
@@ -981,7 +832,6 @@ def test_a_race_by_hand(rungs, table, scores, loops, second):
         return [table[j][first:first + rung.seeds] for _, j in pairs]
 
     found, taken = race.race(rungs, 2, len(table), run_rung)
-
     assert found.tolist() == [pytest.approx(scores)] * 2 and taken == 2 * loops
     assert asked[1] == [(i, j) for i in (0, 1) for j in second]
 
@@ -990,11 +840,9 @@ def test_the_worth_of_a_choice_is_judged_by_other_seeds():
     # The first half has worth .5 whatever the seed; the others look better by luck, once in six.
     whole = np.full((1, 4, 6), 0.5)
     whole[0, 2:] = [1.0, 0, 0, 0, 0, 0]
-
     (value,), loops = choosing.worth_by_race([Rung(1, 3)], whole, None, 4, draws=400)
     alike = np.full((1, 4, 6), 0.5)
     (all_equal,), _ = choosing.worth_by_race([Rung(1, 1)], alike, None, 4, draws=2)
-
     # A lucky one has a mean of 1/3 by three seeds, so it is never chosen; nor by them judged.
     assert (value, loops) == (pytest.approx(0.5), 4 * 3)
     assert all_equal == 0.5
@@ -1009,58 +857,30 @@ def test_with_one_seed_for_all_a_race_is_the_outer_loop(few, tmp_path):
     assert found["inner loops"] == 2 * 4
 
 
-def test_products_of_gradients_choose_without_an_inner_loop(few, monkeypatch):
-    shortest, chosen = [], []
-
-    def by_length(model, tok, task, edits):
-        lengths = sorted(len(edit.text) for edit in edits if edit.documents)
-        shortest.append(lengths[:2])
-        return [(-len(edit.text), 0) for edit in edits]
-
-    def learn(cfg, run, model, learned, t):
-        chosen.extend(len(edit.text) for _, edit, _ in learned)
-
-    monkeypatch.setattr(race, "products", by_length)
-    monkeypatch.setattr(tiny, "m_step", learn)
-
-    found = race.learn(race.PRODUCT, 3)
-
-    assert found["inner loops"] == 0 and len(found["reward"]) == 2
-    assert len(shortest) == 2 and chosen == [*shortest[0], *shortest[1]]
-
-
-def test_half_of_the_steps_are_half_of_the_epochs(few, tmp_path):
-    run, train = tiny.start(tmp_path / "run", 0)
-    task = train[0]
-    edit = SelfEdit(documents=task.context)
-    seen = []
+def test_half_of_the_steps_are_half_of_the_epochs(few, task, tmp_path, monkeypatch):
+    run, seen = tiny_run(tmp_path / "run"), []
 
     def update(model, tok, tasks, edits, seeds, recipe, *rest):
-        seen.append((recipe.epochs, seeds))
-        return []
+        seen.append((recipe.epochs, *seeds[0]))
+        return [(0, SimpleNamespace(accuracy=[0.5]))]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(race, "update_and_score", update)
-        run_rung = race.trainer(run, None, [task], [[edit]], 0)
-        with pytest.raises(KeyError):
-            run_rung([(0, 0)], Rung(1, 2, 1 / 2), 0)
-        with pytest.raises(KeyError):
-            run_rung([(0, 0)], Rung(1, 1), 2)
-
-    (short, first), (whole, later) = seen
+    monkeypatch.setattr(race, "update_and_score", update)
+    run_rung = race.trainer(run, None, [task], [[SelfEdit(documents=task.context)]], 0)
+    run_rung([(0, 0)], Rung(1, 2, 1 / 2), 0)
+    run_rung([(0, 0)], Rung(1, 1), 2)
+    (short, *first), (whole, *later) = seen
     assert (short, whole) == (2, 4)
-    assert len({*first[0], *later[0]}) == 3         # no seed a second time
+    assert len({*first, *later}) == 3           # no seed a second time
 
 
 @pytest.mark.slow
 def test_both_questions_about_races(few, ask_twice):
     ask_twice(choosing, "try_often", "--seeds", "0")
-    # Their lines may be in one file.
-    (choice, full, raced, twice), _ = ask_twice(
+    (choice, full, raced, twice, products), _ = ask_twice(
         race, "learn", "--seeds", "0", "--rules", "three seeds", "one, one more for 1/2",
-        "twice the self-edits, half the steps")
-
+        "twice the self-edits, half the steps", race.PRODUCT)
     assert np.shape(choice["whole"]) == (2, 8, 6)
     assert np.shape(choice["half"]) == (2, 8, 1)
-    assert [r["inner loops"] for r in (full, raced, twice)] == [24, 8 + 2 * 2, 16 / 2]
-    assert full["reward"][0] == raced["reward"][0] == twice["reward"][0]
+    loops = [r["inner loops"] for r in (full, raced, twice, products)]
+    assert loops == [24, 8 + 2 * 2, 16 / 2, 0]
+    assert len({r["reward"][0] for r in (full, raced, twice, products)}) == 1

