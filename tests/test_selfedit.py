@@ -6,8 +6,8 @@ from itertools import chain
 
 import pytest
 
-from data import knowledge, tinyarc
-from data.arc import read_json_edit, write_json_edit
+from data import knowledge
+from data.arc import arc_task, read_json_edit, write_json_edit
 from engine.decode import Sampling, collect
 from selfedit import (PROMPTS, QUERY, SelfEdit, read_self_edit, sample_self_edits,
                       seed_for, split_documents)
@@ -118,7 +118,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_is_no_json_self_edit_is_a_note_with_its_reason_and_nothing_to_train_on(why):
-    puzzle = tinyarc.load("train")[0]
+    puzzle = arc_task("puzzle", [], [])
     for text in REFUSED[why]:
         edit = read_self_edit(puzzle, text, token_ids=[1, 2])
         assert why in edit.note
