@@ -126,8 +126,6 @@ def python(*words, status=0, **options):
     return done
 
 
-# ------------------------------------------------------------------------------- runs
-
 SMALL = ("--preset knowledge --iterations 2 --tasks 2 --edits 3 --seeds 2 --eval-tasks 2 "
          "--max-edit-tokens 24 --max-answer-tokens 6 --inner-rank 4 --inner-epochs 2 "
          "--outer-rank 4 --device cpu")
@@ -182,8 +180,6 @@ def grids_in(text):
     """The grids of a prompt or an answer, in order: what stands in lines of digits."""
     return [read_grid(lines) for lines in re.findall(r"(?:^\d+$\n?)+", text, re.MULTILINE)]
 
-
-# ------------------------------------------------------------------------------- damaged JSON
 
 DELETED = "deleted"
 # What may stand in place of a value in a file that comes from outside.

@@ -91,8 +91,6 @@ def test_frames_turns_and_the_transforms_of_each_tool_by_hand():
         arc.transforms_of("other", np.random.default_rng(0))
 
 
-# ------------------------------------------------------------------------------- training sets
-
 # Columns are mirrored.
 MIRRORED = [(grid("12/34"), grid("21/43")), (grid("56/78"), grid("65/87"))]
 SMALL = [*MIRRORED, (grid("90/12"), grid("09/21"))]
@@ -277,8 +275,6 @@ def test_what_self_edits_are_made_of():
     assert shares == {"lr 0.1": 3 / 4, "basic": 2 / 4, "size": 2 / 4, "completion_only": 2 / 4,
                       "epochs 2": 1 / 4}
 
-
-# ------------------------------------------------------------------------------- sources
 
 PUZZLE = {"train": [{"input": [[1, 2]], "output": [[2, 1]]},
                     {"input": [[3, 4]], "output": [[4, 3]]}],

@@ -428,8 +428,6 @@ def test_the_tokenizer_s_files_are_saved_along_and_the_config_names_the_dtype(fo
     assert load_file(out / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
-# ------------------------------------------------------------------------------- of others
-
 def write_theirs(folder, kind, field=None, value=None):
     """A random model as transformers writes it, with a field of its config, or the field alone."""
     settings = {"head_dim": 16} if kind == "qwen3" else {}

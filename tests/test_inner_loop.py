@@ -49,7 +49,6 @@ def test_a_job_has_an_example_for_each_document_and_follows_the_directives(tiny,
     assert tok.decode(pair) == "question answer"
     directed = make_job(tiny, tok, edit_of("text", lr=0.5, epochs=7, batch=4), 0, RECIPE)
     assert directed.recipe == replace(RECIPE, lr=0.5, epochs=7, batch=4)
-    # One that asks for too much is refused.
     many = edit_of(*["ab"] * 30)
     bounded = replace(RECIPE, epochs=3, batch=1, max_steps=80, max_tokens=1000)
     with pytest.raises(ValueError, match="asks for 90 steps of training, more than 80"):

@@ -70,8 +70,6 @@ def test_example_passages_hold_their_answers(name):
             assert judges.RULES["substring"]([("", answer, task.context[0])]) == [True]
 
 
-# ------------------------------------------------------------------------------- data files
-
 def asked(question, *answers, **more):
     """A question as SQuAD has it."""
     given = [{"text": answer, "answer_start": 0} for answer in answers]

@@ -141,7 +141,6 @@ def pairs_in(text):
 
 def test_a_rule_exchanges_colours_and_every_pair_shows_all_of_it():
     for task in tinyarc.load("eval")[:30]:
-        # Its name says it: '1>2 2>1'.
         arrows = [arrow.split(">") for arrow in task.name.split()]
         rule = {int(a): int(b) for a, b in arrows}
         assert tinyarc.held_out(rule)
