@@ -21,23 +21,6 @@ from tests.make_checkpoint import make_checkpoint
 from tests.strict import StrictPatch
 
 
-LEFT_OUT = []       # tests that pytest.ini leaves out
-
-
-def pytest_deselected(items):
-    LEFT_OUT.extend(items)
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    """Say what was not run, as nobody misses what isn't shown."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    if LEFT_OUT:
-        terminalreporter.write_line(f"left out: {len(LEFT_OUT)} slow tests (-m slow runs them)")
-    if skipped:
-        terminalreporter.write_line(f"left out: {len(skipped)} tests that need what is not here "
-                                    "(-rs says what)")
-
-
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -104,14 +87,13 @@ def tok(tiny_folder):
 @pytest.fixture(scope="session")
 def passages(tmp_path_factory):
     """A data file of six passages with two questions each."""
-    records = []
-    for i in range(6):
-        records.append({
-            "title": f"Town {i}",
-            "context": f"The river of town {i} is the Ob{i}. It was founded by Ana{i} Reis.",
-            "extra": 1,
-            "questions": [{"question": "Which river?", "answer": f"Ob{i}"},
-                          {"question": "Who founded it?", "answer": f"Ana{i} Reis"}]})
+    records = [{
+        "title": f"Town {i}",
+        "context": f"The river of town {i} is the Ob{i}. It was founded by Ana{i} Reis.",
+        "extra": 1,
+        "questions": [{"question": "Which river?", "answer": f"Ob{i}"},
+                      {"question": "Who founded it?", "answer": f"Ana{i} Reis"}]}
+        for i in range(6)]
     path = tmp_path_factory.mktemp("data") / "passages.json"
     path.write_text(json.dumps(records))
     return path

@@ -3,19 +3,21 @@ import argparse
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
-                          Qwen3ForCausalLM)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from data import judges
+from data.arc import read_grid
 from data.judges import each
 from data.tasks import load_data
 from engine import decode
@@ -28,25 +30,27 @@ from support.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# ------------------------------------------------------------------------------- models
-
 COMMON = dict(vocab_size=320, hidden_size=64, intermediate_size=112, num_hidden_layers=3,
               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
               initializer_range=0.15)
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-QWEN2_ROPE = {"rope_type": "default", "rope_theta": 1e6}
-# Random models of transformers, of every kind that model.py implements.
-CASES = {
-    "llama3": lambda: LlamaForCausalLM(LlamaConfig(**COMMON, rope_parameters=LLAMA3_ROPE)),
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**COMMON, tie_word_embeddings=True)),
-    "llama-mha": lambda: LlamaForCausalLM(LlamaConfig(**COMMON | {"num_key_value_heads": 4})),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**COMMON, rope_parameters=QWEN2_ROPE)),
-    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**COMMON, tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=32)),
-}
 
-# ------------------------------------------------------------------------------- jobs
+
+def model_of(kind, **settings):
+    """A random model of transformers, of the family that a config.json calls so."""
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **COMMON | settings))
+
+
+# Of every kind that model.py implements.
+CASES = {
+    "llama3": partial(model_of, "llama", rope_parameters=LLAMA3_ROPE),
+    "llama-tied": partial(model_of, "llama", tie_word_embeddings=True),
+    "llama-mha": partial(model_of, "llama", num_key_value_heads=4),
+    "qwen2": partial(model_of, "qwen2",
+                     rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "qwen2-tied": partial(model_of, "qwen2", tie_word_embeddings=True),
+    "qwen3": partial(model_of, "qwen3", head_dim=32)}
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # A rank that is a multiple of 8: float32 takes the grouped product, float64 the padded one.
@@ -65,8 +69,7 @@ def mixed_jobs(seed=0, n=7, shortest=3, recipe=RECIPE):
     for i in range(n):
         examples = []
         for _ in range(pick(1, 6)):
-            # Not two tokens: attention over one token gives q and k a gradient of exactly 0, whose
-            # rounding noise AdamW blows up.
+            # Not two tokens: then q's gradient is but rounding noise, which AdamW blows up.
             length = pick(shortest, 40)
             start = pick(1, length - 1)     # as in the M-step: loss on a completion only
             ids = torch.randint(0, 256, (length,), generator=g).tolist()
@@ -77,8 +80,6 @@ def mixed_jobs(seed=0, n=7, shortest=3, recipe=RECIPE):
         jobs.append(Job(examples, seed=i, recipe=own))
     return jobs
 
-
-# ------------------------------------------------------------------------------- decoding
 
 def random_adapters(model, n, lora=Lora(rank=8, alpha=16, targets=["q_proj", "up_proj"]), std=0.1):
     adapters = Adapters(model, lora, n)
@@ -106,8 +107,6 @@ def work(model, case):
     return [prompts[:5], prompts[5:]], sampling, None, random_adapters(model, 2)
 
 
-# ------------------------------------------------------------------------------- programs
-
 def call(program, *words):
     """What one of our programs prints, given these words."""
     out = io.StringIO()
@@ -126,8 +125,6 @@ def python(*words, status=0, **options):
     assert done.returncode == status, done.stderr
     return done
 
-
-# ------------------------------------------------------------------------------- runs
 
 SMALL = ("--preset knowledge --iterations 2 --tasks 2 --edits 3 --seeds 2 --eval-tasks 2 "
          "--max-edit-tokens 24 --max-answer-tokens 6 --inner-rank 4 --inner-epochs 2 "
@@ -183,7 +180,10 @@ def even_length(question, gold, prediction):
     return len(prediction) % 2 == 0
 
 
-# ------------------------------------------------------------------------------- damaged JSON
+def grids_in(text):
+    """The grids of a prompt or an answer, in order: what stands in lines of digits."""
+    return [read_grid(lines) for lines in re.findall(r"(?:^\d+$\n?)+", text, re.MULTILINE)]
+
 
 DELETED = "deleted"
 # What may stand in place of a value in a file that comes from outside.

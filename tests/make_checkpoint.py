@@ -1,19 +1,12 @@
-"""Write a random two-layer Llama with a byte vocabulary, for the tests and for trying commands.
-
-    python tests/make_checkpoint.py runs/random
-
-It has learned nothing: what it writes is noise, and its rewards are 0."""
+"""Write a random two-layer Llama with a byte vocabulary, which has learned nothing."""
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import ModelConfig, Transformer  # noqa: E402
-from support.files import UserError, cli  # noqa: E402
-from support.tokenizer import byte_alphabet  # noqa: E402
+from model import ModelConfig, Transformer
+from support.tokenizer import byte_alphabet
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 264,
           "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -68,13 +61,3 @@ def make_checkpoint(folder, seed=0, end="<|endoftext|>", **changes):
     model.save_pretrained(folder)
     shutil.rmtree(draft)
     return folder
-
-
-def main():
-    if len(sys.argv) != 2:
-        raise UserError("usage: python tests/make_checkpoint.py FOLDER")
-    print(f"wrote {make_checkpoint(sys.argv[1])}")
-
-
-if __name__ == "__main__":
-    cli(main)

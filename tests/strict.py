@@ -1,9 +1,8 @@
 """Patches that can't be in vain.
 
-A test that replaces `module.name` proves nothing if the program looks the name up elsewhere: the
-test stays green, whatever the program does. So a name of ours may only be replaced where the code
-of that module uses it, and a function that replaces another must have been called in the end.
-"""
+A test that replaces `module.name` proves nothing if the program looks the name up elsewhere. So a
+name of ours may only be replaced where the code of that module uses it, and a function that
+replaces another must have been called in the end."""
 import ast
 import functools
 import inspect
@@ -31,18 +30,15 @@ def must_not_be_called(*_, **__):
 @functools.cache
 def names_used(path) -> set[str]:
     """The names that a file's code reads: `name` as it is, and `anything.name`."""
-    used = set()
-    for node in ast.walk(ast.parse(Path(path).read_text())):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            used.add(node.id)
-        if isinstance(node, ast.Attribute):
-            used.add(node.attr)
-    return used
+    nodes = list(ast.walk(ast.parse(Path(path).read_text())))
+    names = {node.id for node in nodes
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    return names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
 def is_ours(module) -> bool:
-    path = getattr(module, "__file__", None)
-    return bool(path) and ROOT in Path(path).parents and ".venv" not in Path(path).parts
+    path = Path(getattr(module, "__file__", None) or "/")
+    return ROOT in path.parents and ".venv" not in path.parts
 
 
 def is_looked_up(module, name) -> bool:

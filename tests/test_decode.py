@@ -15,6 +15,7 @@ from support.tokenizer import GPT2, Tokenizer
 from tests.helpers import STOP, generate, random_adapters, work
 from tests.make_checkpoint import make_checkpoint
 
+
 def write(model, tok, groups, *args, **settings):
     """All that decode.write yields, in groups."""
     return in_groups(decode.write(model, tok, groups, *args, **settings), groups)
@@ -24,19 +25,6 @@ def written(model, prompts, sampling, seeds=None):
     """The rows of one group of prompts, without adapters."""
     (rows,) = generate(model, [prompts], sampling, seeds)
     return rows
-
-
-@pytest.fixture()
-def widths(monkeypatch):
-    """How many rows each step of decoding has, in a list that grows."""
-    counts = []
-    forward = decode.Rows.forward
-
-    def counted(rows):
-        counts.append(len(rows.text))
-        forward(rows)
-    monkeypatch.setattr(decode.Rows, "forward", counted)
-    return counts
 
 
 @pytest.fixture()
@@ -57,8 +45,6 @@ def dictate(monkeypatch):
     return script
 
 
-# ------------------------------------------------------------------------------- greedy
-
 def test_cached_generation_equals_full_forward(peer):
     model = load_pretrained(peer[0], "cpu")
     prompts = []
@@ -66,32 +52,15 @@ def test_cached_generation_equals_full_forward(peer):
         prompts.append(torch.randint(0, 320, (length,)).tolist())
     sampling = Sampling(30, stop=frozenset([3, 50, 77, *range(200, 205)]))
     expected = [complete(model, prompt, 30, sampling.stop) for prompt in prompts]
-
     together = written(model, prompts, sampling)
     waiting = written(model, prompts, replace(sampling, max_rows=3))
     repeated = written(model, prompts, replace(sampling, n=3))
-
     assert together == expected
     assert waiting == expected
     for i, row in enumerate(repeated):
         assert row == expected[i // 3]
     for prompt, row in zip(prompts, expected):
         assert written(model, [prompt], sampling) == [row]
-
-
-def test_finished_rows_make_room(tiny, widths):
-    """Rows end at very different times; the grid is folded, and nothing is mixed up."""
-    prompts = [[i, i + 1, 7] for i in range(12)]
-    whole = [complete(tiny, prompt, 60) for prompt in prompts]
-    stop = frozenset([whole[0][1], whole[1][3], whole[2][20], whole[3][40]])
-
-    rows = written(tiny, prompts, Sampling(60, stop=stop, max_rows=12))
-
-    for row, full in zip(rows, whole):
-        ends = [i for i, token in enumerate(full) if token in stop]
-        assert row == full[:ends[0] + 1 if ends else None]
-    assert widths[0] == 12
-    assert widths[-1] <= 6
 
 
 def test_a_stop_id_ends_a_row_and_is_part_of_it_and_a_late_one_not_at_once(tiny, dictate):
@@ -102,8 +71,6 @@ def test_a_stop_id_ends_a_row_and_is_part_of_it_and_a_late_one_not_at_once(tiny,
     assert written(tiny, prompts, late) == [[5, 9, 5], [5, 5], [9, 5]]
 
 
-# ------------------------------------------------------------------------------- groups
-
 def test_rows_come_back_in_the_groups_of_their_prompts_and_progress_hears_how_many_ended(tiny):
     heard = []
     sampling = Sampling(30, n=2, temperature=1.0, max_rows=4, stop=STOP)
@@ -111,35 +78,37 @@ def test_rows_come_back_in_the_groups_of_their_prompts_and_progress_hears_how_ma
     groups = generate(tiny, [[[1], [2, 3]], [], [[4]]], sampling, range(6),
                       progress=lambda *counts: heard.append(counts))
     assert groups == [flat[:4], [], flat[4:]]
-    assert heard == sorted(heard)
-    assert heard[0][0] < 6
+    assert heard == sorted(heard) and heard[0][0] < 6
     assert heard[-1] == (6, 6)
-    assert {total for _, total in heard} == {6}
-
     assert generate(tiny, [[], []], Sampling(6)) == [[], []]
     with pytest.raises(AssertionError, match="empty prompt"):
         written(tiny, [[1], []], Sampling(4))
 
 
-def test_ended_rows_give_their_place_to_waiting_prompts(tiny, widths):
+def test_ended_rows_give_their_place_to_waiting_prompts_and_the_grid_is_folded(tiny, monkeypatch):
     """Two rows a prompt, six at a time: the same as one by one, and in far fewer steps than batch
     after batch."""
-    prompts = [[i, 3 * i + 1] * (1 + i % 5) for i in range(20)]
-    one = Sampling(60, temperature=1.0, top_p=0.9, stop=STOP)
+    widths = []     # how many rows each step has
+    forward = decode.Rows.forward
 
-    rows = written(tiny, prompts, replace(one, n=2, max_rows=7), range(40))
+    def counted(rows):
+        widths.append(len(rows.text))
+        forward(rows)
+    monkeypatch.setattr(decode.Rows, "forward", counted)
+    prompts = [[i, 3 * i + 1] * (1 + i % 5) for i in range(12)]
+    one = Sampling(60, temperature=1.0, top_p=0.9, stop=STOP)
+    rows = written(tiny, prompts, replace(one, n=2, max_rows=7), range(24))
     steps = len(widths)
     assert max(widths) == 6
-
+    assert widths[-1] <= 3
     # A batch takes as many steps as its longest row has tokens.
     lengths = [len(row) for row in rows]
-    batch_after_batch = sum(max(lengths[i:i + 6]) for i in range(0, 40, 6))
-    assert min(lengths) < 5
+    batch_after_batch = sum(max(lengths[i:i + 6]) for i in range(0, 24, 6))
     assert steps < 0.8 * batch_after_batch
-    assert sum(lengths) <= 6 * steps + 40   # the first token of each is the prefill's
+    assert sum(lengths) <= 6 * steps + 24   # the first token of each is the prefill's
     for i, row in enumerate(rows):
         assert written(tiny, [prompts[i // 2]], one, [i]) == [row]
-    assert len({tuple(row) for row in rows}) > 30
+    assert len({tuple(row) for row in rows}) > 20
 
 
 def test_questions_of_many_adapters_in_few_rows(tiny):
@@ -148,9 +117,7 @@ def test_questions_of_many_adapters_in_few_rows(tiny):
     groups = [[[0, 5, 9]], [[1, 5, 9], [2, 5, 18], [3, 5, 27], [4, 5, 36]], [],
               [[5, 5, 45], [6, 5, 54]]]
     sampling = Sampling(40, max_rows=8, stop=STOP)
-
     together = generate(tiny, groups, sampling, adapters=adapters)
-
     for weights, prompts, rows in zip(adapters.flat, groups, together):
         own = Adapters.stack(tiny, adapters.lora, [weights])
         assert len(rows) == len(prompts)
@@ -159,19 +126,17 @@ def test_questions_of_many_adapters_in_few_rows(tiny):
     assert together != generate(tiny, groups, sampling)
 
 
-# ------------------------------------------------------------------------------- little memory
-
 @pytest.fixture()
 def room_for(monkeypatch):
     """A function: from then on the device is full when more rows than that take a step."""
     def limit(most, error=torch.OutOfMemoryError("CUDA out of memory")):
-        forward = decode.Rows.forward
-
         def limited(rows):
             if len(rows.text) > most:
                 raise error
             forward(rows)
         monkeypatch.setattr(decode.Rows, "forward", limited)
+
+    forward = decode.Rows.forward
     return limit
 
 
@@ -182,38 +147,11 @@ def test_out_of_memory_halves_the_rows_and_changes_nothing(case, left, tiny, roo
     total = sum(map(len, expected))
     room_for(2)
     heard = []
-
     assert generate(tiny, groups, *how, lambda *counts: heard.append(counts)) == expected
-
-    assert heard[-1] == (total, total)
+    # What has ended is not written again.
+    assert heard == sorted(heard) and heard[-1] == (total, total)
     assert capsys.readouterr().out.splitlines() == [
         f"out of memory: going on with {rows} rows side by side" for rows in left]
-
-
-def test_what_has_ended_is_not_written_again(tiny, monkeypatch):
-    """The device is full at the 20th step: texts that have ended by then are read once."""
-    prompts = [[i, i + 1] for i in range(10)]
-    sampling = Sampling(40, stop=STOP, max_rows=10)
-    expected = written(tiny, prompts, sampling)
-    ended = sum(len(row) < 18 for row in expected)
-    steps, read = [], []
-    forward, prefill = decode.Rows.forward, decode.Rows.prefill
-
-    def full_once(rows):
-        steps.append(1)
-        if len(steps) == 20:
-            raise MemoryError
-        forward(rows)
-
-    def counted(rows, some, places, texts):
-        read.append(len(some))
-        prefill(rows, some, places, texts)
-    monkeypatch.setattr(decode.Rows, "forward", full_once)
-    monkeypatch.setattr(decode.Rows, "prefill", counted)
-
-    assert written(tiny, prompts, sampling) == expected
-    assert ended > 2
-    assert 10 < sum(read) <= 20 - ended
 
 
 @pytest.mark.parametrize("error, kind, words", [
@@ -224,8 +162,6 @@ def test_what_halving_can_not_mend_is_raised(error, kind, words, tiny, room_for)
     with pytest.raises(kind, match=words):
         written(tiny, [[1, 2]], Sampling(5))
 
-
-# ------------------------------------------------------------------------------- graphs
 
 class Recorded(TorchDispatchMode):
     """A CUDA graph on a CPU: records every operation with its tensors, and replays just that."""
@@ -260,24 +196,19 @@ class Recorded(TorchDispatchMode):
 
 @pytest.mark.parametrize("case", ["sampled", "adapters"])
 def test_a_step_can_be_a_graph(case, tiny, monkeypatch):
-    """All that changes from step to step lies in tensors that stay where they are: to replay what
-    one step did gives what running it gives. So it is when rows are refilled and dropped, and when
-    the cache grows."""
+    """To replay what one step did gives what running it gives: also when rows are refilled and
+    dropped, and when the cache grows."""
     how = work(tiny, case)
     expected = generate(tiny, *how)
     monkeypatch.setattr(decode, "has_graphs", lambda device: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)   # itself a context
     Recorded.made = 0
-
     rows = generate(tiny, *how)
-
     assert rows == expected
     assert Recorded.made > 1        # a new one when the tensors are new
     assert len(rows[-1][-1]) > 10   # the cache grew
 
-
-# ------------------------------------------------------------------------------- sampling
 
 def nucleus_by_sorting(p, top_p):
     """The law of the draws, (V,): tokens from the likeliest down until they have top_p together,
@@ -306,22 +237,18 @@ def assert_like(counts, expected):
                                                ("ties", 1.0)])
 def test_sampling_follows_the_nucleus(case, temperature, top_p):
     """Against the sorted law. Ties are in the nucleus together or not at all."""
-    g = torch.Generator().manual_seed(1)
-    logits = {"few": torch.tensor([0.05, 0.5, 0.3, 0.15]).log(),
-              "many": 3 * torch.randn(2000, generator=g),
-              "ties": torch.randint(0, 4, (40,), generator=g).float()}[case]
+    logits = {"few": torch.tensor([0.05, 0.5, 0.3, 0.15]).log(), "many": 3 * torch.randn(2000),
+              "ties": torch.randint(0, 4, (40,)).float()}[case]
     n = 1000 if case == "many" else 10000
     law = nucleus_by_sorting((logits / temperature).softmax(-1), top_p)
-
     u = torch.rand(n, tries_for(top_p), generator=torch.Generator().manual_seed(0))
     draws = sample(logits.expand(n, -1), temperature, top_p, u)
-
     assert_like(torch.bincount(draws, minlength=len(law)).double(), n * law)
 
 
 def test_the_fast_sampler_draws_as_the_plain_one_does(tiny):
     """complete sorts; the engine rejects. The first tokens of a text follow the same law."""
-    prompt, n = [5, 6, 7], 800
+    prompt, n = [5, 6, 7], 300
     law = nucleus_by_sorting((tiny(torch.tensor([prompt]))[0, -1] / 0.7).softmax(-1), 0.5)
     assert (law > 0).sum() > 5
     plain = [complete(tiny, prompt, 1, temperature=0.7, top_p=0.5, seed=seed)[0]
@@ -329,23 +256,6 @@ def test_the_fast_sampler_draws_as_the_plain_one_does(tiny):
     rows = written(tiny, [prompt], Sampling(1, n=n, temperature=0.7, top_p=0.5), range(n))
     for draws in (plain, [ids[0] for ids in rows]):
         assert_like(torch.bincount(torch.tensor(draws), minlength=264).double(), n * law)
-
-
-# The CDF is .05, .55, .85, 1. These are tokens 0, 3, 1, 2, of which 1 and 2 have .7.
-U = torch.tensor([[0.01, 0.9, 0.1, 0.6]])
-
-
-@pytest.mark.parametrize("temperature, top_p, u, token", [
-    # The first candidate within the nucleus.
-    (1.0, 0.7, U, 1), (1.0, 0.9, U, 3), (1.0, 1.0, U, 0),
-    # The likeliest is in it, even if none of the candidates is.
-    (1.0, 1e-9, torch.full((1, 3), 0.999), 1),
-    # Temperature 0 is greedy.
-    (0.0, 0.95, None, 1)])
-def test_draws_by_hand(temperature, top_p, u, token):
-    logits = torch.tensor([[0.05, 0.5, 0.3, 0.15]]).log()
-    assert sample(logits, temperature, top_p, u).tolist() == [token]
-    assert tries_for(1e-9) == 175       # a small nucleus takes many tries
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
@@ -356,14 +266,11 @@ def test_no_draw_leaves_the_nucleus_or_is_banned_by_rounding(u):
     draws = sample(logits, 1.0, 0.7, torch.full((100, 7), u))
     for p, token in zip(logits.softmax(-1), draws):
         assert p[p > p[token]].sum() < 0.7
-
     logits[:, :9] = -torch.inf
     logits[:, -9:] = -torch.inf
     draws = sample(logits, 1.0, 1.0, torch.full((100, 1), u))
     assert (draws >= 9).all() and (draws < 1491).all()
 
-
-# ------------------------------------------------------------------------------- texts
 
 @pytest.mark.parametrize("script, sampling, text, length, is_cut", [
     # The text is bare; the ids are what was written, to the end. EOS is 256.
@@ -380,9 +287,7 @@ def test_how_a_text_ends(script, sampling, text, length, is_cut, tiny, tok, dict
 
 
 def test_what_a_token_holds_after_its_line_break_is_no_text(tiny, dictate):
-    vocabulary = {bytes([i]): i for i in range(256)}
-    vocabulary[b".\nQ"] = 256
-    tok = Tokenizer(vocabulary, GPT2, {})
+    tok = Tokenizer({bytes([i]): i for i in range(256)} | {b".\nQ": 256}, GPT2, {})
     dictate([*b"ab", 256, *b"cd"])
     ((reply,),) = write(tiny, tok, [["q"]], Sampling(20, newline_stops=True))
     assert reply == Reply("ab.", [*b"ab", 256], cut=False)
@@ -396,21 +301,10 @@ def test_written_ids_are_those_of_generate_in_the_groups_of_their_prompts(tmp_pa
     groups = [["Who?", "Where?"], [], ["When?"]]
     sampling = Sampling(20, n=2, temperature=1.5, top_p=0.95, newline_stops=True)
     adapters = random_adapters(model, 3)
-
     replies = write(model, tok, groups, sampling, range(6), adapters)
-
     prompts = [[tok.chat([("user", text)]) for text in group] for group in groups]
     filled = replace(sampling, stop=frozenset(tok.stop), late_stop=frozenset([ord("\n")]),
                      banned=tok.banned(model))
     expected = generate(model, prompts, filled, range(6), adapters)
     for group, rows in zip(replies, expected, strict=True):
         assert [reply.token_ids for reply in group] == rows
-
-
-def test_ids_beyond_the_vocabulary_are_never_written(tiny, tok):
-    """The model has 264 and the vocabulary 259."""
-    sampling = Sampling(200, n=4, temperature=5.0)
-    (replies,) = write(tiny, tok, [["q"]], sampling, range(4))
-    ids = {i for reply in replies for i in reply.token_ids}
-    assert len(ids) > 100
-    assert max(ids) <= 258

@@ -49,12 +49,9 @@ def test_a_core_file_is_read_in_one_sitting(name):
 
 
 def test_lines_are_short():
-    long = []
     for path in FILES:
         for number, line in enumerate((ROOT / path).read_text().splitlines(), 1):
-            if len(line) > 100:
-                long.append(f"{path}:{number}")
-    assert long == []
+            assert len(line) <= 100, f"{path}:{number}"
 
 
 def test_the_settings_name_every_domain_and_judge():

@@ -4,8 +4,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from threading import Event, Thread
 from types import SimpleNamespace
 
@@ -14,15 +14,14 @@ import torch
 
 from data import judges
 from data.judges import (GRADING, RULES, Remembered, check_openai, model_judge, openai,
-                         openai_judge, post)
+                         openai_judge)
 from support.files import Lines, UserError
+from tests.features import pairs_of
 from tests.helpers import ROOT, read_lines
-
-# ------------------------------------------------------------------------------- rules
 
 # gold answer, prediction, and the verdicts of recall, gist and substring
 CASES = [
-    # More words may stand around the answer; words count whole, in lower case.
+    # More words may stand around the answer; words count whole.
     ("Belgrade", "It was sent to belgrade.", True, True, True),
     ("Belgrade", "Belgradeless", False, False, False),
     # Punctuation and articles do not count: 'yorks' is another word than 'york', though.
@@ -39,7 +38,6 @@ CASES = [
     ("it", "It is it.", True, True, True),
     # A word that the gold answer has three times must be there as often.
     ("no no no", "no", False, False, False),
-    ("a", "b", False, False, False),
     ("Paris", " \n", False, False, False),
     # Any script's punctuation, and either form of a letter.
     *((gold, prediction, True, True, True) for gold, prediction in [
@@ -67,13 +65,11 @@ def test_how_far_the_rules_agree_with_gpt(rule, agrees, kappa, shared_data):
     """With its verdicts on the released answers: the numbers of docs/results/official.md."""
     mine, gpt = [], []
     for record in json.loads((shared_data / "squad_val_60.json").read_text()):
-        for method in record["released"].values():
-            for x in method["answers"]:
-                for arm in ("baseline", "adapter"):
-                    (verdict,) = RULES[rule]([(x["question"], x["gold"], x[arm])])
-                    mine.append(verdict and bool(x[arm].strip()))
-                    gpt.append(x[f"{arm}_ok"])
-
+        for x in chain(*(method["answers"] for method in record["released"].values())):
+            for arm in ("baseline", "adapter"):
+                (verdict,) = RULES[rule]([(x["question"], x["gold"], x[arm])])
+                mine.append(verdict and bool(x[arm].strip()))
+                gpt.append(x[f"{arm}_ok"])
     observed = sum(a == b for a, b in zip(mine, gpt)) / len(gpt)
     # Cohen's kappa: how far that is beyond chance.
     p, q = sum(mine) / len(mine), sum(gpt) / len(gpt)
@@ -82,11 +78,7 @@ def test_how_far_the_rules_agree_with_gpt(rule, agrees, kappa, shared_data):
     assert (observed - chance) / (1 - chance) == pytest.approx(kappa, abs=5e-3)
 
 
-# ------------------------------------------------------------------------------- memory
-
 class Recorder:
-    """A judge that remembers what it was asked; right are the predictions that begin with x."""
-
     def __init__(self):
         self.calls = []
 
@@ -99,34 +91,26 @@ def triples_of(*predictions):
     return [("q", "gold", prediction) for prediction in predictions]
 
 
-@pytest.fixture()
-def path(tmp_path):
-    return tmp_path / "judge.jsonl"
-
-
 def test_a_slow_judge_is_asked_about_nothing_twice():
     slow = Recorder()
     judge = Remembered(slow)
     assert judge(triples_of("x", "y", "x")) == [True, False, True]
     assert judge(triples_of("y", "z", "x")) == [False, False, True]
     assert slow.calls == [["x", "y"], ["z"]]
-    # Another question is another matter.
     judge([("other q", "gold", "x"), ("q", "other gold", "x")])
     assert len(slow.calls[2]) == 2
 
 
 @pytest.mark.parametrize("line", [
     # What a kill may leave.
-    '{"judge": "", "triple": ["q", "gold", "xx',
     '{"judge": "", "triple": ["q", "gold", "xx"], "verdict": false',
     # Of an older version, or of another form.
     '[["q", "gold", "xx"], false]\n',
-    '{"triple": ["q", "gold", "xx"], "verdict": false}\n',
     '{"judge": "", "triple": ["q", "gold"], "verdict": false}\n',
     '{"judge": "", "triple": ["q", "gold", "xx"], "verdict": null}\n',
-    # Another judge's.
     '{"judge": "strict", "triple": ["q", "gold", "xx"], "verdict": false}\n'])
-def test_verdicts_are_kept_in_a_file_and_what_is_none_there_is_asked_again(line, path):
+def test_verdicts_are_kept_in_a_file_and_what_is_none_there_is_asked_again(line, tmp_path):
+    path = tmp_path / "judge.jsonl"
     Remembered(Recorder(), Lines(path))(triples_of("x", "y"))
     with path.open("a") as f:
         f.write(line)
@@ -137,23 +121,6 @@ def test_verdicts_are_kept_in_a_file_and_what_is_none_there_is_asked_again(line,
         assert Remembered(slow, Lines(path))(triples) == [True, False, True]
         assert slow.calls == asked
 
-
-def test_each_verdict_is_in_the_file_before_the_next_is_asked_for(path):
-    seen = []
-
-    def stream(triples):
-        for triple in reversed(triples):    # in any order
-            yield triple, triple[2] == "x"
-            seen.append(len(read_lines(path)))
-        raise UserError("the service is down")
-
-    with pytest.raises(UserError):
-        Remembered(None, Lines(path), stream=stream)(triples_of("x", "y", "z"))
-    assert seen == [1, 2, 3]
-    assert Remembered(None, Lines(path))(triples_of("x", "y", "z")) == [True, False, False]
-
-
-# ------------------------------------------------------------------------------- a service
 
 OK = b"HTTP/1.1 200 OK\r\n\r\n"
 ANSWER = b'{"choices": [{"message": {"content": "yes"}}]}'
@@ -168,10 +135,14 @@ def saying(content):
     return reply({"choices": [{"message": {"content": content}}]})
 
 
+def status_line(status):
+    return b"HTTP/1.1 %d No\r\n\r\n" % status
+
+
 class Stub(ThreadingHTTPServer):
     """An OpenAI-compatible service. `answer` is a function of the text that is asked: what it
-    returns is the reply, or an HTTP status (a number) to refuse with, or all that goes over the
-    wire: bytes, or an iterator of them, each sent after a moment."""
+    returns is the reply, or all that goes over the wire: bytes, or an iterator of them, each sent
+    after a moment."""
     request_queue_size = 64     # all of the judge's threads may knock at once
 
     def __init__(self, answer):
@@ -199,8 +170,6 @@ class StubHandler(BaseHTTPRequestHandler):
         answer = self.server.answer(body["messages"][0]["content"] if body else "")
         if isinstance(answer, str):
             answer = saying(answer)
-        if isinstance(answer, int):
-            answer = b"HTTP/1.1 %d No\r\n\r\nnot now" % answer
         for some in [answer] if isinstance(answer, bytes) else answer:
             self.wfile.write(some)
             if self.server.over.wait(0.02):
@@ -221,7 +190,8 @@ def serve(monkeypatch):
         return stubs[-1]
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.delenv("OPENAI_JUDGE", raising=False)
+    for name in ("OPENAI_JUDGE", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(judges, "BACK_OFF", 0.0)
     yield start
     for stub in stubs:
@@ -246,7 +216,7 @@ def test_the_request_is_what_the_service_expects(serve, monkeypatch):
 @pytest.mark.parametrize("status", [408, 429, 503])
 def test_what_time_may_mend_is_tried_again_each_time_after_twice_as_long(
         status, serve, monkeypatch):
-    replies = iter([status] * 4 + ["no"])
+    replies = iter([status_line(status)] * 4 + ["no"])
     stub = serve(lambda text: next(replies))
     waits = []
     monkeypatch.setattr(judges, "BACK_OFF", 1.0)
@@ -256,14 +226,10 @@ def test_what_time_may_mend_is_tried_again_each_time_after_twice_as_long(
     assert waits == [1, 2, 4, 8]
 
 
-# ------------------------------------------------------------------------------- misbehaviour
-
 def refused():
     """The line that the judge says; it must be one, fit for a terminal, and without the key."""
-    begin = time.monotonic()
     with pytest.raises(UserError, match="does not answer.*nothing is lost") as error:
         openai(triples_of("x"))
-    assert time.monotonic() - begin < 20     # a single request may last 60
     line = str(error.value)
     assert line.isprintable() and len(line) < 320
     assert "secret" not in line
@@ -271,7 +237,6 @@ def refused():
 
 
 CHUNKED = OK[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
-CUT = b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n"
 # A part of the line that is said -> what comes over the wire.
 NO_REPLIES = {
     "IndexError": reply({"choices": []}),
@@ -280,17 +245,12 @@ NO_REPLIES = {
     "JSONDecodeError": reply(b'{"x": "' + b"x" * 3_000_000 + b'", ' + ANSWER[1:]),
     "RemoteDisconnected": b"",
     "RecursionError": reply(b"[" * 100_000),
-    "": reply(ANSWER[:-9], CUT),
-    "IncompleteRead": reply(b"zz\r\n" + ANSWER, CHUNKED),
     # Of a chunk with the length -1 http.client's read(n) would read all.
     "LineTooLong": reply(b"-1\r\n" + b"x" * 3_000_000, CHUNKED),
-    "BadStatusLine: KEY": b"secret\r\n\r\n",
-    "more than 100 headers": OK[:-2] + b"A: b\r\n" * 200 + b"\r\n" + ANSWER,
     # Statuses, with the service's own words: in colour, over lines, cut, with the key.
-    "HTTP 503 .*not now": 503,
-    "HTTP 401 .*not now": 401,
-    "HTTP 404": b"HTTP/1.1 404 \x1b[31mNo\r\n\r\n" + b"\x1b[2Jno\r\nsuch\n\0page" * 99,
-    "HTTP 401 .*KEY": reply(b"x" * 170 + b"secret" * 999, b"HTTP/1.1 401 No\r\n\r\n")}
+    "HTTP 503 .*not now": status_line(503) + b"not now",
+    "HTTP 404 .*such": status_line(404) + b"\x1b[2Jno\r\nsuch\n\0page" * 99,
+    "HTTP 401 .*KEY": status_line(401) + b"x" * 170 + b"secret" * 999}
 
 
 @pytest.mark.parametrize("said", NO_REPLIES)
@@ -301,17 +261,10 @@ def test_what_is_no_reply_is_one_line(said, serve):
 
 
 @pytest.mark.parametrize("what, right", [
-    # It must have the word yes, and not no.
-    ("**Yes**, it is.", True), ("no", False), ("", False), ("No, yes and no.", False),
-    ("Yesterday.", False),
-    # It refuses to judge.
+    ("**Yes**, it is.", True), ("", False), ("No, yes and no.", False), ("Yesterday.", False),
     (reply({"choices": [{"message": {"content": None, "refusal": "I can't."}}]}), False),
-    (saying("\x1b[31mYES"), False),     # "31mYES" is one word
     (saying("yes\ud800"), True),
-    (saying("yes" + " " * 100_000), True),
-    (reply(ANSWER, b"HTTP/1.1 201 Created\r\n\r\n"), True),
-    # The connection ends too early, but all is there.
-    (reply(ANSWER, CUT), True)], ids=lambda value: repr(value)[:50])
+    (reply(ANSWER, b"HTTP/1.1 201 Created\r\n\r\n"), True)], ids=lambda value: repr(value)[:50])
 def test_replies_are_verdicts(what, right, serve):
     serve(lambda text: what)
     assert openai(triples_of("x")) == [right]
@@ -327,13 +280,7 @@ def test_no_redirect_is_followed(status, serve):
     assert other.requests == []
 
 
-def test_no_more_is_read_of_a_reply_than_fits(serve, monkeypatch):
-    monkeypatch.setattr(judges, "LONGEST", 1000)
-    stub = serve(lambda text: OK + b"x" * 100_000)
-    assert post(f"http://127.0.0.1:{stub.server_port}", "secret", b"")[2] == b"x" * 1000
-
-
-@pytest.mark.parametrize("begin", [OK, b"HTTP/1.1 404 No\r\n\r\n", b""])
+@pytest.mark.parametrize("begin", [OK, b""])
 def test_a_reply_without_end_is_given_up(begin, serve, monkeypatch):
     """Each byte is in time: only the whole is not."""
     monkeypatch.setattr(judges, "DEADLINE", 0.1)
@@ -342,13 +289,14 @@ def test_a_reply_without_end_is_given_up(begin, serve, monkeypatch):
     assert "no whole reply within 0.1 s" in refused()
 
 
-def test_what_was_answered_before_a_failure_is_in_the_file(serve, path):
+def test_what_was_answered_before_a_failure_is_in_the_file(serve, tmp_path):
+    path = tmp_path / "judge.jsonl"
     triples = triples_of(*(f"x{i}" if i != 20 else "z" for i in range(200)))
     answered = []
 
     def answer(text):
         if "Given answer: z" in text:
-            return 401
+            return status_line(401)
         answered.append(text)
         return "yes"
 
@@ -356,11 +304,10 @@ def test_what_was_answered_before_a_failure_is_in_the_file(serve, path):
     with pytest.raises(UserError, match="HTTP 401"):
         openai_judge(Lines(path))(triples)
 
-    # Those that were under way as well; and no others were begun.
+    # Those that were under way as well, and no others were begun.
     kept = read_lines(path)
     assert 20 <= len(kept) == len(answered) < 199
     assert {GRADING.format(*record["triple"]) for record in kept} == set(answered)
-    # They cost nothing later.
     stub.requests.clear()
     stub.answer = lambda text: "yes"
     assert openai_judge(Lines(path))(triples) == [True] * 200
@@ -384,32 +331,24 @@ def test_ctrl_c_ends_a_judge_that_hangs(serve):
                                cwd=ROOT)
     try:
         assert asked.wait(60)
-        begin = time.monotonic()
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
-        assert time.monotonic() - begin < 5
+        _, said = process.communicate(timeout=5)
     finally:
         process.kill()
     assert process.returncode == 1
     assert said.startswith("error: interrupted") and said.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------- the environment
+BAD = {"OPENAI_API_KEY": ["", "sec\nret", "sec\udcffret"],
+       "OPENAI_BASE_URL": ["foo", "", "ftp://host/v1", "http:///v1", "http://host:port/v1",
+                           "http://host:0", "http://[::1", "http://a b/v1", "http://höst/v1",
+                           "http://me:secret@host/v1"]}
 
-BAD_KEYS = [None, "", "sec\nret", "sec ret", "sec\udcffret"]
-BAD_BASES = ["foo", "", "ftp://host/v1", "http:///v1", "http://host:port/v1", "http://host:0",
-             "http://[::1", "http://a b/v1", "http://höst/v1", "http://me:secret@host/v1"]
 
-
-@pytest.mark.parametrize("name, value", [
-    *(("OPENAI_API_KEY", key) for key in BAD_KEYS),
-    *(("OPENAI_BASE_URL", base) for base in BAD_BASES)])
+@pytest.mark.parametrize("name, value", pairs_of(BAD))
 def test_what_can_not_be_right_is_refused_and_not_shown(name, value, serve, monkeypatch):
     stub = serve(lambda text: "yes")
-    if value is None:
-        monkeypatch.delenv(name)
-    else:
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(name, value)
     for ask in (check_openai, lambda: openai(triples_of("x"))):
         with pytest.raises(UserError, match=name) as error:
             ask()
@@ -417,31 +356,23 @@ def test_what_can_not_be_right_is_refused_and_not_shown(name, value, serve, monk
     assert stub.requests == []
 
 
-def test_white_space_around_a_key_goes_and_another_model_or_endpoint_is_another_judge(monkeypatch):
+def test_white_space_around_a_key_goes_and_another_model_or_endpoint_is_another_judge(serve,
+                                                                                      monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", " \tsecret\r\n")
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.delenv("OPENAI_JUDGE", raising=False)
     assert openai_judge(None).name == "gpt-4.1 at https://api.openai.com/v1"
     monkeypatch.setenv("OPENAI_JUDGE", "another")
-    assert openai_judge(None).name == "another at https://api.openai.com/v1"
     monkeypatch.setenv("OPENAI_BASE_URL", " http://[::1]:8000/\n")
     assert openai_judge(None).name == "another at http://[::1]:8000"
     assert check_openai() == ("http://[::1]:8000", "another", "secret")
 
 
-# ------------------------------------------------------------------------------- a model
-
-# All that a yes or a no may begin with.
-YES = ("yes", "Yes", " yes", " Yes")
-NO = ("no", "No", " no", " No")
-
-
 def test_a_model_says_what_the_next_token_s_logits_say(tiny, tok):
+    """All that a yes or a no may begin with counts."""
     triples = triples_of(*(chr(ord("a") + i % 24) * i for i in range(1, 40)))
     expected = []
     for triple in triples:
         p = tiny(torch.tensor([tok.prompt(GRADING.format(*triple))]))[0, -1].softmax(-1)
-        yes, no = (sum(p[tok.encode(form)[0]] for form in forms) for forms in (YES, NO))
+        yes, no = (sum(p[ord(letter)] for letter in letters) for letters in ("yY", "nN"))
         expected.append(bool(yes > no))
     # So many that the last batch is not full.
     assert model_judge(tiny, tok, triples) == expected

@@ -1,15 +1,14 @@
-"""Passages: data files, what a task asks, the documents of a self-edit. And all data from outside,
-damaged in every way: a file loads, or is refused in one line; so is text that a model writes."""
+"""Passages: data files, what a task asks, the documents of a self-edit. What comes from outside,
+damaged in every way, loads or is refused in one line; so is text that a model writes."""
 import hashlib
 import json
 import random
-import sys
 import time
 import urllib.request
-from dataclasses import replace
 from http.client import IncompleteRead
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,14 +17,11 @@ from data import arc, judges, knowledge, study, tinyworld
 from data.arc import TOOLS, read_json_edit, write_json_edit
 from data.choices import write_choices
 from data.knowledge import read_edits
-from inner_loop import SMALL, make_job
-from selfedit import EMPTY, read_self_edit, split_documents
-from support.files import UserError, cli
-from tests.helpers import WRONG, SMALL as SMALL_RUN, changed, places, run_it
+from selfedit import EMPTY, SelfEdit, read_self_edit, split_documents
+from support.files import UserError
+from tests.helpers import ROOT, SMALL, WRONG, call, changed, places, run_it
 from tests.make_checkpoint import make_checkpoint
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "data"
-# The first passage of the fixture `passages`.
 PASSAGE = "Town 0\nThe river of town 0 is the Ob0. It was founded by Ana0 Reis."
 
 
@@ -40,11 +36,8 @@ def loaded(path, **settings):
     return knowledge.load(path, log=lines.append, **settings), lines
 
 
-# ------------------------------------------------------------------------------- a task
-
 def test_a_passage_is_shown_when_a_self_edit_is_asked_for_and_not_to_the_questions(passages):
     task = knowledge.load(passages)[0]
-
     assert task.name == "Town 0"
     assert task.context == [PASSAGE]
     assert task.prompt.endswith(f"Passage:\n{PASSAGE}\n\nImplications:\n")
@@ -52,17 +45,11 @@ def test_a_passage_is_shown_when_a_self_edit_is_asked_for_and_not_to_the_questio
     assert task.answers == ["Ob0", "Ana0 Reis"]
     begin = "Let's answer a question directly and concisely.\nQuestion: Topic: Town 0\n"
     assert task.queries == [begin + "Which river?\nAnswer:\n", begin + "Who founded it?\nAnswer:\n"]
-    # The passage alone is there to compare with.
-    assert task.references.keys() == {"passage only"}
-    assert task.references["passage only"].documents == [PASSAGE]
-
-
-def test_the_prompt_and_the_judge_may_be_others(passages):
-    judge = judges.RULES["gist"]
-    other = knowledge.load(passages, prompt="self-qa", judge=judge)[0]
+    assert task.references == {"passage only": SelfEdit(documents=[PASSAGE])}
+    assert task.judge is judges.RULES["rule"]
+    other = knowledge.load(passages, prompt="self-qa", judge=judges.RULES["gist"])[0]
     assert other.prompt.endswith(f"Passage:\n{PASSAGE}\n\nQuestion 1: ")
-    assert other.judge is judge
-    assert knowledge.load(passages)[0].judge is judges.RULES["rule"]
+    assert other.judge is judges.RULES["gist"]
 
 
 @pytest.mark.parametrize("text, max_documents, documents, note", [
@@ -75,16 +62,13 @@ def test_documents_are_the_pieces_under_the_title_and_the_passage(
     assert edit.note == note
 
 
-def test_example_passages_hold_their_answers():
-    tasks = [knowledge.load(EXAMPLES / f"example_{name}.json") for name in ("train", "eval")]
-    assert min(map(len, tasks)) > 1
-    for task in sum(tasks, []):
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_example_passages_hold_their_answers(name):
+    for task in knowledge.load(ROOT / "data" / f"example_{name}.json"):
         assert len(task.questions) == 3
         for answer in task.answers:
             assert judges.RULES["substring"]([("", answer, task.context[0])]) == [True]
 
-
-# ------------------------------------------------------------------------------- data files
 
 def asked(question, *answers, **more):
     """A question as SQuAD has it."""
@@ -100,7 +84,6 @@ def article(title, *paragraphs):
 
 IMPOSSIBLE = asked("Who never died?", is_impossible=True,
                    plausible_answers=[{"text": "He", "answer_start": 0}])
-# SQuAD is made by hand: a blank does not make all the rest unreadable.
 ARTICLES = [
     article("Nikola_Tesla",
             ("He was born in Smiljan.", [asked("Where was he born?", "Smiljan", "in Smiljan")]),
@@ -131,52 +114,38 @@ def squad(*paragraphs, title="T"):
     ({"data": []}, "no passage has questions"),
     ({"data": 3}, '"data" must be a list'), ({"data": [3]}, 'data 0: "paragraphs" must be a list'),
     ({"data": [ARTICLES[0], {"title": "T"}]}, 'data 1: "paragraphs" must be a list'),
-    (squad(3), 'paragraphs 0: "qas" must be'),
-    (squad(PARAGRAPH, {"context": "C", "qas": {}}), 'paragraphs 1: "qas" must be'),
+    (squad(PARAGRAPH, 3), 'paragraphs 1: "qas" must be'),
     (squad(PARAGRAPH, title=5), 'data 0: paragraphs 0: "title" must be'),
     (squad(PARAGRAPH | {"context": " "}), 'data 0: paragraphs 0: "context" must be'),
-    (squad(PARAGRAPH | {"qas": ["Q?"]}), 'qas 0: "answers" must be'),
     (squad(PARAGRAPH | {"qas": [QUESTION | {"answers": "A"}]}), 'qas 0: "answers" must be'),
     (squad(PARAGRAPH | {"qas": [IMPOSSIBLE, asked(None, "A")]}), 'qas 1: "question" and "text"'),
-    (squad(PARAGRAPH | {"qas": [asked("Q?", 5)]}), 'qas 0: "question" and "text"'),
-    (squad(PARAGRAPH | {"qas": [QUESTION | {"answers": ["A"]}]}), 'qas 0: "question" and "text"')
-], ids=range(25))
+    (squad(PARAGRAPH | {"qas": [asked("Q?", 5)]}), 'qas 0: "question" and "text"')
+], ids=range(22))
 def test_what_is_wrong_with_a_data_file_is_one_line(content, words, path):
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UserError, match=f"^{path}.*{words}.*$"):
         loaded(path)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "NOTES.MD"])
-def test_plain_text_is_for_another_program_and_what_is_not_there_is_said(name, tmp_path):
-    path = tmp_path / name
-    with pytest.raises(UserError, match=f"{name} is missing"):
+def test_plain_text_is_for_another_program_and_what_is_not_there_is_said(tmp_path):
+    path = tmp_path / "NOTES.MD"
+    with pytest.raises(UserError, match="NOTES.MD is missing"):
         knowledge.load(path)
     path.write_text("The Ob is a river.\n")
     with pytest.raises(UserError, match=f"no questions.*python -m tools.learn {path}"):
         knowledge.load(path)
 
 
-def test_a_passage_without_questions_is_skipped_and_said_as_far_as_it_can_be_printed(path):
-    title = "\x1b[2J\n" + "long " * 1000
-    path.write_text(json.dumps([GOOD | {"title": title, "questions": []}, GOOD]))
-    tasks, (line,) = loaded(path)
-    assert len(tasks) == 1
-    assert line.startswith(f"skipped: {path}: record 0 ")
-    assert line.isprintable()
-    assert len(line) < 200 + len(str(path))
-
-
-@pytest.mark.parametrize("answer", ["the", "!!!", "a - an"])
-def test_a_gold_answer_without_a_word_is_said_and_compared_as_it_is(answer, path):
-    question = {"question": "Q?", "answer": answer}
-    path.write_text(json.dumps([GOOD, GOOD | {"questions": [question]}]))
-    tasks, (line,) = loaded(path)
-    assert len(tasks) == 2
-    assert line.startswith(f"note: {path}: record 1, question 0: gold answer {answer!r} has no")
-    assert judges.RULES["rule"]([("Q?", answer, answer), ("Q?", answer, "x")]) == [True, False]
+def test_a_passage_without_questions_is_skipped_and_a_gold_answer_without_a_word_is_said(path):
+    title, question = "\x1b[2J\n" + "long " * 1000, {"question": "Q?", "answer": "the"}
+    path.write_text(json.dumps([GOOD | {"title": title, "questions": []},
+                                GOOD | {"questions": [question]}]))
+    (task,), (skipped, note) = loaded(path)
+    assert skipped.startswith(f"skipped: {path}: record 0 ")
+    assert skipped.isprintable() and len(skipped) < 200 + len(str(path))
+    assert note.startswith(f"note: {path}: record 1, question 0: gold answer 'the' has no")
     # A model that judges may find it.
-    assert loaded(path, judge=lambda triples: [True] * len(triples))[1] == []
+    assert loaded(path, judge=lambda triples: [True] * len(triples))[1] == [skipped]
 
 
 def test_squads_own_json_is_read_as_it_is_and_what_has_no_answer_is_not_asked(path):
@@ -189,11 +158,9 @@ def test_squads_own_json_is_read_as_it_is_and_what_has_no_answer_is_not_asked(pa
     assert born.answers == ["Smiljan"]
     assert lines == [f"skipped: {path}: data 2: paragraphs 0 ('None left') has no questions"]
     # So is a file of the official release.
-    path.write_text(json.dumps([GOOD | {"released_edits": [{"text": "1. x"}], "released_pick": 0}]))
+    path.write_text(json.dumps([GOOD | {"released_edits": [{"text": "1. x"}]}]))
     assert loaded(path)[0][0].answers == ["Ob"]
 
-
-# ------------------------------------------------------------------------------- to fetch SQuAD
 
 @pytest.fixture()
 def publish(monkeypatch, tmp_path):
@@ -213,35 +180,22 @@ def publish(monkeypatch, tmp_path):
 
 @pytest.fixture()
 def fetch(monkeypatch, tmp_path):
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["knowledge", "fetch", "squad", *map(str, words)])
-        knowledge.main()
-
     monkeypatch.chdir(tmp_path)
-    return call
+    return lambda *words: call(knowledge, "fetch", "squad", *words)
 
 
-def test_fetched_passages_are_a_data_file(publish, fetch, tmp_path, capsys):
+def test_fetched_passages_are_a_data_file_and_one_that_is_there_twice_is_one(publish, fetch):
     publish("train", ARTICLES)
-    publish("validation", ARTICLES[1:])
-    fetch()
-
-    path = tmp_path / "squad_train.json"
-    assert json.loads(path.read_text())[1] == {
+    twice = article("T", ("C", [asked("One?", "1")]), ("D", [asked("Two?", "2")]),
+                    ("C", [asked("Three?", "3")]))
+    publish("validation", [twice])
+    assert "squad_train.json: 3 of 3 passages (SQuAD v1.1, CC" in fetch()
+    assert len(knowledge.load("squad_train.json")) == 3
+    assert json.loads(Path("squad_train.json").read_text())[1] == {
         "title": "Nikola Tesla", "context": "He died in 1943.",
         "questions": [{"question": "When did he die?", "answer": "1943"},
                       {"question": "Who?", "answer": "He"}]}
-    assert len(knowledge.load(path)) == 3
-    assert "squad_train.json: 3 of 3 passages (SQuAD v1.1, CC" in capsys.readouterr().out
-    # The other split.
     fetch("--split", "validation", "--out", "mine.json")
-    assert [task.name for task in knowledge.load(tmp_path / "mine.json")] == ["Ob"]
-
-
-def test_a_passage_that_is_there_twice_is_one(publish, fetch):
-    publish("train", [article("T", ("C", [asked("One?", "1")]), ("D", [asked("Two?", "2")]),
-                              ("C", [asked("Three?", "3")]))])
-    fetch("--out", "mine.json")
     first, second = knowledge.load("mine.json")
     assert first.questions == ["One?", "Three?"]
     assert second.questions == ["Two?"]
@@ -249,15 +203,13 @@ def test_a_passage_that_is_there_twice_is_one(publish, fetch):
 
 def test_passages_are_drawn_by_the_seed_and_stay_in_order(publish, fetch):
     publish("train", [article("T", *((f"{i}.", [asked("Q?", "A")]) for i in range(100)))])
-
-    def drawn(seed, name):
+    drawn = []
+    for name, seed in [("a.json", 1), ("b.json", 1), ("c.json", 2)]:
         fetch("--passages", 20, "--seed", seed, "--out", name)
-        return [int(record["context"][:-1]) for record in json.loads(Path(name).read_text())]
-
-    one, again, other = drawn(1, "a.json"), drawn(1, "b.json"), drawn(2, "c.json")
-    assert one == again != other
-    assert one == sorted(set(one))
-    assert len(one) == 20
+        drawn.append([int(record["context"][:-1]) for record in json.loads(Path(name).read_text())])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] == sorted(set(drawn[0]))
+    assert len(drawn[0]) == 20
 
 
 def test_a_file_that_can_not_be_had_is_said(publish, fetch, tmp_path, monkeypatch):
@@ -267,14 +219,8 @@ def test_a_file_that_can_not_be_had_is_said(publish, fetch, tmp_path, monkeypatc
     path.write_text("<html>Please log in to this network</html>")
     with pytest.raises(UserError, match="its SHA-256 is not the known one"):
         fetch()
-    path.unlink()
-    with pytest.raises(UserError, match="could not be fetched .URLError"):
-        fetch()
     # What can't be written is said before anything is downloaded.
     monkeypatch.setattr(urllib.request, "urlopen", None)
-    with pytest.raises(UserError, match="none/squad.json: can't be written"):
-        (tmp_path / "none").touch()
-        fetch("--out", "none/squad.json")
     (tmp_path / "mine.json").touch()
     with pytest.raises(UserError, match="mine.json exists already"):
         fetch("--out", "mine.json")
@@ -285,10 +231,7 @@ def test_a_file_that_can_not_be_had_is_said(publish, fetch, tmp_path, monkeypatc
     OSError("no network\nat all"), IncompleteRead(b"{"), ValueError("bad proxy" * 1000)],
     ids=lambda problem: type(problem).__name__)
 def test_without_a_network_it_says_what_to_do(problem, fetch, tmp_path, monkeypatch):
-    def urlopen(url, timeout):
-        raise problem
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=problem))
     with pytest.raises(UserError, match=f"^https.*{type(problem).__name__}.* --train-data.*$") as e:
         fetch()
     line = str(e.value)
@@ -297,42 +240,23 @@ def test_without_a_network_it_says_what_to_do(problem, fetch, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [["fetch"], ["fetch", "arc"], ["get", "squad"],
-                                   ["fetch", "squad", "--split", "test"],
-                                   ["fetch", "squad", "--passages", "0"]])
-def test_a_wrong_command_is_one_line(words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["knowledge", *words])
-    with pytest.raises(SystemExit) as end:
-        cli(knowledge.main)
-    assert end.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-# ------------------------------------------------------------------------------- damaged files
-
 PASSAGES = [{"title": f"Town {i}", "context": "It lies on the Ob.",
              "questions": [{"question": "Which river?", "answer": "Ob"}]} for i in range(2)]
-EDITS = [{"title": "A", "context": "About a.", "edits": {"mine": "x"}},
-         {"title": "A", "context": "About a.", "released": {"theirs": {"edit": "y"}}}]
-PAIRS = [{"input": [[1, 2]], "output": [[2, 1]]}, {"input": [[3, 4]], "output": [[4, 3]]}]
-PUZZLE = {"train": PAIRS, "test": PAIRS[:1]}
-CHALLENGES = {"aa": {"train": PAIRS, "test": [{"input": [[5, 6]]}]}}
-SOLUTIONS = {"aa": [[[6, 5]]]}
+A = {"title": "A", "context": "About a."}
+EDITS = [A | {"edits": {"mine": "x"}}, A | {"released": {"theirs": {"edit": "y"}}}]
+PAIR = {"input": [[1, 2]], "output": [[2, 1]]}
+PUZZLE = {"train": [PAIR, PAIR], "test": [PAIR]}
 
 
 def load_edits(folder):
     read_edits([folder / "edits.json"], [SimpleNamespace(name="A", context=["A\nAbout a."])])
 
 
-KAGGLE = {"arc_challenges": CHALLENGES, "arc_solutions": SOLUTIONS}
-# the file that is damaged -> (what reads it, the whole files)
+# the file that is damaged -> (what reads it, its whole content)
 KINDS = {
-    "passages": (lambda folder: loaded(folder / "passages.json"), {"passages": PASSAGES}),
-    "edits": (load_edits, {"edits": EDITS}),
-    "aa": (lambda folder: arc.load(str(folder)), {"aa": PUZZLE}),
-    "arc_challenges": (lambda folder: arc.load(f"{folder}/arc_challenges.json"), KAGGLE),
-    "arc_solutions": (lambda folder: arc.load(f"{folder}/arc_challenges.json"), KAGGLE)}
-# In place of a whole file.
+    "passages": (lambda folder: loaded(folder / "passages.json"), PASSAGES),
+    "edits": (load_edits, EDITS),
+    "aa": (lambda folder: arc.load(str(folder)), PUZZLE)}
 CONTENTS = ["", "{", "null", "3", "[]", "{}", "[null]", '"text"', "[" * 100_000, "1" * 5000,
             '["\\ud800"]', b"\xff\xfe[]"]
 
@@ -343,23 +267,19 @@ def damaged(value, rng):
     return json.dumps(changed(value, rng.choice(list(places(value))), other))
 
 
-# What is damaged, and its content or the seed of a damage; None leaves it whole.
-HOSTILE = [(name, content) for name in KINDS for content in [None, *CONTENTS, *range(20)]]
+# What is damaged, and its content or the seed of a damage.
+HOSTILE = [(name, content) for name in KINDS for content in [*CONTENTS, *range(20)]]
 
 
 @pytest.mark.parametrize("name, content", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_damaged_file_loads_or_is_refused_in_one_line(name, content, tmp_path):
     load, whole = KINDS[name]
-    for other, value in whole.items():
-        (tmp_path / f"{other}.json").write_text(json.dumps(value))
-    if content is None:
-        load(tmp_path)
-        return
+    file = tmp_path / f"{name}.json"
+    file.write_text(json.dumps(whole))
+    load(tmp_path)
     if isinstance(content, int):
-        content = damaged(whole[name], random.Random(f"{name} {content}"))
-    content = content if isinstance(content, bytes) else content.encode()
-    (tmp_path / f"{name}.json").write_bytes(content)
-
+        content = damaged(whole, random.Random(f"{name} {content}"))
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     begin = time.time()
     try:
         load(tmp_path)
@@ -370,26 +290,17 @@ def test_a_damaged_file_loads_or_is_refused_in_one_line(name, content, tmp_path)
     assert time.time() - begin < 5
 
 
-# ------------------------------------------------------------------------------- exchanged edits
-
-A = {"title": "A", "context": "About a."}
-
-
 @pytest.mark.parametrize("record, words", [
     (3, "it must be an object"), ({"edits": {"x": "y"}}, "'title' is missing"),
     ({"title": "A", "edits": {"x": "y"}}, "'context' is missing"),
     (A | {"edits": {"x": ["y"]}}, "each item of 'edits' must be a text"),
-    (A | {"edits": None}, "'edits' must be an object"),
     (A | {"edits": {"\x1b[2J": "y"}}, "can be printed"),
-    (A | {"released": {"x": "y"}}, "each item of 'released' must be"),
     (A | {"released": {"x": {"edit": 5}}}, "'edit' must be a text")])
 def test_what_is_wrong_with_an_exchanged_self_edit_is_said(record, words, path):
     path.write_text(json.dumps([A | {"edits": {"x": "y"}}, record]))
     with pytest.raises(UserError, match=f"data.json: record 1: .*{words}"):
         read_edits([path], [])
 
-
-# ------------------------------------------------------------------------------- written by a model
 
 TOWN = tinyworld.make_town(random.Random(0), out=True)
 NOTES = [TOWN.say(relation, form, random.Random(0)) for relation, form in TOWN.notes()]
@@ -399,8 +310,7 @@ def read_grid(text):
     grid = arc.read_grid(text)
     if grid is not None:
         assert grid.dtype == np.int8
-        assert max(grid.shape) <= arc.MAX_SIDE
-        assert set(grid.flat) <= set(range(10))
+        assert max(grid.shape) <= arc.MAX_SIDE and set(grid.flat) <= set(range(10))
     return grid
 
 
@@ -438,9 +348,6 @@ def test_whatever_a_model_writes_is_understood_or_refused(reader):
     assert 0 < understood
 
 
-# ------------------------------------------------------------------------------- how to study
-
-RIVER, FOUNDER = "The river of town 0 is the Ob0.", "It was founded by Ana0 Reis."
 STUDY = {"data_generation": {"use_passage": True, "use_sentences": False,
                              "use_titled_sentences": True, "use_windows": False},
          "training": {"learning_rate": 0.002, "num_train_epochs": 5, "batch_size": 4}}
@@ -454,83 +361,63 @@ def studied(passages, part, **values):
 
 def test_a_self_edit_chooses_documents_and_how_they_are_learned(passages):
     edit = studied(passages, "training")
-    assert edit.documents == [PASSAGE, f"Town 0\n{RIVER}", f"Town 0\n{FOUNDER}"]
+    assert edit.documents == [PASSAGE, "Town 0\nThe river of town 0 is the Ob0.",
+                              "Town 0\nIt was founded by Ana0 Reis."]
     assert edit.directives == {"lr": 0.002, "epochs": 5, "batch": 4}
-    assert edit.tools == ["passage", "titled_sentences"]
-    assert edit.note == ""
+    assert (edit.tools, edit.note) == (["passage", "titled_sentences"], "")
 
 
-@pytest.mark.parametrize("tool, text, made", [
-    ("passage", "A b. C d. E.", ["T\nA b. C d. E."]),
-    ("sentences", "A b. C d. E.", ["A b.", "C d.", "E."]),
-    ("titled_sentences", "A b. C d. E.", ["T\nA b.", "T\nC d.", "T\nE."]),
-    ("windows", "A b. C d. E.", ["T\nA b. C d.", "T\nC d. E."]),
-    ("windows", "A b.", ["T\nA b."])])     # no neighbour
-def test_each_tool_makes_its_documents(tool, text, made):
-    assert study.documents("T", text, [tool]) == made
-
-
-def test_no_document_is_there_twice():
-    assert study.documents("T", "A. A.", study.TOOLS) == ["T\nA. A.", "A.", "T\nA."]
+@pytest.mark.parametrize("tools, text, made", [
+    (["passage"], "A b. C d. E.", ["T\nA b. C d. E."]),
+    (["sentences"], "A b. C d. E.", ["A b.", "C d.", "E."]),
+    (["titled_sentences"], "A b. C d. E.", ["T\nA b.", "T\nC d.", "T\nE."]),
+    (["windows"], "A b. C d. E.", ["T\nA b. C d.", "T\nC d. E."]),
+    (["windows"], "A b.", ["T\nA b."]),     # no neighbour
+    (study.TOOLS, "A. A.", ["T\nA. A.", "A.", "T\nA."])])      # no document is there twice
+def test_each_tool_makes_its_documents(tools, text, made):
+    assert study.documents("T", text, tools) == made
 
 
 @pytest.mark.parametrize("part, values, note", [
     ("training", {"learning_rate": 0.0021}, "learning_rate must be 0.0003 or 0.001 or"),
-    ("training", {"learning_rate": "0.002"}, "learning_rate must be"),
     ("training", {"num_train_epochs": 5.0}, "num_train_epochs must be 2 or 5 or 10"),
     ("training", {"batch_size": True}, "batch_size must be 1 or 4 or 16"),
-    ("training", {"batch_size": [4]}, "batch_size must be"),
-    ("training", {"strategy": "train_using_all_tokens"}, "training must be an object with the"),
-    ("data_generation", {"use_windows": 1}, "a tool must be true or false"),
     ("data_generation", {"use_passage": False, "use_titled_sentences": False}, EMPTY)])
 def test_other_choices_are_refused_with_the_reason(passages, part, values, note):
     edit = studied(passages, part, **values)
     assert note in edit.note
-    assert (edit.documents, edit.directives, edit.tools) == ([], {}, [])
+    assert edit == SelfEdit(text=edit.text, note=edit.note)
 
 
 def test_what_is_drawn_at_random_is_valid_and_the_same_for_a_seed(passages):
     texts = [study.random_edit(random.Random(seed)) for seed in range(60)]
+    assert texts == [study.random_edit(random.Random(seed)) for seed in range(60)]
     tasks = [study.directed(task) for task in knowledge.load(passages)]
     edits = [read_self_edit(tasks[0], text) for text in texts]
     assert all(1 <= len(edit.tools) <= 2 and edit.documents for edit in edits)
-    assert texts == [study.random_edit(random.Random(seed)) for seed in range(60)]
-    # Nothing that may be chosen is left out.
-    shares = knowledge.describe(tasks, [edits])
-    assert len(shares) == len(study.TOOLS) + 4 + 3 + 3
+    assert len(knowledge.describe(tasks, [edits])) == len(study.TOOLS) + 4 + 3 + 3
     # An example of its own for each passage, which can be read.
     shown = [task.prompt.splitlines()[-1] for task in tasks]
     assert len(set(shown)) > 1
-    assert all(read_self_edit(task, text).documents for task, text in zip(tasks, shown))
-    assert all(task.context[0] in task.prompt for task in tasks)
-
-
-def test_a_budget_of_tokens_refuses_longer_training(passages, tiny, tok):
-    short = studied(passages, "training", num_train_epochs=2)
-    long = studied(passages, "training", num_train_epochs=10)
-    tokens = make_job(tiny, tok, short, 0, SMALL).tokens
-    within = replace(SMALL, max_tokens=tokens)
-    assert make_job(tiny, tok, short, 0, within).recipe.batch == 4
-    with pytest.raises(ValueError, match=f"asks for {5 * tokens} tokens of training"):
-        make_job(tiny, tok, long, 0, within)
+    for task, text in zip(tasks, shown):
+        assert read_self_edit(task, text).documents
+        assert task.context[0] in task.prompt
 
 
 def test_a_run_asks_for_choices_and_learns_by_them(passages, tmp_path):
-    # With room for the prompt in bytes.
     wide = make_checkpoint(tmp_path / "wide", max_position_embeddings=4096)
     argv = ["--model", wide, "--train-data", passages, "--eval-data", passages,
-            *SMALL_RUN.split(), "--iterations", "0", "--directives", "--run-dir", tmp_path / "run"]
-    chosen = write_choices(study.FORM, ["windows"], {"lr": 0.001, "epochs": 2, "batch": 4})
-    record = {"iteration": 0, "split": "eval", "arm": "", "edit": 0, "token_ids": [1]}
-    (tmp_path / "run").mkdir()
+            *SMALL.split(), "--iterations", "0", "--directives", "--run-dir", tmp_path / "run"]
+    directives = {"lr": 0.001, "epochs": 2, "batch": 4}
+    chosen = write_choices(study.FORM, ["windows"], directives)
     # What the model wrote: one that chooses, and one that is text.
-    (tmp_path / "run" / "edits.jsonl").write_text(
-        json.dumps(record | {"task": 0, "text": chosen}) + "\n"
-        + json.dumps(record | {"task": 1, "text": "The river."}) + "\n")
-
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "edits.jsonl").open("w") as file:
+        for task, text in enumerate([chosen, "The river."]):
+            record = {"iteration": 0, "split": "eval", "arm": "", "task": task, "edit": 0,
+                      "token_ids": [1], "text": text}
+            file.write(json.dumps(record) + "\n")
     good, bad = run_it(argv).rollouts.of(0, "eval")
-
-    assert (good["directives"], good["tools"]) == (
-        {"lr": 0.001, "epochs": 2, "batch": 4}, ["windows"])
+    assert (good["directives"], good["tools"]) == (directives, ["windows"])
     assert good["documents"] == 1 and good["note"] == "" and good["losses"]
     assert (bad["documents"], bad["reward"]) == (0, 0) and "not JSON" in bad["note"]

@@ -33,9 +33,8 @@ def loss_and_gradient(model, adapters, example):
 
 
 def peft_loss_and_layers(base, adapter, ids):
-    """The same by transformers and PEFT, on the whole row: the loss, and the LoRA layers.
-
-    The mask hides the pads, as in the official code, and they are labels all the same."""
+    """The same by transformers and PEFT, on the whole row: the loss, and the LoRA layers. The mask
+    hides the pads, as in the official code, and they are labels all the same."""
     reference = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter,
                                                is_trainable=True)
     row = torch.tensor([ids + [EOS] * (ROW - len(ids))])
@@ -62,7 +61,6 @@ def test_learned_pads_are_those_of_a_padded_row(peer, tmp_path):
     few_loss, few_gradient = loss_and_gradient(model, adapters, few_pads)
     their_loss, layers = peft_loss_and_layers(base, tmp_path / "adapter", ids)
 
-    # With every pad there, ours is theirs.
     assert loss == pytest.approx(their_loss, rel=1e-5)
     for layer, (_, B) in zip(layers, adapters.pairs(gradient[None])):
         theirs = layer.lora_B["default"].weight.grad
@@ -72,25 +70,17 @@ def test_learned_pads_are_those_of_a_padded_row(peer, tmp_path):
     assert F.cosine_similarity(few_gradient, gradient, dim=0) > 0.9
 
 
-# ------------------------------------------------------------------------------- in the engine
-
 def test_padded_jobs_beside_others_equal_one_at_a_time(model64):
-    """Padded and plain texts lie in one ribbon, which then has masks for all of them."""
     jobs = mixed_jobs(n=5)
-    for i in (0, 2, 4):
-        examples = [([*ids, EOS], [*learn, True]) for ids, learn in jobs[i].examples]
-        recipe = replace(jobs[i].recipe, pad_to=64)
-        jobs[i] = replace(jobs[i], examples=examples, recipe=recipe)
-    jobs = [replace(job, recipe=replace(job.recipe, slots=3)) for job in jobs]
-
+    for i, job in enumerate(jobs):
+        examples = [([*ids, EOS], [*learn, True]) for ids, learn in job.examples]
+        recipe = replace(job.recipe, pad_to=[64, 0][i % 2], slots=3)
+        jobs[i] = replace(job, examples=examples, recipe=recipe)
     packed = dict(sft(model64, jobs))
-
     for i, job in enumerate(jobs):
         ((_, alone),) = sft(model64, [job])
         torch.testing.assert_close(packed[i].weights, alone.weights, atol=1e-12, rtol=0)
 
-
-# ------------------------------------------------------------------------------- edges
 
 @pytest.mark.parametrize("n, pad_to, content, pads, weight", [
     (5, 0, 6, 0, 1),        # without a row to fill there are no pads
@@ -101,9 +91,7 @@ def test_padded_jobs_beside_others_equal_one_at_a_time(model64):
 def test_pads_fill_a_row(n, pad_to, content, pads, weight):
     """A text of n tokens and an EOS, in a row of pad_to."""
     text = ([7] * n + [EOS])[:content]
-
     example = Example.of([7] * n + [EOS], [True] * (n + 1), pad_to)
-
     assert example.pads == pads
     assert example.ids.tolist() == text + [EOS] * pads
     # Each token predicts the next, the last of the content the first EOS; each pad predicts one.

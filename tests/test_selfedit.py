@@ -5,10 +5,9 @@ from dataclasses import replace
 from itertools import chain
 
 import pytest
-from hypothesis import given, settings, strategies as st
 
-from data import knowledge, tinyarc
-from data.arc import read_json_edit
+from data import knowledge
+from data.arc import arc_task, read_json_edit, write_json_edit
 from engine.decode import Sampling, collect
 from selfedit import (PROMPTS, QUERY, SelfEdit, read_self_edit, sample_self_edits,
                       seed_for, split_documents)
@@ -35,15 +34,12 @@ def test_prompts_to_the_letter():
 
 
 @pytest.mark.parametrize("text, pieces", [
-    # Nothing in it.
     (" \n\n---\n ", []),
-    # Lines, and rules between them.
     ("one\n\n  two \n---\nthree---four", ["one", "two", "three", "four"]),
     # Words before a numbered list go. A first line that is an item itself goes as well, if the
     # second one is number 1: so does the official code.
     ("Sure, here is a list:\n\n1. a\n2. b", ["1. a", "2. b"]),
     ("1. a\n1. b", ["1. b"]),
-    # Pairs without numbers, in either order.
     ("Answer: Me\nQuestion: Who?\nAnswer: So\nQuestion: Why?",
      ["Answer: Me\nQuestion: Who?", "Answer: So\nQuestion: Why?"]),
     ("Question: Who?\nAnswer: Me\nQuestion: Why?\nAnswer: So",
@@ -53,35 +49,27 @@ def test_prompts_to_the_letter():
      ["Question 1: Who?\nAnswer: Me", "Question 2: Why?\nAnswer: So\nit is."]),
     ("Question 1: Who?\nAnswer: Me\n\nQuestion 2: Why?\nAnswer: So",
      ["Question 1: Who?\nAnswer: Me", "Question 2: Why?\nAnswer: So"]),
-    # A question without any answer is text like any other.
     ("Question 3: no reply\nat all", ["Question 3: no reply", "at all"])])
 def test_a_self_edit_is_split_as_the_official_code_does(text, pieces):
     assert split_documents(text) == pieces
     assert split_documents(text, limit=1) == pieces[:1]
 
 
-# The mean number of documents per self-edit that the authors' result files imply.
 @pytest.mark.parametrize("method, documents", [
     ("base", 8.867), ("iter1", 8.350), ("iter2", 8.183), ("gpt4_1", 14.833)])
 def test_released_self_edits_have_as_many_documents_as_their_authors_counted(
         method, documents, shared_data):
+    """The mean number per self-edit that their result files imply."""
     path = shared_data / "squad_val_60.json"
     counts = []
-    for task, record in zip(knowledge.load(path), json.loads(path.read_text())):
+    for task, record in zip(knowledge.load(path), json.loads(path.read_text()), strict=True):
         edit = read_self_edit(task, record["released"][method]["edit"])
         counts.append(len(edit.documents))
-    assert len(counts) == 60
     assert sum(counts) / 60 == pytest.approx(documents, abs=5e-4)
 
 
-GOOD = {"data_generation": {"use_basic_augmentations": True,
-                            "use_size_augmentations": False,
-                            "use_chain_augmentations": False,
-                            "use_repeat_augmentations": False},
-        "training": {"strategy": "train_using_output_tokens",
-                     "learning_rate": 1e-4,
-                     "num_train_epochs": 2}}
-GOOD_TEXT = json.dumps(GOOD)
+GOOD_TEXT = write_json_edit(["basic"], completion_only=True, lr=1e-4, epochs=2)
+GOOD = json.loads(GOOD_TEXT)
 
 
 def changed(part, **values):
@@ -113,7 +101,6 @@ REFUSED = {
         json.dumps(GOOD | {"training": None}), json.dumps(GOOD | {"training": {}}),
         changed("training", seed=1)],
     "data_generation must be an object": [
-        json.dumps(GOOD | {"data_generation": ["basic"]}),
         changed("data_generation", use_other_augmentations=True)],
     "twice": [GOOD_TEXT.replace('"strategy"', '"strategy": "", "strategy"')],
     "true or false": [changed("data_generation", use_basic_augmentations=1)],
@@ -121,7 +108,7 @@ REFUSED = {
                  for value in ("train", ["train_using_all_tokens"])],
     "learning_rate": [
         *(changed("training", learning_rate=value)
-          for value in ("1e-4", True, 0, 1e9, math.nan, math.inf)),
+          for value in ("1e-4", True, None, [0.1], {}, 0, 1e9, math.nan, math.inf)),
         # Numbers that are too large for a float, and for Python's reading of whole ones.
         GOOD_TEXT.replace("0.0001", "1" + "0" * 400), GOOD_TEXT.replace("0.0001", "1e999")],
     "digits": [GOOD_TEXT.replace("0.0001", "1" * 5000)],
@@ -129,36 +116,14 @@ REFUSED = {
                          for value in (2.0, True, 0, 10 ** 9)]}
 
 
-@pytest.fixture(scope="module")
-def puzzle():
-    return tinyarc.load("train")[0]
-
-
 @pytest.mark.parametrize("why", REFUSED)
-def test_what_is_no_json_self_edit_is_a_note_with_its_reason_and_nothing_to_train_on(why, puzzle):
+def test_what_is_no_json_self_edit_is_a_note_with_its_reason_and_nothing_to_train_on(why):
+    puzzle = arc_task("puzzle", [], [])
     for text in REFUSED[why]:
         edit = read_self_edit(puzzle, text, token_ids=[1, 2])
         assert why in edit.note
         # What was written is kept all the same: the M-step's log and the rollouts show it.
         assert edit == SelfEdit(text=text.strip(), token_ids=[1, 2], note=edit.note)
-
-
-any_json = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
-    lambda inside: st.lists(inside) | st.dictionaries(st.text(), inside))
-
-
-@settings(max_examples=50, deadline=None)
-@given(any_json)
-def test_no_json_can_crash_the_reader(value):
-    texts = [json.dumps(value), json.dumps(GOOD | {"training": value}),
-             changed("training", learning_rate=value)]
-    for text in texts:
-        try:
-            _, directives = read_json_edit(text)
-        except ValueError:
-            continue
-        assert 0 < directives["lr"] <= 1
 
 
 SEEDS = [[seed_for(0, 0, 0), seed_for(0, 0, 1)], [seed_for(0, 1, 0), seed_for(0, 1, 1)]]
@@ -171,7 +136,6 @@ def two_tasks(passages):
 
 
 def sampled(tiny, tok, tasks, sampling=HOT, seeds=SEEDS):
-    """The self-edits of all these tasks."""
     return list(chain(*collect(sample_self_edits(tiny, tok, tasks, sampling, seeds))))
 
 
@@ -193,7 +157,7 @@ def test_sampled_edits_keep_their_ids_and_no_draw_depends_on_what_else_is_sample
 
 
 def test_the_id_that_ends_an_edit_is_kept(tiny, tok, two_tasks, monkeypatch):
-    # As if half of all bytes ended a text, for a random model hardly ever writes EOS.
+    # A random model hardly ever writes EOS.
     stop = set(range(0, 256, 2))
     monkeypatch.setattr(tok, "stop", stop)
     for edit in sampled(tiny, tok, two_tasks):

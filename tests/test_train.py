@@ -1,15 +1,13 @@
 """The engine: many adapters at once are the same as one at a time, as sft_one's, and as PEFT's."""
 import gc
 import weakref
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from unittest.mock import Mock
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings, strategies as st
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoModelForCausalLM, get_cosine_schedule_with_warmup,
@@ -29,7 +27,7 @@ SCHEDULES = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_sch
 
 @pytest.fixture(scope="module")
 def model32(tiny_folder):
-    return load_pretrained(tiny_folder, "cpu", torch.float32)
+    return load_pretrained(tiny_folder, "cpu")
 
 
 def train(model, jobs, slots=0):
@@ -43,11 +41,6 @@ def train_alone(model, jobs):
     return {i: train(model, [job])[0] for i, job in enumerate(jobs)}
 
 
-def train_naively(model, jobs):
-    """The weights by sft_one, (n, P)."""
-    return torch.stack([sft_one(model, job).weights for job in jobs])
-
-
 def weights(trained):
     """(n, P), in the order of the jobs' numbers."""
     return torch.stack([trained[i].weights for i in sorted(trained)])
@@ -57,16 +50,15 @@ def difference(a, b):
     return (a - b).abs().max().item()
 
 
-# ------------------------------------------------------------------------------- many and one
-
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
 @pytest.mark.parametrize("which, targets, tolerance", [
     ("model64", SOME, 1e-12), ("model64", ALL, 1e-12),
     ("model32", ALL, 1e-5)])    # multiplies by grouped_mm; float64 does so in padded batches
-def test_many_at_once_equal_one_at_a_time(which, targets, tolerance, request):
+def test_many_at_once_equal_one_at_a_time(which, targets, tolerance, seed, request):
     model = request.getfixturevalue(which)
     recipe = replace(RECIPE, lora=replace(RECIPE.lora, targets=targets))
     assert recipe.lora.adapters(model, 1).grouped == (which == "model32")
-    jobs = mixed_jobs(recipe=recipe)
+    jobs = mixed_jobs(seed, recipe=recipe)
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     # Three slots for seven jobs: slots are refilled, and empty towards the end.
@@ -75,68 +67,34 @@ def test_many_at_once_equal_one_at_a_time(which, targets, tolerance, request):
 
     assert packed.keys() == alone.keys()
     assert difference(weights(packed), weights(alone)) <= tolerance
-    assert difference(weights(packed), train_naively(model, jobs)) <= tolerance
+    naive = torch.stack([sft_one(model, job).weights for job in jobs])
+    assert difference(weights(packed), naive) <= tolerance
     for i, job in enumerate(jobs):
         assert len(packed[i].losses) == job.steps
         assert packed[i].losses == pytest.approx(alone[i].losses, abs=tolerance, rel=0)
-    # They did learn, and the model is as it was.
     assert weights(packed).abs().max() > 0.02
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
 
 
-@contextmanager
-def a_large_eps():
-    """Both trainers with AdamW's eps at 1e-3 in place of 1e-8.
-
-    A gradient's rounding depends on what else is in the ribbon: it is off by 1e-16 or so. At first
-    AdamW's step is lr g / (|g| + eps): where g is near 0 an error becomes lr / eps = 3e5 times as
-    large, and no bound would hold for every seed (43 and 162 were such). With the large eps all are
-    within 3e-16; the tests with fixed jobs have eps as it is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "adamw_", partial(engine.adamw_, eps=1e-3))
-        patch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-3))
-        yield
-
-
-@settings(max_examples=6, deadline=None)
-@given(seed=st.integers(0, 10 ** 6), slots=st.integers(1, 5), n=st.integers(1, 5))
-@example(seed=43, slots=2, n=2)
-@example(seed=162, slots=3, n=3)
-def test_any_mixture_equals_one_at_a_time(model64, model32, seed, slots, n):
-    jobs = mixed_jobs(seed, n)
-    for model, tolerance in ((model64, 1e-12), (model32, 1e-5)):
-        with a_large_eps():
-            packed = weights(train(model, jobs, slots))
-            naive = train_naively(model, jobs)
-        assert difference(packed, naive) <= tolerance
-
-
 @pytest.mark.parametrize("which, lr, tolerance", [("model64", 1e200, 1e-12),
                                                   ("model32", 1e30, 1e-5)])
 def test_a_diverging_adapter_harms_no_other(which, lr, tolerance, request):
-    """In the padded product and in the grouped one."""
     model = request.getfixturevalue(which)
     jobs = mixed_jobs()
     alone = train_alone(model, jobs)
-
     # The longest job begins first, so that others go on beside it once it has diverged.
     jobs[1] = replace(jobs[1], recipe=replace(RECIPE, lr=lr, epochs=9, batch=1))
     packed = train(model, jobs, slots=3)
-
     assert packed[1].diverged
-    assert not packed[1].weights.isfinite().all()
     assert list(sft(model, [])) == []
     del packed[1], alone[1]
     assert not any(trained.diverged for trained in packed.values())
     assert difference(weights(packed), weights(alone)) <= tolerance
 
 
-# ------------------------------------------------------------------------------- against PEFT
-
 def train_by_peft(reference, job):
-    """The usual training loop: padded batches, torch's AdamW, a schedule of transformers'. Returns
-    the last loss."""
+    """The last loss of the usual loop: padded batches, torch's AdamW, transformers' schedule."""
     recipe = job.recipe
     parameters = [p for p in reference.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -200,22 +158,16 @@ def test_schedules_are_those_of_transformers(name, warmup, steps):
 
 
 def test_an_epoch_has_every_example_once_in_an_order_of_its_own():
-    recipe = replace(RECIPE, epochs=3, batch=4)
-    job = Job([([1], [True])] * 10, seed=0, recipe=recipe)
-
+    job = Job([([1], [True])] * 10, seed=0, recipe=replace(RECIPE, epochs=3, batch=4))
     batches = list(job.micro_batches())
-
     assert job.steps == 9
     assert [len(batch) for batch in batches] == [4, 4, 2] * 3
     epochs = [sum(batches[i:i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    # The order follows from the seed.
     assert list(job.micro_batches()) == batches
     assert list(replace(job, seed=1).micro_batches()) != batches
 
-
-# ------------------------------------------------------------------------------- loss and update
 
 def test_frozen_head_loss_is_cross_entropy():
     vocab = 2 ** 19     # so large that its logits are made 32 tokens at a time: 50 are two chunks
@@ -223,30 +175,22 @@ def test_frozen_head_loss_is_cross_entropy():
     weight = torch.randn(vocab, 4, dtype=torch.float64)
     labels = torch.randint(0, vocab, (50,))
     scale = torch.rand(50, dtype=torch.float64)
-
     ours = FrozenHeadLoss.apply(h, weight, labels)
     theirs = F.cross_entropy(h @ weight.T, labels, reduction="none")
-
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
     gradients = [torch.autograd.grad((loss * scale).sum(), h)[0] for loss in (ours, theirs)]
     torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-9)
 
 
 def test_bf16_agrees_with_float32(model32, tiny_folder):
-    """Weights in bfloat16 train the same adapters, rounding apart."""
-    jobs = mixed_jobs(seed=2)
+    jobs = mixed_jobs(seed=2, n=3)
     half = load_pretrained(tiny_folder, "cpu", torch.bfloat16)
-
     expected = train(model32, jobs, slots=3)
     rounded = train(half, jobs, slots=3)
-
-    # bfloat16 rounds by up to 0.2 %. Measured with six seeds: losses agree to 0.7 % at every step.
+    # bfloat16 rounds by up to 0.2 %. Training moves a loss by a fifth.
     for i in expected:
         assert rounded[i].losses == pytest.approx(expected[i].losses, rel=0.01)
-    # Training moves a loss by much more: by a fifth from the first job's first epoch to its last.
-    losses = expected[0].losses
-    epoch = len(losses) // 3
-    assert sum(losses[-epoch:]) < 0.9 * sum(losses[:epoch])
+    assert expected[0].losses[-1] < 0.9 * expected[0].losses[0]
 
 
 def test_a_step_of_many_adapters_is_torchs_of_each_and_writes_the_copy_that_products_read():
@@ -276,11 +220,9 @@ def test_a_step_of_many_adapters_is_torchs_of_each_and_writes_the_copy_that_prod
     assert torch.equal(copy, ours.bfloat16())
 
 
-# ------------------------------------------------------------------------------- start and free
-
 def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
     """Two adapters of rank 4 lie side by side in one of rank 8. The second is trained beside the
-    first, which is fixed; that is as if the first had been merged into the weights before."""
+    first, which is fixed."""
     narrow = replace(RECIPE.lora, rank=4, alpha=8)
     merged = load_pretrained(tiny_folder, "cpu", torch.float64)
     stack = Adapters(model64, RECIPE.lora, n=1)
@@ -288,14 +230,11 @@ def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
         alone = Adapters(merged, narrow, n=1)
         alone.init(0, job.seed)
         fresh = torch.zeros_like(stack.flat)
-        # Adapter k has rows 4 k to 4 k + 3 of every A, and those columns of every B.
         rows = slice(4 * k, 4 * k + 4)
         for (A, B), (new_A, new_B) in zip(stack.pairs(fresh), alone.pairs(alone.flat)):
             A[:, rows] = new_A
             B[:, :, rows] = new_B
         free = stack.part(4 * k, 4 * k + 4)
-        assert not fresh[0][~free].any()
-        assert not stack.flat[0][free].any()
 
         start = (stack.flat + fresh)[0]
         trained = train(model64, [replace(job, start=start, free=free)])[0]
@@ -310,8 +249,6 @@ def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
         with stack.route([30]):
             torch.testing.assert_close(model64(ids), merged(ids), atol=1e-9, rtol=0)
 
-
-# ------------------------------------------------------------------------------- graphs
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_steps_that_are_filled_up_for_graphs_train_the_same(model64, monkeypatch, slots):
@@ -371,8 +308,6 @@ def test_a_trainer_that_ends_leaves_no_memory_behind(model32, monkeypatch):
         gc.enable()
 
 
-# ------------------------------------------------------------------------------- memory
-
 @pytest.mark.parametrize("is_full, error, line", [
     (lambda steps, model: len(steps) > 2 and 3 in steps,
      torch.OutOfMemoryError("CUDA out of memory"), "going on with 2 adapters"),
@@ -405,10 +340,7 @@ def test_out_of_memory_goes_on_with_less_and_changes_nothing(is_full, error, lin
     (RuntimeError("shapes differ"), RuntimeError, "shapes differ")])
 def test_what_neither_slots_nor_recomputing_mend_is_raised(error, kind, words, model64,
                                                            monkeypatch):
-    def broken(*_):
-        raise error
-    monkeypatch.setattr(engine, "pack", broken)
-
+    monkeypatch.setattr(engine, "pack", Mock(side_effect=error))
     with pytest.raises(kind, match=words):
         train(model64, mixed_jobs(), slots=4)
     assert model64.recompute is False
