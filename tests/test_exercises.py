@@ -19,6 +19,10 @@ from outer_loop import m_step
 from selfedit import SelfEdit, sample_self_edits
 from tests.helpers import ROOT, open_run, python, read_lines, run_rest_em
 
+# Students' copies have no answers, and their stubs are filled in sooner or later.
+if not (ROOT / "exercises" / "answers").exists():
+    pytest.skip("this copy has no exercises/answers", allow_module_level=True)
+
 
 def check(which):
     """What pytest says of exercises/check.py: its exit status, and its output."""
@@ -51,7 +55,7 @@ def test_every_test_of_the_stubs_fails_and_says_why():
 def test_a_plain_pytest_does_not_collect_them_and_lines_are_short():
     assert "testpaths = tests\n" in (ROOT / "pytest.ini").read_text()
     assert not list((ROOT / "exercises").glob("test_*.py"))
-    for path in (ROOT / "exercises").glob("*.py"):
+    for path in (ROOT / "exercises").rglob("*.py"):
         assert max(map(len, path.read_text().splitlines()), default=0) <= 100, path
 
 
@@ -65,7 +69,7 @@ def with_and_without(bug, measure):
 
 
 def test_there_are_eight_and_each_is_explained():
-    answers = (ROOT / "exercises" / "bugs_answers.md").read_text()
+    answers = (ROOT / "exercises" / "answers" / "bugs_answers.md").read_text()
     assert sorted(bugs.BUGS) == list(range(1, 9))
     for number, bug in bugs.BUGS.items():
         assert f"| {number} | `{bug.__name__}` |" in answers
