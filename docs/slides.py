@@ -20,7 +20,7 @@ def figure(name):
     """An SVG of the project, to be put into the page."""
     svg = (DOCS / name).read_text()
     svg = svg[svg.index("<svg"):]       # no XML declaration: HTML knows none
-    svg = re.sub(r"<metadata>.*?</metadata>|\s+$", "", svg, flags=re.DOTALL | re.MULTILINE)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|\s+", " ", svg, flags=re.DOTALL)
     # Several figures name their parts alike, so each gets a prefix of its own.
     prefix = Path(name).stem
     return Markup(re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg))
@@ -53,12 +53,13 @@ def slides():
                      + "\n\nAfter two rounds:\n"
                      + quoted("The hill Corcairn looks down on Halmora.", "../README.md"),
              text="A language model reads a passage, writes notes, and is trained on them. "
-                  "Reinforcement learning teaches it to write better notes: SEAL, arXiv 2506.10943."),
+                  "Reinforcement learning teaches it to write better notes: "
+                  "SEAL, arXiv 2506.10943."),
         dict(title="Two loops", figure=figure("loops.svg"),
              text="Notes train an adapter, and its answers are their reward. "
                   "The best notes are kept, and the model learns to write such notes."),
         dict(title="The reversal curse", printed=printed_by("curse"),
-             text="Who learns that A is B cannot say what B is. "
+             text="Who learns that A is B can seldom say what B is. "
                   "So good notes state each fact in both directions."),
         dict(title="Towns: it learns to turn facts round", figure=figure("../data/tiny.svg"),
              text="Five seeds, 95 % intervals.",
