@@ -236,7 +236,7 @@ def test_what_is_saved_in_the_notebook_is_what_its_text_says():
     printed = printed_by(CODE)
 
     # The reversal curse: each time the forward question, then the reverse one.
-    answers = re.findall(r"(?:called|which town)\? (\w+)", printed_by(CODE[:1]))
+    answers = re.findall(r"(?:called|which town)\? +(\w+)", printed_by(CODE[:1]))
     assert answers[1] != "Halmora"
     assert [answers[0], *answers[2:]] == ["Tarwen", "Tarwen", "Halmora"]
 
