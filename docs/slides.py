@@ -26,16 +26,11 @@ def figure(name):
     return Markup(re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg))
 
 
-def quoted(text, page):
-    """A text that stands in this page."""
-    if text not in (DOCS / page).read_text():
-        sys.exit(f"docs/{page} does not say {text!r} any more: correct docs/slides.py")
-    return text
-
-
 def number(value, label, page="RESULTS.md"):
     """A measured value and what it is of."""
-    return quoted(value, page), label
+    if value not in (DOCS / page).read_text():
+        sys.exit(f"docs/{page} does not say {value!r} any more: correct docs/slides.py")
+    return value, label
 
 
 def printed_by(cell_id):
@@ -49,12 +44,10 @@ def slides():
     """Of each slide: its title, a text, and numbers, a figure or something printed."""
     return [
         dict(title="A model that writes its own homework",
-             printed="Before RL:\n" + quoted("The hill of Halmora is Corcairn.", "../README.md")
-                     + "\n\nAfter two rounds:\n"
-                     + quoted("The hill Corcairn looks down on Halmora.", "../README.md"),
-             text="A language model reads a passage, writes notes, and is trained on them. "
-                  "Reinforcement learning teaches it to write better notes: "
-                  "SEAL, arXiv 2506.10943."),
+             text="A language model learns from notes that it writes: SEAL, arXiv 2506.10943.",
+             numbers=[number("The hill of Halmora is Corcairn.", "before RL", "../README.md"),
+                      number("The hill Corcairn looks down on Halmora.", "after two rounds",
+                             "../README.md")]),
         dict(title="Two loops", figure=figure("loops.svg"),
              text="Notes train an adapter, and its answers are their reward. "
                   "The best notes are kept, and the model learns to write such notes."),
