@@ -3,7 +3,8 @@
     python -m exercises.bugs 3 --run-dir runs/bug3      # outer_loop.py with bug 3
 
 Find each from what a run prints and writes (metrics.jsonl, rollouts.jsonl), beside a run without
-it. Do not read this file before: the functions are the answers. bugs_answers.md has them in words.
+it. Do not read this file before: the functions are the answers. The folder
+exercises/answers, which a teacher leaves out of students' copies, has them in words.
 
 All patch a name where it is looked up, and put it back at the end of `with`.
 """

@@ -21,7 +21,7 @@ ANSWERING = answering(CONFIG)
 def answers_of(module):
     """The module with a student's functions; EXERCISES=solutions: the one with the project's."""
     if os.environ.get("EXERCISES") == "solutions":
-        module = "solutions"
+        module = "answers.solutions"
     return importlib.import_module(f"exercises.{module}")
 
 

@@ -16,6 +16,10 @@ from outer_loop import m_step
 from selfedit import SelfEdit, sample_self_edits
 from tests.helpers import ROOT, open_run, python, read_lines, run_rest_em
 
+# Students' copies have no answers, and their stubs are filled in sooner or later.
+if not (ROOT / "exercises" / "answers").exists():
+    pytest.skip("this copy has no exercises/answers", allow_module_level=True)
+
 
 def check(which, status):
     """What pytest says of exercises/check.py."""
@@ -53,7 +57,7 @@ def with_and_without(bug, measure):
 
 
 def test_there_are_eight_and_each_is_explained():
-    answers = (ROOT / "exercises" / "bugs_answers.md").read_text()
+    answers = (ROOT / "exercises" / "answers" / "bugs_answers.md").read_text()
     assert sorted(bugs.BUGS) == list(range(1, 9))
     for number, bug in bugs.BUGS.items():
         assert f"| {number} | `{bug.__name__}` |" in answers
