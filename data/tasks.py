@@ -22,6 +22,7 @@ def load_data(run) -> tuple[list[Task], list[Task]]:
     train = in_order(load_tasks(run, cfg.train_data), cfg.seed)
     held_out = load_tasks(run, cfg.eval_data)[:cfg.eval_tasks]
     run.settle("outer_loop")
+    run.expect(held_out)
     if cfg.verbose:
         for name, value in dataclasses.asdict(cfg).items():
             run.log(f"{name:>18} {value}")

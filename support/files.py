@@ -42,7 +42,8 @@ def cli(main):
         # Names, as this file imports neither torch nor safetensors.
         kinds = {kind.__name__ for kind in type(e).__mro__}
         if kinds & {"OSError", "SafetensorError"}:
-            stop(str(e), "mend it and repeat the command")
+            path = getattr(e, "filename", None)
+            stop(f"{path}: {e.strerror}" if path else str(e), "mend it and repeat the command")
         if kinds & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in str(e):
             stop("out of memory", "repeat the command with --slots 1, --rows 8 or --recompute")
         raise
@@ -195,7 +196,7 @@ PLACE = {"iteration": int, "split": str, "arm?": str, "task": int, "edit": int}
 # A file's records by its name: the types of their fields. [kind] is a list, (kind,) may be null,
 # {str: kind} has any names, a field with a "?" may be missing. Other fields are not looked at.
 FIELDS = {
-    "config": {"command?": [str], "own?": {}, "content?": {str: str}, "code?": None,
+    "config": {"command?": [str], "own?": {}, "content?": {str: str}, "code?": {str: str},
                "program?": str},
     "edits": PLACE | {"text": str, "token_ids": [int]},
     "rollouts": PLACE | {

@@ -70,8 +70,10 @@ class Meter:
     """meter(done, total) shows how far a phase is: a bar, or in a log a line every ten seconds. Of
     several ranks the first one speaks, of its own share."""
 
-    def __init__(self, what):
+    def __init__(self, what, start=0):
+        """start: how much an earlier process has done, which says nothing of this one's speed."""
         self.what = what
+        self.start = start
         self.begin = self.said = time.time()
         # None: no bar where there is no terminal.
         self.bar = tqdm(desc=what, disable=True if RANK else None, leave=False, mininterval=0.5)
@@ -83,7 +85,7 @@ class Meter:
             return self.bar.close()
         now = time.time()
         if self.bar.disable and RANK == 0 and now - self.said > 10:
-            eta = (now - self.begin) / max(1, done) * (total - done)
+            eta = (now - self.begin) / max(1, done - self.start) * (total - done)
             print(f"    {done}/{total} {self.what}, eta {eta:.0f}s", flush=True)
             self.said = now
 

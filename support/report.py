@@ -1,6 +1,5 @@
 """What a run shows, in words: what `python outer_loop.py` prints."""
 import re
-from itertools import zip_longest
 
 import numpy as np
 
@@ -171,8 +170,8 @@ def show_task(run) -> list[str]:
         given = [r["answers"][0][q] if r["answers"] else "" for r in ends]
         # Grids need several lines each, and passages' answers one for all.
         if puzzles:
-            lines += beside(["input", question], ["solution", gold])
-            lines += beside(*[[when(r["iteration"]), text] for r, text in zip(ends, given)])
+            lines += beside({"input": question, "solution": gold})
+            lines += beside({when(r["iteration"]): text for r, text in zip(ends, given)})
             continue
         marks = []
         for r, answer in zip(ends, given):
@@ -182,11 +181,21 @@ def show_task(run) -> list[str]:
     return lines
 
 
-def beside(*columns: list[str]) -> list[str]:
-    """The lines of texts side by side; a column is a title and a text."""
-    split = [printable("\n".join(column), 4000).split("\n") for column in columns]
-    rows = zip_longest(*split, fillvalue="")
-    return ["    " + "".join(map("{:<32}".format, row)).rstrip() for row in rows]
+# Nearly as ARC's own site shows the colours 0 to 9. Each is two columns wide on a terminal.
+SQUARES = str.maketrans("0123456789", "⬛🟦🟥🟩🟨⬜🟪🟧🟫🔲")
+
+
+def beside(grids: dict[str, str]) -> list[str]:
+    """{title: grid of digits} in colours, side by side; two attempts stand below each other."""
+    columns = []
+    for title, text in grids.items():
+        rows = printable(text, 4000).translate(SQUARES).split("\n")
+        width = 3 + max(len(title), 2 * max(map(len, rows)))
+        columns.append([title.ljust(width)] + [row + " " * (width - 2 * len(row)) for row in rows])
+    height = max(map(len, columns))
+    for column in columns:
+        column += [" " * len(column[0])] * (height - len(column))
+    return ["    " + "".join(row).rstrip() for row in zip(*columns)]
 
 
 # ------------------------------------------------------------------------------- numbers

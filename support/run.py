@@ -8,7 +8,7 @@ import dataclasses
 import json
 import sys
 import time
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ class Run:
         self.tok = Tokenizer.from_pretrained(cfg.model)
         self.judge = None       # of the answers: data/tasks.py sets it
         self.loaded = None      # (source, model) of the one model that is held
+        self.whole = None       # a Meter of the whole run, and how many self-edits it tries out
 
     def log(self, line):
         """Print a line, without tearing a progress bar. Of several ranks the first one does."""
@@ -69,11 +70,12 @@ class Run:
             if differ:
                 raise UserError(f"{self.folder} holds a run with other settings "
                                 f"({', '.join(differ)}); use the same, or another --run-dir")
-            if theirs.get("code", mine["code"]) != mine["code"]:
-                self.log("note: the program has changed since this run began; what it has computed "
-                         "is kept. To compute it anew, name another --run-dir.")
-                # What this run began with is kept, as it made what is read back.
-                mine["code"] = theirs["code"]
+            # What this run began with is kept, as it made what is read back.
+            began, now = theirs.get("code", mine["code"]), mine["code"]
+            mine["code"] = began
+            if changed := sorted(file for file in now if began.get(file) != now[file]):
+                self.log(f"note: {', '.join(changed)} changed since this run began. What is "
+                         "computed is kept; to compute it anew, name another --run-dir.")
         self.check_whole()
         ranks.wait()     # until all have compared
         if ranks.RANK == 0:
@@ -121,6 +123,9 @@ class Run:
                     new.append({"iteration": t, "split": split, "arm": arm, "task": task,
                                 "edit": edit} | record)
             lines.add(*new)
+            if self.whole and lines is self.rollouts:
+                meter, total = self.whole
+                meter(len(lines.records), total)
         # The phase has ended: what the other ranks have finished.
         for shared in self.shared:
             shared.exchange()
@@ -128,6 +133,15 @@ class Run:
         self.log(f"    {arm + ': ' if arm else ''}{len(missing)} {done} in "
                  f"{time.time() - begin:.0f} s")
         return lines.at(*where)
+
+    def expect(self, held_out: list):
+        """Count the self-edits of the whole run, so that a bar shows what is left of it."""
+        cfg = self.cfg
+        arms = len(held_out[0].references) if cfg.baselines else 0
+        of_a_task = (cfg.iterations + 1) * cfg.eval_edits + arms
+        total = cfg.iterations * cfg.tasks * cfg.edits + of_a_task * len(held_out)
+        done = len(self.rollouts.records)
+        self.whole = Meter("self-edits of the whole run tried out", done), total
 
     def keep_weights(self, t: int, chosen: list[tuple]):
         """Note in round t's rollouts how much the M-step weighs each self-edit; 0: not kept."""
@@ -199,11 +213,13 @@ def differences(mine: dict, theirs: dict) -> list[str]:
     return sorted(differ)
 
 
-def print_of_code() -> str:
-    """A fingerprint of the files that make a run what it is."""
-    root = Path(__file__).resolve().parent.parent
-    files = chain(*(root.glob(f"{room}*.py") for room in ("", "engine/", "support/", "data/")))
-    return fingerprint(*sorted(files))
+def print_of_code() -> dict[str, str]:
+    """{file: its fingerprint} of the files that make a run what it is."""
+    root, found = Path(__file__).resolve().parent.parent, {}
+    for room in ("", "engine/", "support/", "data/"):
+        for path in sorted(root.glob(f"{room}*.py")):
+            found[room + path.name] = fingerprint(path)
+    return found
 
 
 def print_of_model(name) -> str:

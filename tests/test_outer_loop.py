@@ -355,9 +355,9 @@ def test_a_puzzle_that_was_solved_is_shown_as_grids(tmp_path):
     assert "A held-out puzzle, b (it was not solved before training, and is solved after it):" in \
         lines
     assert [line.split() for line in lines[-9:]] == [
-        ["input", "solution"], ["12", "4"], ["3"],
-        ["before", "training", "after", "round", "1"], ["33", "33"], ["33", "33"], [],
-        ["12", "12"], ["30", "30"]]
+        ["input", "solution"], ["🟦🟥", "🟨"], ["🟩"],
+        ["before", "training", "after", "round", "1"], ["🟩🟩", "🟩🟩"], ["🟩🟩", "🟩🟩"], [],
+        ["🟦🟥", "🟦🟥"], ["🟩⬛", "🟩⬛"]]
 
 
 def test_the_program_says_what_it_will_do_and_prints_a_summary(argv):
