@@ -20,15 +20,14 @@ from engine.train import sft
 from inner_loop import TINY, make_job
 from lab import (choosing, compute, credit, forgetting, objective, race, retention_reward, speedrun,
                  teacher, tiny, update_rule, vector)
-from lab.compute import crossing, crossings
 from lab.credit import regress, subsets
-from lab.forgetting import Arm, last_layers, recall, scaled, with_old
+from lab.forgetting import Arm, last_layers, recall, scaled
 from lab.race import Rung
 from lab.tiny import RECIPE, SETTINGS
 from lora import Adapters, Job, sft_one
 from model import load_pretrained
 from outer_loop import m_step
-from selfedit import SelfEdit, read_self_edit, seed_for
+from selfedit import SelfEdit, read_self_edit
 from support.checkpoint import EMBEDDED
 from support.config import PRESETS, Config
 from support.files import UserError
@@ -107,47 +106,6 @@ def test_a_document_that_is_repeated_may_be_weighed_instead(embedded64, words):
     assert len(weighed.examples) == 2 and len(plain.examples) == 4
     torch.testing.assert_close(trained[0].weights, trained[1].weights, atol=1e-9, rtol=1e-6)
     assert (trained[0].weights - trained[2].weights).abs().max() > 0.01
-
-
-def test_where_curves_cross_by_hand():
-    ks = (1, 2, 4, 8)
-    # Halfway between 2 and 4, by their logarithms.
-    assert crossing(ks, [0, 0, 1, 1], [.5] * 4) == pytest.approx(2 * 2 ** .5)
-    assert crossing(ks, [.6, .6, .7, .5], [.5] * 4) == 1
-    assert crossing(ks, [.9, .9, .9, .4], [.5] * 4) is None
-    # An early lead that is lost again does not count.
-    assert crossing(ks, [.9, .4, .4, .6], [.5] * 4) == pytest.approx(4 * 2 ** .5)
-    assert crossings(ks, [([0, 0, 1, 1], [.5]), ([0, 0, 0, 0], [.5])]) == "2.8, in 1 of 2"
-    assert crossings(ks, [([0, 0, 0, 0], [.5])]) == "in none of 1"
-
-
-def test_writers_that_know_the_world(task):
-    town = as_town(task)
-    passage = task.context[0]
-
-    def covered(lines):
-        found = compute.of_town([read_self_edit(task, "\n".join(lines))], passage)
-        return [found["facts covered, forward"], found["facts covered, reversed"]]
-
-    forms = set()
-    for s in range(30):
-        lines = tiny.one_form(town, random.Random(s))
-        (form,) = {world.classify(line, passage) for line in lines}
-        forms.add(form)
-        assert covered(lines) == ([0, 1] if form.endswith("reversed") else [1, 0])
-    assert forms == set(world.FORMS)
-    assert covered(tiny.best_notes(town, random.Random(0))) == [1, 1]
-    (other,) = tiny.rephrased(town, random.Random(0))
-    assert world.read_passage(other) == world.read_passage(passage)
-
-
-def test_a_given_beginning_is_part_of_the_note(task, finished_run):
-    (edits,) = tiny.write("begun", finished_run, [task], 0, 8)
-    (first, second), = tiny.write("begun", finished_run, [task], 0, 2)
-    assert [first, second] == edits[:2]     # those of a smaller k are the first ones
-    assert all(e.text.startswith(tiny.BEGINNINGS) for e in edits)
-    forms = [world.classify(e.documents[0], task.context[0]) for e in edits]
-    assert forms.count("garbled") < len(forms) / 2
 
 
 @pytest.mark.slow
@@ -266,27 +224,6 @@ def test_what_is_recalled_was_learned_and_not_looked_up(model, words, towns):
         assert edit.documents[:-1] == edit.text.splitlines()
     right = [edit.documents[-1] == town.context[0] for town, edit in zip(towns, then)]
     assert sum(right) >= 2
-
-
-def test_old_examples_count_as_much_as_new_ones_in_as_many_steps():
-    new = [([1, 2, 3], [True] * 3), ([4], [True])]
-    old = [([5, 6, 7], [False, True, True]), ([8] * 6, [True] * 6), ([9] * 8, [False] * 8)]
-    job = Job(new, 0, replace(TINY, batch=1))
-    both = with_old(job, old)
-    assert both.examples[:2] == new
-    assert [learn for _, learn in both.examples[2:]] == [[0, .5, .5], [.5] * 6, [0] * 8]
-    assert both.recipe.batch == 3 and both.steps == job.steps == 20
-    assert with_old(job, []) == job
-
-
-def test_texts_about_other_towns_are_learned_without_their_passages(model, words):
-    examples = forgetting.own_texts(model, words, 2, seed=0)
-    train = {task.prompt for task in world.load("train")}
-    for ids, learn in examples:
-        # The prompt is read and the rest, which the model wrote, is learned.
-        prompt = words.decode([i for i, learned in zip(ids, learn) if not learned])
-        assert prompt in train
-        assert learn == sorted(learn)
 
 
 def test_a_gate_takes_the_scale_with_the_least_loss(model, words, towns):
@@ -426,36 +363,6 @@ def test_texts_and_objectives_make_a_table(finished_run, ask_twice):
     assert f"| the passage | plain | {plain['accuracy']:.3f} |" in shown
 
 
-def test_the_best_of_two_self_edits_is_learned(monkeypatch, towns):
-    monkeypatch.setattr(forgetting, "write_all", lambda writer, tok, town, seed: [(writer, seed)])
-    monkeypatch.setattr(forgetting, "score", lambda model, tok, town, edits, seed: [.2, .4])
-    stream = SimpleNamespace(model="now", tok=None, towns=towns, edits=["an earlier one"], seed=0)
-    once = forgetting.next_edit(Arm(), stream, "writer")
-    best = forgetting.next_edit(Arm(tries=2), stream, "writer")
-    # The first of two is what would have been written alone.
-    assert once == ("writer", seed_for(0, 1, 0)) and best == ("writer", seed_for(0, 1, 1))
-
-
-@pytest.mark.parametrize("frozen, writer", [(False, "now"), (True, "before")])
-def test_who_writes_and_who_learns(frozen, writer, monkeypatch):
-    """Here an edit is its writer."""
-    loaded, learned = iter([("before", None), ("now", None)]), []
-    worth = {("now", "now"): 1, ("before", "now"): 2, ("now", "before"): 3}
-    fakes = {
-        "LENGTH": 1, "WHEN": (0, 1), "STUDIES": {"arm": Arm(frozen=frozen)},
-        "load": lambda t, folder: next(loaded),
-        "write_all": lambda model, tok, towns, seed: [model] * len(towns),
-        "learn_town": lambda stream, arm, k: learned.extend(stream.edits),
-        "score": lambda model, tok, towns, edits, seed: [worth[model, edit] for edit in edits]}
-    for name, fake in fakes.items():
-        monkeypatch.setattr(forgetting, name, fake)
-
-    found = forgetting.probe("arm", 0, {0: "folder"})
-
-    assert learned == [writer]
-    assert found == {"now, now": [1, 1], "now, before": [2, 2], "before, now": [3, 3]}
-
-
 @pytest.mark.slow
 def test_a_stream_is_studied(finished_run, monkeypatch, ask_twice):
     monkeypatch.setattr(forgetting, "LENGTH", 2)
@@ -582,18 +489,6 @@ def test_an_inner_loop_does_not_judge_what_it_chose():
     by_score = choosing.worth(found["number of tokens"], judges, 4)
     assert by_score == pytest.approx([.5])
     assert by_loop == pytest.approx([(.25 + 5 * .5) / 6])
-
-
-def test_a_table_of_scores(tmp_path, monkeypatch):
-    whole = np.random.default_rng(0).random((3, 4, 6))
-    scores = {name: whole.mean(axis=2).tolist() for name in choosing.SCORES}
-    write_lines(tmp_path / "out", [
-        {"part": "choosing", "seed": 1, "whole": whole.tolist(), "half": whole[:, :, :1].tolist()},
-        {"part": "scores", "seed": 1, "scores": scores}])
-    # Intervals of 10,000 draws take seconds.
-    monkeypatch.setattr("lab.experiment.bootstrap_ci", lambda values: [min(values), max(values)])
-    shown = call(choosing, "--scores", "--out", tmp_path / "out", "--seeds", 1)
-    assert "3 towns, 4 self-edits each" in shown and f"| {whole.mean():.3f} |" in shown
 
 
 @pytest.mark.slow
@@ -728,13 +623,6 @@ def test_the_default_rule_is_the_default_run(split, few, tmp_path, monkeypatch):
     assert found["reward"] == held_out(tiny_run(tmp_path / "run", eval_data=split))
 
 
-@pytest.mark.slow
-def test_a_run_that_diverges_has_no_rewards_from_there_on(few):
-    found = update_rule.measure({"split": "eval", "arm": "best 2 of 8", "lr": 1e9, "seed": 0})
-    assert found["reward"][1:] == [0.0]
-    assert found["reward"][0] > 0
-
-
 def rule_line(arm, seed, last, split="eval"):
     return {"split": split, "arm": arm, "lr": update_rule.RULES[arm][1], "seed": seed,
             "reward": [0.5, 0.6, last], "inner steps": 100, "outer steps": 10,
@@ -757,15 +645,6 @@ def test_the_table_by_hand(tmp_path):
                     "80 -> 20 |")
     assert by_advantage.startswith("| grpo, K = 8 | 0.004 | 0.500 -> 0.600 -> 0.400 | -0.100 "
                                   "| -0.300 |")
-
-
-def test_diversity_of_a_run_by_hand():
-    texts = {0: ["The fox of Ralvik.\nWho built it? Larolf.", "It dates from 1200."],
-             1: ["The fox of Ralvik.\nThe fox of Calzun.", "The fox of Ralvik.\n" * 50]}
-    edits = {t: [{"task": 0, "text": text} for text in texts[t]] for t in texts}
-    run = SimpleNamespace(metrics=SimpleNamespace(records=[{"iteration": 0}, {"iteration": 1}]),
-                          edits=SimpleNamespace(of=lambda t, split: edits[t]))
-    assert update_rule.distinct(run) == [3, 1]
 
 
 UP, DOWN = math.log(1.3), math.log(0.7)
@@ -855,22 +734,6 @@ def test_with_one_seed_for_all_a_race_is_the_outer_loop(few, tmp_path):
     found = race.learn("one seed", 3)
     assert found["reward"] == held_out(tiny_run(tmp_path / "run", seed=3))
     assert found["inner loops"] == 2 * 4
-
-
-def test_half_of_the_steps_are_half_of_the_epochs(few, task, tmp_path, monkeypatch):
-    run, seen = tiny_run(tmp_path / "run"), []
-
-    def update(model, tok, tasks, edits, seeds, recipe, *rest):
-        seen.append((recipe.epochs, *seeds[0]))
-        return [(0, SimpleNamespace(accuracy=[0.5]))]
-
-    monkeypatch.setattr(race, "update_and_score", update)
-    run_rung = race.trainer(run, None, [task], [[SelfEdit(documents=task.context)]], 0)
-    run_rung([(0, 0)], Rung(1, 2, 1 / 2), 0)
-    run_rung([(0, 0)], Rung(1, 1), 2)
-    (short, *first), (whole, *later) = seen
-    assert (short, whole) == (2, 4)
-    assert len({*first, *later}) == 3           # no seed a second time
 
 
 @pytest.mark.slow

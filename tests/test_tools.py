@@ -5,7 +5,6 @@ import json
 import math
 import re
 import sys
-import time
 from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ from inner_loop import inner_recipe
 from support.config import Config
 from support.files import UserError
 from tests.helpers import ROOT, call, python
-from tests.strict import must_not_be_called
 from tools import bench
 from tools import plan as program
 from tools.plan import CARDS, GIB, plan, planner
@@ -222,21 +220,6 @@ def test_a_part_that_fails_is_a_line_and_the_next_one_runs(monkeypatch, capsys, 
     failed = out.count("- failed: OutOfMemoryError: CUDA out of memory. Tried to allocate")
     assert failed == len(parts) - 2
     assert str(ended.value) == "failed: " + ", ".join(parts[2:])
-
-
-def test_a_part_without_time_is_left_out_and_one_whose_time_is_over_says_what_it_has(run, tiny):
-    run.end = time.time() + 60
-    run.part("long", 61, must_not_be_called)
-    steps = bench.Steps(run)
-
-    def train(run):
-        run.deadline = 0        # over at the third step, as before it there is nothing to say
-        jobs = bench.make_jobs(tiny, 2)
-        steps.watch(lambda: bench.train_arm(bench.OURS, tiny, jobs, 2, None))
-
-    run.part("short", 30, train)
-    assert len(steps.kinds) == 1
-    assert run.failed == []
 
 
 @pytest.mark.slow
