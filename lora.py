@@ -99,7 +99,7 @@ class Adapters:
     @classmethod
     def load(cls, model, folder):
         """An adapter in PEFT's layout, of a folder or hub id. UserError if it does not fit."""
-        rank, alpha, pairs = read_adapter(folder, dict(model.named_parameters()))
+        rank, alpha, pairs = read_adapter(folder, dict(model.named_parameters()), model.folder)
         ends = {name.split(".")[-1] for name in pairs}
         adapters = cls(model, Lora(rank, alpha, [end for end in PROJECTIONS if end in ends]), 1)
         for name, (A, B) in zip(adapters.layers, adapters.pairs(adapters.flat)):

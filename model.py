@@ -222,7 +222,7 @@ def load_pretrained(name_or_path, device=None, dtype=None):
 @torch.no_grad()
 def add_adapter(model, folder):
     """W <- W + (alpha / r) B A, for an adapter in PEFT's layout. UserError if it does not fit."""
-    rank, alpha, pairs = read_adapter(folder, dict(model.named_parameters()))
+    rank, alpha, pairs = read_adapter(folder, dict(model.named_parameters()), model.folder)
     for name, (A, B) in pairs.items():
         W = model.get_parameter(f"{name}.weight")
         W.copy_(W.float() + (alpha / rank) * (B @ A).to(W.device))

@@ -8,13 +8,14 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.files import UserError, read_json, sync
+from support.files import UserError, printable, read_json, sync
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "tiny"    # ships with the project
 FAMILIES = ("llama", "qwen2", "qwen3")      # model_type of a config.json
@@ -296,15 +297,27 @@ def write_checkpoint(folder, config, tensors, tokenizer_from=None):
                 shutil.copy(Path(tokenizer_from) / name, draft)
 
 
-def read_adapter(name_or_path, weights):
+def base_name(folder) -> str:
+    """By which name others find the model in this folder: its hub id, or the path."""
+    folder = Path(folder)
+    # The hub's cache: models--owner--name/snapshots/commit.
+    cache = folder.parent.parent.name if folder.parent.name == "snapshots" else ""
+    return "/".join(cache.split("--")[1:]) or str(folder.absolute())
+
+
+def read_adapter(name_or_path, weights, base):
     """A LoRA adapter in PEFT's layout, from a folder or hub id, for a model of these weights
-    {name: W (out, in)}: (rank, alpha, {layer: (A (r, in), B (out, r))}).
+    {name: W (out, in)} from the folder `base`: (rank, alpha, {layer: (A (r, in), B (out, r))}).
 
     UserError if it does not fit, or if it does what lora.py does not."""
     folder = fetch(name_or_path, ADAPTER_FILES)
     path = folder / ADAPTER_FILES[0]
     config = read_object(path)
     refuse_unknown(path, {"peft_type": "none"} | config, ADAPTER)
+    trained_on, own = str(config.get("base_model_name_or_path") or ""), base_name(base)
+    if trained_on and Path(trained_on).name.lower() != Path(own).name.lower():
+        print(f"note: {printable(path)} was trained on {printable(trained_on, 100)}, and this "
+              f"model is {printable(own)}", file=sys.stderr)
     rank, alpha = number(config, path, "r"), number(config, path, "lora_alpha")
     for key in ("target_modules", "exclude_modules"):
         # An expression that others wrote could run for ever.
@@ -348,12 +361,9 @@ def write_adapter(folder, rank, alpha, targets, pairs, base):
     for name, (A, B) in pairs.items():
         tensors[PEFT_NAME.format(name, "A")] = A.detach().clone()
         tensors[PEFT_NAME.format(name, "B")] = B.detach().clone()
-    # Others must find the base: by its id if it lies in the hub's cache, else by its whole path.
-    cache = base.parent.parent.name if base.parent.name == "snapshots" else ""
-    found = "/".join(cache.split("--")[1:]) or str(base.absolute())
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
               "lora_dropout": 0.0, "bias": "none", "target_modules": list(targets),
-              "base_model_name_or_path": found}
+              "base_model_name_or_path": base_name(base)}
     with whole_folder(folder) as draft:
         (draft / ADAPTER_FILES[0]).write_text(json.dumps(config))
         save_file(tensors, draft / ADAPTER_FILES[1], {"format": "pt"})

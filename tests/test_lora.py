@@ -251,7 +251,8 @@ def test_every_tensor_of_an_adapter_is_used_or_named(old, new, settings, base, t
         Adapters.load(load_pretrained(base, "cpu"), tmp_path)
 
 
-def test_an_adapter_of_the_hub_is_loaded_and_names_its_base_by_its_id(base, tmp_path, monkeypatch):
+def test_an_adapter_of_the_hub_is_loaded_and_names_its_base_by_its_id(base, tmp_path, monkeypatch,
+                                                                      capsys):
     write_pefts(tmp_path / "a", base)
     cached = tmp_path / "models--owner--name" / "snapshots" / "0123abc"
     shutil.copytree(base, cached)
@@ -263,6 +264,10 @@ def test_an_adapter_of_the_hub_is_loaded_and_names_its_base_by_its_id(base, tmp_
                                                                  "adapter_model.safetensors"])
     config = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/name"
+    # PEFT's own was trained on another folder, which is a note. Ours is of this model.
+    assert f"was trained on {base}, and this model is owner/name" in capsys.readouterr().err
+    Adapters.load(model, str(tmp_path / "mine"))
+    assert capsys.readouterr().err == ""
 
 
 def test_an_adapter_is_no_model(base, tmp_path):
