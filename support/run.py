@@ -86,13 +86,17 @@ class Run:
         cfg = self.cfg
         for m in self.metrics.records:
             t = m["iteration"]
-            sizes = {(t, "eval"): (m["eval_tasks"], cfg.eval_edits)}
+            # Baselines have one self-edit of each task.
+            arms = {r["arm"] for r in self.rollouts.records if r.get("arm") and not t}
+            sizes = {(0, "eval", arm): (m["eval_tasks"], 1) for arm in arms}
+            sizes[t, "eval", ""] = m["eval_tasks"], cfg.eval_edits
             if t:
-                sizes[t - 1, "train"] = cfg.tasks, cfg.edits
-            for (number, split), (n, k) in sizes.items():
-                if self.rollouts.at(number, split).keys() != set(product(range(n), range(k))):
-                    raise UserError(f"{self.rollouts.path}: iteration {number}, {split}: these are "
-                                    f"not the {k} self-edits of {n} tasks; restore it")
+                sizes[t - 1, "train", ""] = cfg.tasks, cfg.edits
+            for place, (n, k) in sizes.items():
+                if self.rollouts.at(*place).keys() != set(product(range(n), range(k))):
+                    raise UserError(f"{self.rollouts.path}: iteration {place[0]}, "
+                                    f"{place[2] or place[1]}: these are not the {k} self-edits of "
+                                    f"{n} tasks; restore it")
 
     def remember(self, lines: Records, where: tuple, groups: list[list[tuple]], costs: list[float],
                  compute) -> dict:
