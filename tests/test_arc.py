@@ -409,7 +409,7 @@ def random_model(tmp_path_factory):
 
 
 FLAGS = ("--preset tiny-arc --device cpu --iterations 1 --tasks 4 --edits 4 --eval-tasks 2 "
-         "--max-examples 4 --views 2 --max-answer-tokens 4")
+         "--max-examples 4 --views 1 --max-answer-tokens 4 --outer-epochs 1")
 
 
 def begins_even(question, gold, prediction):
