@@ -30,7 +30,7 @@ from selfedit import (SelfEdit, Task, read_self_edit, room_for_self_edit, sample
 from support import ranks
 from support.config import Config, add_flags, read_flags
 from support.files import Parser, UserError, cli, printable
-from support.report import opening, round_lines, self_edit_line, summary, when
+from support.report import opening, self_edit_line, summary, when
 from support.run import Run
 from support.stats import bootstrap_ci, by_kind
 
@@ -59,7 +59,7 @@ def rest_em(run: Run, train: list[Task], held_out: list[Task], learn=None):
         # M-step: fine-tune the model on the self-edits, weighed by what they were worth.
         chosen = weigh(cfg, rewards, edits, without, t)
         run.keep_weights(t, chosen)
-        run.log(round_lines(t, tasks, edits, rewards, without, chosen))
+        run.show_round(t, tasks, edits, rewards, without, chosen)
         kept = [(tasks[i], edits[i][j], weight) for i, j, weight in chosen]
         # NOTE(paper): a round goes on from the last one, as in the official code. ReST-EM as Singh
         # et al. describe it starts from the base model every time: --restart.

@@ -53,21 +53,6 @@ def self_edit_line(task: int, edit: int, record: dict) -> str:
             f"{record['note'] or record['losses']} | {record['text'][:60]!r}")
 
 
-def round_lines(t: int, tasks, edits, rewards, without, chosen) -> str:
-    """Self-edits of the first task, the best first; then what the round's were worth."""
-    lines = [f"for example, of {printable(tasks[0].name, 60)}:"]
-    for score, edit in sorted(zip(rewards[0], edits[0]), key=lambda pair: -pair[0]):
-        text = " / ".join(edit.text.split("\n"))
-        lines.append(f"    {score:.2f}  {printable(text, 100) or '(nothing)'}")
-    # Policy gradients weigh some self-edits below 0, so that they become less likely.
-    wanted = [rewards[i][j] for i, j, weight in chosen if weight > 0]
-    avoided = len(chosen) - len(wanted)
-    lines.append(f"round {t + 1}: mean reward {np.mean(rewards):.3f}, without a self-edit "
-                 f"{np.mean(without):.3f}; kept {len(wanted)} self-edits with mean reward "
-                 f"{np.mean(wanted or [0]):.3f}" + (f", and {avoided} to avoid" if avoided else ""))
-    return "\n".join(lines)
-
-
 def summary(run) -> str:
     """Baselines, the reward over rounds, what self-edits are made of, and one task."""
     metrics = run.metrics.records

@@ -11,6 +11,7 @@ import time
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -154,6 +155,19 @@ class Run:
             record["weight"] = weights.get(place, 0.0)
         if ranks.RANK == 0:
             replace_file(self.rollouts.path, as_lines(self.rollouts.records))
+
+    def show_round(self, t: int, tasks, edits, rewards, without, chosen):
+        """Self-edits of the first task, the best first; then what the round's were worth."""
+        self.log(f"for example, of {printable(tasks[0].name, 60)}:")
+        for score, edit in sorted(zip(rewards[0], edits[0]), key=lambda pair: -pair[0]):
+            text = " / ".join(edit.text.split("\n"))
+            self.log(f"    {score:.2f}  {printable(text, 100) or '(nothing)'}")
+        # Policy gradients weigh some self-edits below 0, so that they become less likely.
+        wanted = [rewards[i][j] for i, j, weight in chosen if weight > 0]
+        avoided = len(chosen) - len(wanted)
+        self.log(f"round {t + 1}: mean reward {np.mean(rewards):.3f}, without a self-edit "
+                 f"{np.mean(without):.3f}; kept {len(wanted)} self-edits with mean reward "
+                 f"{np.mean(wanted or [0]):.3f}" + (f", and {avoided} to avoid" if avoided else ""))
 
     def record(self, metrics: dict):
         """A line of metrics.jsonl, which is shown. report.html is brought up to date."""
