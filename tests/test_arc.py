@@ -425,7 +425,7 @@ def test_a_run_on_puzzles_of_which_some_are_solved_always_the_others_never(
     monkeypatch.setattr(arc, "two_attempts", lambda replies, inverses: "an answer")
     run = open_run(parse([*FLAGS.split(), "--model", random_model, "--run-dir", tmp_path]))
 
-    held_out = run_rest_em(run)
+    run_rest_em(run)
 
     records = run.rollouts.of(0, "train")
     good, unreadable, also_good, too_much = (
