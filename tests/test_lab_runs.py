@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from data import tinyworld as world
 from data.tasks import load_tasks
@@ -94,18 +93,6 @@ def ask_twice(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------- compute
-
-def test_a_document_that_is_repeated_may_be_weighed_instead(embedded64, words):
-    # In float64, as ten steps of AdamW blow up what float32 rounds.
-    documents = ["The river of A is B.", "It is calm.", "It is calm.", "It is calm."]
-    weighed = compute.one_job(embedded64, words, documents, seed=3)
-    examples = [(ids, [1] * len(ids)) for ids in map(words.document, documents)]
-    plain = replace(weighed, examples=examples)
-    once = compute.one_job(embedded64, words, documents[:2], seed=3)
-    trained = dict(sft(embedded64, [weighed, plain, once]))
-    assert len(weighed.examples) == 2 and len(plain.examples) == 4
-    torch.testing.assert_close(trained[0].weights, trained[1].weights, atol=1e-9, rtol=1e-6)
-    assert (trained[0].weights - trained[2].weights).abs().max() > 0.01
 
 
 @pytest.mark.slow
@@ -224,29 +211,6 @@ def test_what_is_recalled_was_learned_and_not_looked_up(model, words, towns):
         assert edit.documents[:-1] == edit.text.splitlines()
     right = [edit.documents[-1] == town.context[0] for town, edit in zip(towns, then)]
     assert sum(right) >= 2
-
-
-def test_a_gate_takes_the_scale_with_the_least_loss(model, words, towns):
-    """An adapter of one town, by the losses on it and on another that it knows nothing of."""
-    recipe = replace(RECIPE, epochs=10)
-    job = make_job(model, words, towns[0].references["passage only"], 0, recipe)
-    other = make_job(model, words, towns[1].references["passage only"], 0, recipe)
-    ((_, trained),) = sft(model, [job])
-
-    def loss_of(scale):
-        adapter = Adapters.stack(model, RECIPE.lora, [scaled(trained.weights, scale)])
-        total = 0
-        for examples in (job.examples, other.examples):
-            ids = torch.tensor(examples[0][0])
-            with adapter.route([len(ids)]):
-                logits = model(ids[None])[0]
-            total += F.cross_entropy(logits[:-1], ids[1:]).item()
-        return total
-
-    expected = min(forgetting.GRID, key=loss_of)
-    assert forgetting.best_scale(model, job, trained.weights, other.examples) == expected
-    assert forgetting.best_scale(model, job, trained.weights, []) == 1
-    assert expected < 1
 
 
 @pytest.mark.slow
@@ -436,40 +400,6 @@ def test_the_product_is_the_change_of_loss_after_a_small_step(words, task):
     with torch.no_grad():
         after = race.loss(model, untrained, asked).item()
     assert (before - after) / step == pytest.approx((own @ wanted).item(), rel=1e-2)
-
-
-def test_scores_by_hand(embedded64, words, task):
-    edits = [read_self_edit(task, text) for text in ("It is calm.", "It is calm.\nIt is old.")]
-    one, two, empty = choosing.score(embedded64, words, task, [*edits, SelfEdit()], [3, 4, 5])
-    assert all(empty[name] < one[name] for name in choosing.SCORES)
-    documents = [words.document(text) for text in edits[1].documents]
-    assert len(documents) == 3                  # the passage is one of them
-    assert two["number of tokens"] == sum(map(len, documents)) > one["number of tokens"]
-    assert two["answers that its lines state"] == 0
-    job = Job([(ids, [True] * len(ids)) for ids in documents], 4, replace(RECIPE, epochs=1))
-    (trained,) = [trained for _, trained in sft(embedded64, [job])]
-    adapter = Adapters.stack(embedded64, RECIPE.lora, [trained.weights])
-    with torch.no_grad():
-        alone = race.loss(embedded64, adapter, tiny.gold(words, task)).item()
-    assert two["answers after one step"] == pytest.approx(-alone, rel=1e-6)
-
-
-def test_ranks_and_their_correlation_by_hand():
-    values = np.reshape([10.0, 30, 20, 20], (1, 4, 1))
-    assert choosing.ranks(values)[0, :, 0].tolist() == [-3, 3, 0, 0]
-    assert choosing.correlation(values, np.exp(values)) == pytest.approx(1)
-    assert choosing.correlation(values, -values) == pytest.approx(-1)
-    assert choosing.correlation(values, np.ones_like(values)) == 0
-    # 1 - 6 (sum of squared differences of ranks) / (n^3 - n), without ties.
-    a, b = np.reshape([1.0, 2, 3, 4], (1, 4, 1)), np.reshape([2.0, 1, 4, 3], (1, 4, 1))
-    assert choosing.correlation(a, b) == pytest.approx(1 - 6 * 4 / 60)
-
-
-def test_the_worth_of_a_choice_by_hand():
-    scores = np.reshape([1.0, 4, 3, 2, 9, 8, 7, 6], (1, 8, 1))
-    judges = np.reshape([0.0, .4, .2, 1, .1, .3, 1, 1], (1, 8, 1))
-    assert choosing.worth(scores, judges, 4) == pytest.approx([(.3 + .2) / 2])
-    assert choosing.worth(scores, judges, 8) == pytest.approx([.2])
 
 
 def test_an_inner_loop_does_not_judge_what_it_chose():

@@ -1,16 +1,13 @@
 """What a reader sees of a run, whatever its files hold; and its statistics: they are what they are
 by hand, and find what a simulation put in."""
 import json
-import math
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 
-from lab.reliability import variance_components
 from support import page
 from support.config import Config
 from support.files import UserError
@@ -247,27 +244,3 @@ def test_forgetting_by_hand():
         "gain just after its own edit": (0.45, 0),
         "what is left of it after the last edit": (0.25, 0),
         "forgotten since its own edit": (0.2, 0)}
-
-
-def test_variance_components_find_what_a_simulation_put_in():
-    """Rewards with a known spread between self-edits and between seeds. The best of K is worth less
-    than the seeds that chose it say."""
-    rng = np.random.default_rng(0)
-    truth = 0.1 * rng.standard_normal((4000, 5))
-    noisy = truth[:, :, None] + 0.2 * rng.standard_normal((4000, 5, 3))
-    best = noisy[:, :, :2].mean(axis=2).argmax(axis=1)
-    worth = truth[np.arange(4000), best].mean()
-
-    found = variance_components(list(noisy))
-
-    # The largest of five is 1.163 of their deviations: here sqrt(0.01 + 0.04 / 3).
-    assert found == {
-        "standard deviation of one inner loop, over seeds": pytest.approx(0.2, rel=0.03),
-        "true standard deviation between the self-edits of a passage": pytest.approx(0.1, rel=0.05),
-        "reliability of a 3-seed mean, among the edits of a passage":
-            pytest.approx(3 / 7, abs=0.03),
-        "mean reward": pytest.approx(0, abs=0.01),
-        "the best of K, by the seeds that chose it": pytest.approx(0.178, abs=0.005),
-        "the best of K, chosen without one seed, by that seed": pytest.approx(worth, abs=0.01)}
-    equal = variance_components([np.array([[0.5, 0.5]] * 3)])
-    assert math.isnan(equal["reliability of a 2-seed mean, among the edits of a passage"])
