@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import re
+import resource
 import sys
 from functools import cache
 from pathlib import Path
@@ -200,8 +201,6 @@ def free_memory(device, meminfo="/proc/meminfo", cgroup="/sys/fs/cgroup"):
         # What torch's allocator holds and does not use is free as well.
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
-    if not hasattr(os, "sysconf"):      # Windows
-        return 4 * 2 ** 30
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS
     free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     # Linux also gives what it only caches files in. Free bytes alone are few on a machine that has
@@ -218,13 +217,9 @@ def free_memory(device, meminfo="/proc/meminfo", cgroup="/sys/fs/cgroup"):
 
 
 def peak_memory():
-    """Most bytes used so far: on CUDA by torch's allocator, else by the process (0: unknown)."""
+    """Most bytes used so far: on CUDA by torch's allocator, else by the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:     # Windows
-        return 0
     unit = 1 if sys.platform == "darwin" else 1024      # ru_maxrss: bytes on macOS, else KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
