@@ -84,7 +84,9 @@ class Meter:
         if done == total:
             return self.bar.close()
         now = time.time()
-        if self.bar.disable and RANK == 0 and now - self.said > 10:
+        # The first few say little about how long the rest will take.
+        begun = done - self.start > total / 50
+        if self.bar.disable and RANK == 0 and begun and now - self.said > 10:
             eta = (now - self.begin) / max(1, done - self.start) * (total - done)
             print(f"    {done}/{total} {self.what}, eta {eta:.0f}s", flush=True)
             self.said = now
