@@ -134,9 +134,10 @@ class Run:
         # The phase has ended: what the other ranks have finished.
         for shared in self.shared:
             shared.exchange()
-        done = "tasks: self-edits written" if lines is self.edits else "self-edits tried out"
-        self.log(f"    {arm + ': ' if arm else ''}{len(missing)} {done} in "
-                 f"{time.time() - begin:.0f} s")
+        done = f"{len(missing)} self-edits tried out"
+        if lines is self.edits:
+            done = f"self-edits of {len(missing)} tasks written"
+        self.log(f"    {arm + ': ' if arm else ''}{done} in {time.time() - begin:.0f} s")
         return lines.at(*where)
 
     def expect(self, held_out: list):
