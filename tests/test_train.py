@@ -53,7 +53,7 @@ def difference(a, b):
 @pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
 @pytest.mark.parametrize("which, targets, tolerance", [
     ("model64", SOME, 1e-12), ("model64", ALL, 1e-12),
-    ("model32", ALL, 1e-5)])    # multiplies by grouped_mm; float64 does so in padded batches
+    ("model32", ALL, 5e-5)])    # multiplies by grouped_mm; float64 does so in padded batches
 def test_many_at_once_equal_one_at_a_time(which, targets, tolerance, seed, request):
     model = request.getfixturevalue(which)
     recipe = replace(RECIPE, lora=replace(RECIPE.lora, targets=targets))
