@@ -358,8 +358,9 @@ def main():
     run.load(run.last_checkpoint())     # a model that can't be read is told before any work
     rest_em(run, train, held_out)
     run.log("\n" + summary(run))
+    another = "tiny" if "arc" in cfg.domain else "tiny-arc"
     run.log(f"\n{time.time() - run.begin:.0f} s, peak memory {peak_memory() / 2 ** 30:.1f} GiB; "
-            f"look at {run.folder}/report.html; then try --seed 1, or --preset tiny-arc")
+            f"look at {run.folder}/report.html; then try --seed 1, or --preset {another}")
 
 
 if __name__ == "__main__":
