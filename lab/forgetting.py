@@ -37,7 +37,6 @@ from support.ranks import Meter
 from support.tokenizer import Tokenizer
 
 LENGTH = 32     # towns of a stream
-GRID = [1, .7, .5, .35, .25, 0]     # scales that a gate chooses among
 FIRST_WORDS = 4                     # of a passage: what is kept of it
 
 
@@ -59,7 +58,6 @@ class Arm:
     replay: int = 0         # earlier towns to rehearse beside the new one
     kept: bool = False      # rehearse their self-edits as they were; else what the model remembers
     generic: int = 0        # self-edits of other towns, by the model as it is: KL to that model
-    gate: bool = False      # choose the scale by the loss; what is recalled is then not learned
     lr: float = RECIPE.lr
     # For --skill: self-edits of a town, of which the best by an inner loop is learned; and whether
     # theta_3 writes them, which never changes.
@@ -71,8 +69,7 @@ GENTLE = Arm(scale=.5, layers=2)    # half of each merge, on half of the layers
 
 
 def learn_town(stream: Stream, arm: Arm, k: int) -> dict[str, float]:
-    """Train the stream's model on town k, and merge that: by which scale, and what it cost in
-    tokens."""
+    """Train the stream's model on town k, and merge that. What it costs in tokens."""
     # As it is learned, so it is rehearsed.
     stream.edits[k] = or_passage(stream.towns[k], stream.edits[k])
     # The new self-edit, and beside it what is to keep the old ones.
@@ -81,19 +78,18 @@ def learn_town(stream: Stream, arm: Arm, k: int) -> dict[str, float]:
     job = make_job(stream.model, stream.tok, stream.edits[k], seed, recipe)
     old = rehearsal(stream, arm, k)
     generic = own_texts(stream.model, stream.tok, arm.generic, seed_for(stream.seed, k, "generic"))
-    job = with_old(job, generic if arm.gate else old + generic)
     written = sum(sum(learn) for _, learn in (generic if arm.kept else old + generic))
+    job = with_old(job, old + generic)
 
     # Adapters on the last layers: the others' gradients are zero, and so their B stays zero.
     adapter = Adapters(stream.model, recipe.lora, 1)
     adapter.init(0, job.seed)
     job = replace(job, start=adapter.flat[0], free=last_layers(adapter, arm.layers))
     ((_, trained),) = sft(stream.model, [job])
-    scale = best_scale(stream.model, job, trained.weights, old) if arm.gate else arm.scale
     if not trained.diverged:
-        adapter.flat[0] = scaled(trained.weights, scale)
+        adapter.flat[0] = trained.weights * arm.scale ** .5     # then B A is `scale` times as large
         adapter.merge(0)
-    return {"scale": scale, "trained": job.tokens, "written": written}
+    return {"scale": arm.scale, "trained": job.tokens, "written": written}
 
 
 def last_layers(adapters: Adapters, n: int) -> torch.Tensor:
@@ -104,25 +100,6 @@ def last_layers(adapters: Adapters, n: int) -> torch.Tensor:
         number = int(name.split(".")[2])        # model.layers.3.self_attn.q_proj
         A[:] = B[:] = number >= first
     return mask[0]
-
-
-def scaled(weights: torch.Tensor, scale: float) -> torch.Tensor:
-    """An adapter of which B A is `scale` times as large."""
-    return weights * scale ** .5
-
-
-def best_scale(model, job: Job, weights, old: list) -> float:
-    """The scale with the least loss on the new documents and on what was recalled, each a mean."""
-    # A step with learning rate 0 changes nothing, and says the loss before it.
-    still = replace(job.recipe, lr=0, epochs=1, batch=10 ** 6)
-    totals = np.zeros(len(GRID))
-    # The first towns have nothing old beside them.
-    for examples in filter(None, (job.examples, old)):
-        tried = replace(job, examples=examples, recipe=still)
-        jobs = [replace(tried, start=scaled(weights, scale)) for scale in GRID]
-        for i, outcome in sft(model, jobs):
-            totals[i] += outcome.losses[0]
-    return GRID[int(np.argmin(totals))]
 
 
 def rehearsal(stream: Stream, arm: Arm, k: int) -> list:
@@ -200,14 +177,13 @@ ARMS = {
     "lower rate": Arm(lr=1e-2),
     "half": Arm(scale=.5),
     "layers": Arm(layers=2),
-    "gate": Arm(replay=8, gate=True),
     "KL": Arm(generic=8),
     "half, layers": GENTLE,
     "half, own replay": Arm(.5, replay=8),
     "half, layers, own replay": Arm(.5, layers=2, replay=8),
     "half, layers, kept replay": Arm(.5, layers=2, replay=8, kept=True),
 }
-NOT_DRAWN = ("lower rate", "gate", "half, own replay")      # the figure would be crowded
+NOT_DRAWN = ("lower rate", "half, own replay")      # the figure would be crowded
 
 
 def draw_towns(seed: int, n: int):

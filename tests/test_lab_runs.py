@@ -20,7 +20,7 @@ from inner_loop import TINY, make_job
 from lab import (choosing, compute, credit, forgetting, objective, race, retention_reward, speedrun,
                  teacher, tiny, update_rule, vector)
 from lab.credit import regress, subsets
-from lab.forgetting import Arm, last_layers, recall, scaled
+from lab.forgetting import Arm, last_layers, recall
 from lab.race import Rung
 from lab.tiny import RECIPE, SETTINGS
 from lora import Adapters, Job, sft_one
@@ -191,7 +191,7 @@ def test_an_adapter_of_the_last_layer_changes_no_other_and_at_half_its_scale_hal
     weights, changes = learn(model, words, towns, epochs=1, layers=1), []
     for scale in (1, .5):
         merged = load_pretrained(EMBEDDED, "cpu")
-        Adapters.stack(merged, TINY.lora, [scaled(weights, scale)]).merge(0)
+        Adapters.stack(merged, TINY.lora, [weights * scale ** 0.5]).merge(0)
         changes.append(vector.difference(merged, model))
     whole, half = changes
     assert len(whole) == 7
