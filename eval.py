@@ -39,7 +39,8 @@ from support.stats import forgetting, share_changed
 # ------------------------------------------------------------------------------- rows of a table
 
 class Table:
-    """Rows for self-edits: an adapter each, of which the run's folder keeps what it answered."""
+    """The rows of a table. Each self-edit gets an adapter of its own, and its answers are kept in
+    the run's folder."""
 
     def __init__(self, run: Run, tasks: list[Task], first_row="no adaptation"):
         self.run, self.tasks = run, tasks

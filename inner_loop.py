@@ -68,7 +68,7 @@ def make_job(model, tok, edit: SelfEdit, seed: int, recipe: Recipe) -> Job:
                 examples.append((ids, learn))
     if not examples:
         raise ValueError("no example of this self-edit fits in the model's context window")
-    # What a model writes decides how much there is to do: within bounds.
+    # The model chooses its own epochs and batches, so a job beyond the bounds is refused.
     job = Job(examples, seed, recipe)
     for what, asked, most in (("steps", job.steps, recipe.max_steps),
                               ("tokens", job.tokens, recipe.max_tokens)):

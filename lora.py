@@ -158,8 +158,8 @@ class Adapters:
 
         NOTE(paper): the official code merges in bfloat16, which rounds twice."""
         for (A, B), layer in zip(self.pairs(self.flat[i:i + 1]), self.layers.values()):
-            # Computed in float32; only the result is rounded. A weight changes when it is known,
-            # never twice or by half. If the device is full, the host computes it.
+            # Computed in float32; only the result is rounded. It is whole before W is overwritten,
+            # so lack of memory never leaves W half updated. The host computes what does not fit.
             W, A, B = layer.weight, A[0], B[0]
             ok, merged = try_memory(lambda: W.to(A.dtype) + self.scale * B @ A)
             if not ok:
@@ -177,8 +177,9 @@ class Adapters:
 
 
 class Route:
-    """While entered, the base's linear layers add the adapters' terms. It can be entered again. So
-    the model is never wrapped or copied: its modules, names and weights stay as they are."""
+    """While entered, the base's linear layers add the adapters' terms (engine/ribbon.py: LowRank).
+    It sets each layer's `delta`, and clears it at the end. So it may be entered again, but never
+    within another. The model needs no wrapper: its modules, names and weights stay as they are."""
 
     def __init__(self, adapters: Adapters, segments: Segments, flat):
         # `adapters.flat` is float32; the products run in the model's dtype. In bfloat16 this is a
@@ -296,7 +297,7 @@ def sft_one(model, job: Job, progress=quiet) -> Trained:
                 logits = model(ids[None])[0].to(weights.dtype)      # (T, V)
                 nll = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
                 loss = (nll * learn[1:]).sum() / total
-                loss.backward()
+                loss.backward()     # within the route, as --recompute runs the layers again
             losses[-1] += loss.detach()
         # One clipped step of AdamW.
         torch.nn.utils.clip_grad_norm_([weights], recipe.clip)

@@ -7,7 +7,8 @@ padded. Matrix products and norms treat each token alone, so they never see wher
 Only attention does: it unrolls the ribbon into a padded view and rolls the result up again.
 
 Modules keep Hugging Face's names, so loading is a `load_state_dict` and what we save opens there.
-Refused: RoPE but 'default' and 'llama3', sliding windows, biases but Qwen2's. There is no dropout.
+Not supported, and refused: RoPE of other types than 'default' and 'llama3', sliding windows, biases
+other than those of Qwen2's q, k and v. There is no dropout.
 
 Shapes: B rows, T tokens, D = dim, V vocabulary, H heads, K key/value heads, E = head_dim.
 """
@@ -82,6 +83,7 @@ def rope_frequencies(c, device):
 def rotate(x, cos, sin):
     """RoPE: turn each pair (a, b) by its angle, to (a cos - b sin, b cos + a sin). x (T, H, E)."""
     # Hugging Face's layout: the two components of a pair lie half a head apart, not side by side.
+    # `sin` is -sin in its first half (see `hidden`), and the roll swaps the halves of x.
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -233,7 +235,7 @@ def complete(model, prompt, max_new, stop=(), temperature=0.0, top_p=1.0, seed=0
     """Continue a prompt (a list of ids): at most max_new ids. Temperature 0 is greedy.
 
     The plain way: a forward pass over the whole text for every token. engine/decode.py writes the
-    same law of texts many times faster, and the tests hold it against this."""
+    same distribution of texts many times faster, and the tests hold it against this."""
     generator = torch.Generator(model.device).manual_seed(seed)
     ids = list(prompt)
     for _ in range(max_new):

@@ -242,7 +242,8 @@ def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit, float]
 
     y_ij1, y_ij2, ... are the tokens of self-edit SE_ij. Up to a factor this is the gradient of
     fine-tuning on the kept self-edits, each after its context. So the loss is on the self-edit
-    only, exactly as it was sampled, EOS included.
+    only, exactly as it was sampled, EOS included. The factor is one over a batch's tokens, each
+    times the size of its weight. It differs from batch to batch; AdamW divides by such sizes.
     NOTE(paper): an edit that ran to the cap has no EOS, and none is added: the official code adds
     one, and so teaches the model to stop there."""
     if not kept:
@@ -266,8 +267,8 @@ def m_step(cfg: Config, run: Run, model, kept: list[tuple[Task, SelfEdit, float]
         model.recompute = cfg.recompute
     # W <- W + (alpha / r) B A, once, in float32: the next round begins from these weights.
     Adapters.stack(model, recipe.lora, [trained.weights]).merge(0)
-    # No step's loss tells what the last step did. If a token of what was to be learned is e times
-    # less likely now, the model is broken. NaN is not less than anything.
+    # A step's loss is taken before the step, so measure once more after the last one. If the mean
+    # loss of what was to be learned rose by more than 1, or is NaN, the model is broken.
     learned = loss_of(model, wanted) < before + 1
     if trained.diverged or not learned or not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"the M-step of round {t + 1} diverged; try a lower --outer-lr, "

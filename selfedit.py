@@ -178,7 +178,7 @@ def seed_for(*key) -> int:
 
 def read_self_edit(task: Task, text: str, token_ids=()) -> SelfEdit:
     """Text, sampled or from elsewhere, as a self-edit of this task."""
-    # What can't be read is a self-edit as well: with a note, without documents, with reward 0.
+    # What can't be read still gives a SelfEdit: with a note, without documents, with reward 0.
     text = text.strip()
     try:
         edit = task.read(text)
