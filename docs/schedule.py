@@ -7,6 +7,7 @@ with steps that compute nothing. So its counts are exact: they depend on lengths
 """
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -15,8 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import train
 from engine.device import auto_slots
-from engine.ribbon import Example
-from engine.train import Engine, Running, fill_slots
+from engine.train import Engine, sft
 from lora import Job
 from model import Transformer
 from tools.bench import RECIPE
@@ -27,24 +27,18 @@ class Schedule(Engine):
     """An engine without adapters, which counts its steps by kind."""
 
     def __init__(self, model, recipe, n):
-        self.model, self.recipe, self.n = model, recipe, n
+        # One number stands for all parameters of an adapter.
+        self.flat = self.read = self.m = self.v = torch.zeros(n, 1)
         self.adapters = mock.Mock()
-        self.flat = torch.zeros(0)
+        self.n = n
         self.running = [None] * n
         self.losses = []
         self.room = self.recorded = None
         COUNTED.clear()
 
-    def take_jobs(self, jobs, waiting):
-        for slot in range(self.n):
-            if self.running[slot] is None and waiting:
-                number = waiting.pop(0)
-                job = jobs[number]
-                examples = [Example.of(ids, learn) for ids, learn in job.examples]
-                self.running[slot] = Running(number, job, examples, job.micro_batches(), first=0)
-
     def step(self):
         step = train.pack(self.running, "cpu", torch.float32, self.room)
+        self.losses.append(torch.zeros(self.n))
         COUNTED["steps"] += 1
         COUNTED["tokens"] += len(step.ids)
         shape = (len(step.ids), len(step.labels))
@@ -54,14 +48,6 @@ class Schedule(Engine):
             COUNTED[shape] += 1
             kind = {1: "plain", 2: "recorded"}.get(COUNTED[shape], "replayed")
         COUNTED[kind] += 1
-
-    def take_out(self):
-        ended = []
-        for slot, active in enumerate(self.running):
-            if active and active.step == active.job.steps:
-                ended.append((active, torch.zeros(0), torch.ones(1)))
-                self.running[slot] = None
-        return ended
 
 
 COUNTED = Counter()
@@ -79,17 +65,11 @@ def row(name, model, n_jobs, free):
     with mock.patch.object(train, "Engine", Schedule), \
             mock.patch.object(train, "has_graphs", return_value=True), \
             mock.patch.object(train, "can_record", return_value=True):
-        for _ in fill_slots(model, jobs, order(jobs), slots, lambda left: None):
-            pass
+        list(sft(model, [replace(job, recipe=replace(RECIPE, slots=slots)) for job in jobs]))
     steps = COUNTED["steps"]
     counts = [steps, COUNTED["recorded"], COUNTED["plain"], COUNTED["replayed"]]
     print(f"| {name} | {n_jobs} | {slots} | {' | '.join(map(str, counts))} "
           f"| {COUNTED['tokens'] / steps:,.0f} |", flush=True)
-
-
-def order(jobs: list[Job]) -> list[int]:
-    """Longest first, as engine.train.sft begins them."""
-    return sorted(range(len(jobs)), key=lambda i: -jobs[i].steps)
 
 
 def main():

@@ -80,10 +80,12 @@ def show(kinds, against):
 
 def show_lines(groups: dict[str, dict]):
     """A Markdown row per group: means and intervals over passages of all that was counted."""
-    rows = []
+    columns, rows = list(next(iter(groups.values()))), []
     for name, of in groups.items():
-        rows.append([name, *[over_passages(values, ".2f") for values in of.values()]])
-    print_table(["self-edits", *next(iter(groups.values()))], rows)
+        rows.append([name])
+        for what in columns:
+            rows[-1].append(over_passages(of[what], ".2f") if of.get(what) else "")
+    print_table(["self-edits", *columns], rows)
 
 
 def main():

@@ -40,9 +40,10 @@ def write(folder) -> Path:
             path=path, cfg=SimpleNamespace(**cfg),
             metrics=Lines(path / "metrics.jsonl", repair=False),
             rollouts=Records(path / "rollouts.jsonl", repair=False))
-        begun = time.localtime((path / "config.json").stat().st_mtime)
+        # Each start of the program writes its settings down.
+        started = time.localtime((path / "config.json").stat().st_mtime)
         page = env.get_template("page.html").render(
-            name=path.resolve().name, begun=time.strftime("%Y-%m-%d", begun),
+            name=path.resolve().name, started=time.strftime("%Y-%m-%d", started),
             command=shlex.join(map(last_part, cfg.get("command", []))), cfg=run.cfg,
             settings={name: last_part(value) for name, value in cfg.items() if name != "command"},
             puzzles="arc" in run.cfg.domain, learned=learned(run.cfg), when=when, colours=COLOURS,

@@ -14,7 +14,7 @@ SIX = {"model", "selfedit", "lora", "inner_loop", "outer_loop", "eval"}
 FLOORS = [{"support"}, {"engine"}, {"model", "selfedit"}, {"lora", "data"}, {"inner_loop"},
           {"outer_loop"}, {"eval", "tools", "lab", "exercises"}]
 HEIGHT = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-PATHS = [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/**/*.py")]
+PATHS = [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("exercises/*/*.py")]
 FILES = [path.relative_to(ROOT) for path in sorted(PATHS)]
 
 

@@ -7,10 +7,6 @@ The model writes self-edits of every passage, and one adapter learns them. There
 """
 from pathlib import Path
 
-# Before what takes long to import, so that Ctrl-C is a line from here on.
-from support.files import (Parser, UserError, as_json, at_least, cli, positive,
-                           printable, read_json, replace_file)
-
 from data import text
 from engine.decode import Sampling, collect
 from engine.train import sft
@@ -18,6 +14,8 @@ from inner_loop import ANSWERS, SMALL, ask, in_prompt, make_job
 from lora import Adapters
 from model import load_pretrained
 from selfedit import SelfEdit, sample_self_edits, seed_for
+from support.files import (Parser, UserError, as_json, at_least, cli, positive, printable,
+                           read_json, replace_file)
 from support.ranks import Meter
 from support.tokenizer import Tokenizer
 
