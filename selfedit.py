@@ -16,7 +16,8 @@ from typing import Callable, Iterator
 from engine.decode import Sampling, quiet, write
 from model import load_pretrained
 from support.checkpoint import EMBEDDED
-from support.files import Parser, UserError, at_least, cli, positive, printable, read_text
+from support.config import read_prompt
+from support.files import Parser, UserError, at_least, cli, positive, printable
 from support.tokenizer import Tokenizer
 
 
@@ -219,7 +220,7 @@ def main():
                         help="a --prompt of your own: a text with {title} and {context} in it")
     ap.add_argument("--edits", type=positive, default=3, help="how many (default: 3)")
     args = ap.parse_args()
-    own = read_text(args.prompt_file) if args.prompt_file else args.prompt
+    own = read_prompt(args.prompt_file) if args.prompt_file else args.prompt
     from data.tasks import one_task     # only here: what a self-edit is needs no data
     prompt = one_task(args.data, args.index, own).prompt
     model = load_pretrained(args.model)

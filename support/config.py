@@ -207,6 +207,15 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def read_prompt(path) -> str:
+    """The text of a --prompt-file. UserError if it has no place for the passage: a file that says
+    `rewrite` does not mean the prompt of that name."""
+    prompt = read_text(path)
+    if "{context}" not in prompt:
+        raise UserError(f"--prompt-file {path}: there is no {{context}} in it")
+    return prompt
+
+
 def add_flags(parser):
     """--preset, and a flag for each field of Config; the defaults shown are the paper's."""
     parser.add_argument("--preset", default="tiny", choices=PRESETS,
@@ -252,7 +261,7 @@ def read_flags(args, needed) -> Config:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     # The prompt itself is the setting, wherever it was read.
     if args.prompt_file:
-        given["prompt"] = read_text(args.prompt_file)
+        given["prompt"] = read_prompt(args.prompt_file)
     cfg = Config(**PRESETS[args.preset] | given)
     for name in sorted(given.keys() & ONLY_FOR.keys()):
         if given[name] and cfg.domain not in ONLY_FOR[name]:

@@ -258,6 +258,10 @@ def test_a_prompt_may_be_a_file(argv, tmp_path):
     title, context = task.context[0].split("\n", 1)
     assert task.prompt == f"Teach {context} ({title}), {{as}} a {{story}}.\n"
     assert cfg.prompt == path.read_text()       # so that a changed file is another run
+    path.write_text("rewrite")      # not the prompt of that name
+    for program, words in ((outer_loop, argv), (selfedit, ["--data", "eval"])):
+        with pytest.raises(UserError, match="prompt.txt: there is no {context} in it"):
+            call(program, *words, "--prompt-file", path)
 
 
 def test_best_of_five_is_what_the_release_kept(shared_data):

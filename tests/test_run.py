@@ -101,7 +101,7 @@ def test_a_flag_beats_its_preset_and_a_switch_can_be_turned_off():
     ("--update grpo --keep 2", "--keep: --update grpo takes no number"),
     ("--update grpo --strict", "--update grpo: --strict and --restart are for ReST-EM"),
     ("--update grpo --edits 1", "--update grpo: with --edits 1 nothing is ever learned"),
-    ("--prompt-file pytest.ini", "--prompt '[pytest]"),
+    ("--prompt-file pytest.ini", "--prompt-file pytest.ini: there is no {context} in it"),
     ("--temperature nan", "--temperature nan: must be 0 or more, at most 100"),
     ("--tasks 1" + "0" * 400, "--tasks 1")])
 def test_a_bad_flag_is_one_line_that_names_it(words, message, argv):
