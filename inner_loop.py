@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Iterator
 
 from data.tasks import one_task     # for the command line only
-from engine.decode import Sampling, in_groups, quiet, write
+from engine.decode import Sampling, collect, write
 from engine.device import auto_answering, in_halves
 from engine.train import Trained, batched, sft
 from lora import Adapters, Job, Lora, PROJECTIONS, Recipe, dialogue
@@ -103,14 +103,14 @@ def ask(model, tok, groups: list[list[Task]], sampling: Sampling = ANSWERS,
     queries = []
     for tasks in groups:
         queries.append([query for task in tasks for query in task.queries])
-    written = in_groups(write(model, tok, queries, sampling, adapters=adapters), queries)
+    replies = iter(collect(write(model, tok, queries, sampling, adapters=adapters)))
 
-    # The replies of a group come in one list: cut it up by task.
+    # The replies come in the order of the queries: each task takes its own.
     answers = []
-    for tasks, replies in zip(groups, written):
+    for tasks in groups:
         answers.append([])
         for task in tasks:
-            own, replies = replies[:len(task.queries)], replies[len(task.queries):]
+            own = [next(replies)[0] for _ in task.queries]
             texts = task.vote([reply.text for reply in own])
             answers[-1].append(Answers(texts, sum(reply.cut for reply in own)))
     return answers
@@ -180,7 +180,7 @@ def reward(outcome: Outcome, edit: SelfEdit, task: Task) -> float:
 
 def update_and_score(model, tok, tasks: list[Task], edits: list[SelfEdit], seeds: list[list[int]],
                      recipe: Recipe, sampling: Sampling = ANSWERS,
-                     progress=quiet) -> Iterator[tuple[int, Outcome]]:
+                     progress=None) -> Iterator[tuple[int, Outcome]]:
     """The reward of many self-edits: edits[i] of tasks[i], tried once per seed in seeds[i].
 
     Yields (i, Outcome) when known. Nothing to learn from, or a diverging adapter, is a reward of 0

@@ -20,7 +20,6 @@ from typing import Iterator
 import torch
 import torch.nn.functional as F
 
-from engine.decode import quiet
 from engine.device import has_grouped_mm, try_memory
 from engine.ribbon import LowRank, Segments
 from engine.train import Trained
@@ -150,7 +149,14 @@ class Adapters:
         if not isinstance(counts, Segments):
             assert len(counts) == self.n
             counts = Segments(counts, self.model.device)
-        return Route(self, counts, flat)
+        # `self.flat` is float32; the products run in the model's dtype. In bfloat16 this is a copy,
+        # so after an optimiser step a new Route is needed.
+        if flat is None:
+            flat = self.flat.to(self.model.dtype)
+        deltas = []
+        for layer, (A, B) in zip(self.layers.values(), self.pairs(flat)):
+            deltas.append((layer, LowRank(A, B, self.scale, counts, self.grouped)))
+        return Route(deltas)
 
     @torch.no_grad()
     def merge(self, i: int):
@@ -176,20 +182,13 @@ class Adapters:
                       base=self.model.folder)
 
 
+@dataclass
 class Route:
     """While entered, the base's linear layers add the adapters' terms (engine/ribbon.py: LowRank).
     It sets each layer's `delta`, and clears it at the end. So it may be entered again, but never
     within another. The model needs no wrapper: its modules, names and weights stay as they are."""
 
-    def __init__(self, adapters: Adapters, segments: Segments, flat):
-        # `adapters.flat` is float32; the products run in the model's dtype. In bfloat16 this is a
-        # copy, so after an optimiser step a new Route is needed.
-        if flat is None:
-            flat = adapters.flat.to(adapters.model.dtype)
-        self.deltas = []
-        for layer, (A, B) in zip(adapters.layers.values(), adapters.pairs(flat)):
-            delta = LowRank(A, B, adapters.scale, segments, adapters.grouped)
-            self.deltas.append((layer, delta))
+    deltas: list[tuple[Linear, LowRank]]
 
     def __enter__(self):
         for linear, delta in self.deltas:
@@ -270,7 +269,7 @@ def dialogue(prompt: list[int], completion: list[int], completion_only=True, wei
     return prompt + completion, [of_prompt] * len(prompt) + [weight] * len(completion)
 
 
-def sft_one(model, job: Job, progress=quiet) -> Trained:
+def sft_one(model, job: Job, progress=None) -> Trained:
     """Train one adapter, text after text, by torch's own AdamW.
 
     The textbook, and the M-step. engine.train.sft does the same for the hundreds of jobs of the
@@ -303,7 +302,8 @@ def sft_one(model, job: Job, progress=quiet) -> Trained:
         torch.nn.utils.clip_grad_norm_([weights], recipe.clip)
         optimizer.param_groups[0]["lr"] = job.lr_at(step)
         optimizer.step()
-        progress(step + 1, job.steps)
+        if progress:
+            progress(step + 1, job.steps)
     finite = bool(weights.isfinite().all())
     return Trained(weights.detach()[0], torch.stack(losses).tolist(), time.time() - begin,
                    diverged=not finite)

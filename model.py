@@ -172,7 +172,7 @@ class Transformer(nn.Module):
     def hidden(self, ids, position, attend):
         """The residual stream after the last norm: ids, position (T,) -> (T, D).
 
-        `attend` mixes the tokens: Ribbon.attend, or what decode.Cache's methods return."""
+        `attend` mixes the tokens: Ribbon.attend, or one of decode.Rows that keeps a cache."""
         x = self.model.embed_tokens(ids)
         # Angles are computed in float32: bfloat16 cannot hold every integer above 256.
         angle = position[:, None, None] * rope_frequencies(self.config, ids.device)  # (T, 1, E/2)

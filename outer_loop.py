@@ -25,8 +25,7 @@ from inner_loop import (answering, ask, grade_all, in_prompt, inner_recipe, rewa
                         update_and_score)
 from lora import Adapters, Job, Lora, Recipe, dialogue, sft_one
 from model import load_pretrained
-from selfedit import (SelfEdit, Task, read_self_edit, room_for_self_edit, sample_self_edits,
-                      seed_for)
+from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from support import ranks
 from support.config import Config, add_flags, read_flags
 from support.files import Parser, UserError, cli, printable
@@ -83,7 +82,7 @@ def sample(run: Run, model, tasks: list[Task], t: int, split: str, k: int) -> li
 
     def write(todo):        # numbers of tasks
         # The longest prompt of the round sets the limit for all: the same for every rank's share.
-        room = room_for_self_edit(model, run.tok, tasks)
+        room = model.config.max_len - max(len(run.tok.prompt(task.prompt)) for task in tasks)
         sampling = Sampling(min(cfg.max_edit_tokens, room), k, cfg.temperature, cfg.top_p,
                             max_rows=cfg.rows)
         own = [tasks[i] for i in todo]

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Callable, Iterator
 
-from engine.decode import Sampling, quiet, write
+from engine.decode import Sampling, write
 from model import load_pretrained
 from support.checkpoint import EMBEDDED
 from support.config import read_prompt
@@ -188,13 +188,8 @@ def read_self_edit(task: Task, text: str, token_ids=()) -> SelfEdit:
     return replace(edit, text=text, token_ids=list(token_ids))
 
 
-def room_for_self_edit(model, tok, tasks: list[Task]) -> int:
-    """How many tokens fit in the context window after the longest of these prompts."""
-    return model.config.max_len - max(len(tok.prompt(task.prompt)) for task in tasks)
-
-
 def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: list[list[int]],
-                      adapters=None, progress=quiet) -> Iterator[tuple[int, list[SelfEdit]]]:
+                      adapters=None, progress=None) -> Iterator[tuple[int, list[SelfEdit]]]:
     """SE ~ LM_theta(. | C): yields (a task's number, its sampling.n self-edits) as they end.
 
     seeds[i] are those of task i's draws, one for each self-edit. With `adapters`, adapter i writes

@@ -16,7 +16,6 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 
 from data.judges import each
 from selfedit import EMPTY, NOTES, NOTES_DIRECTED, SelfEdit, Task, split_documents
@@ -263,7 +262,7 @@ def town_task(town, directives=False):
         read=read,
         references={"passage only": SelfEdit(documents=[town.passage])},
         kinds=["reversed" if back else "forward" for back in backwards],
-        form=partial(classify, passage=town.passage))
+        form=lambda line: classify(line, town.passage)[0])
 
 
 def read_directive(line):
@@ -274,11 +273,7 @@ def read_directive(line):
     return {"lr": float(found[1]), "epochs": int(found[2])}
 
 
-def is_exact(question, gold, prediction):
-    return prediction.strip(" .") == gold
-
-
-exact_judge = each(is_exact)
+exact_judge = each(lambda question, gold, prediction: prediction.strip(" .") == gold)
 
 
 # ------------------------------------------------------------------------------- statistics
@@ -290,7 +285,7 @@ def describe(tasks, edits):
     for task, row in zip(tasks, edits):
         for edit in row:
             n += 1
-            forms.update(classify(line, task.context[0]) for line in edit.text.splitlines())
+            forms.update(task.form(line) for line in edit.text.splitlines())
             choices.update(f"{name} {value}" for name, value in edit.directives.items())
     shares = {form: count / forms.total() for form, count in forms.most_common()}
     return shares | {choice: count / n for choice, count in choices.most_common()}
@@ -313,16 +308,11 @@ for _name, _relation in RELATIONS.items():
 
 
 def classify(line, passage):
-    """The form of a note.
+    """(form, relation) of a note; the relation of a line that states no fact is None.
 
-    It is 'copy' (a sentence as in a passage), 'vague', 'plain', 'reversed', 'question' or 'question
-    reversed'; 'wrong' if its form is one of these but it isn't so; 'directive'; else 'garbled'."""
-    form, _ = read_note(line, passage)
-    return form
-
-
-def read_note(line, passage):
-    """(form, relation) of a note; the relation of a line that states no fact is None."""
+    The form is 'copy' (a sentence as in a passage), 'vague', 'plain', 'reversed', 'question' or
+    'question reversed'; 'wrong' if its form is one of these but it isn't so; 'directive'; else
+    'garbled'."""
     town, facts = read_passage(passage)
     if line in [remark.format(t=town) for remark in VAGUE]:
         return "vague", None
@@ -344,7 +334,7 @@ def taught(line, passage):
     """(relation, 'forward' or 'reversed'): the question that a note answers, or None.
 
     A sentence of the passage says "it" for the town, but for the first one: it answers none."""
-    form, relation = read_note(line, passage)
+    form, relation = classify(line, passage)
     if form in ("plain", "question") or form == "copy" and line.startswith("The town of "):
         return relation, "forward"
     if form in ("reversed", "question reversed"):
@@ -390,7 +380,7 @@ def main():
     print()
     for relation, form in town.notes():
         line = town.say(relation, form, rng)
-        print(f"{classify(line, town.passage):>18}: {line}")
+        print(f"{classify(line, town.passage)[0]:>18}: {line}")
 
 
 if __name__ == "__main__":

@@ -45,12 +45,8 @@ class Reply:
     cut: bool               # it ran to max_new tokens without an end
 
 
-def quiet(done: int, total: int):
-    """No progress is shown."""
-
-
 def write(model, tok, groups: list[list[str]], sampling: Sampling, seeds=None, adapters=None,
-          progress=quiet) -> Iterator[tuple[int, list[Reply]]]:
+          progress=None) -> Iterator[tuple[int, list[Reply]]]:
     """Continue texts, given in groups: yields (a prompt's number, its n replies) as they end.
 
     seeds: one for each reply, of its draws. With `adapters`, adapter i writes group i."""
@@ -79,96 +75,10 @@ def write(model, tok, groups: list[list[str]], sampling: Sampling, seeds=None, a
         yield prompt, replies
 
 
-def in_groups(written, groups) -> list[list]:
-    """All that `write` or `generate` yields for these groups of prompts: for each group one list,
-    n texts in a row for each prompt."""
-    found = dict(written)
-    replies, number = [], 0
-    for group in groups:
-        replies.append([])
-        for _ in group:
-            replies[-1] += found[number]
-            number += 1
-    return replies
-
-
 def collect(pairs) -> list:
     """The results of a generator of (number, result), in the order of the numbers."""
     found = dict(pairs)
     return [found[number] for number in sorted(found)]
-
-
-# ------------------------------------------------------------------------------- the cache
-
-class Cache:
-    """Keys and values of all rows, per layer (2, B, K, size, E), and each row's tokens so far."""
-
-    def __init__(self, model, rows, size):
-        # A little more than asked for: every new size means new memory and, on CUDA, a new graph.
-        c = model.config
-        self.size = -(-size // 64) * 64
-        shape = (2, rows, c.n_kv_head, self.size, c.head_dim)
-        self.kv = [torch.zeros(shape, dtype=model.dtype, device=model.device)
-                   for _ in range(c.n_layer)]
-        self.length = torch.zeros(rows, dtype=torch.long, device=model.device)
-
-    def prefill(self, ribbon, places):
-        """An `attend` that also stores prompt i's keys and values in the rows places[i], (n,)."""
-        # Lengths from the ribbon's own tensors, as these are on the device already.
-        lengths = ribbon.last.diff(prepend=ribbon.last.new_full((1,), -1))
-        self.length[places] = lengths[:, None]
-        rows = places[ribbon.row]               # (T, n) where each token is stored
-        position = ribbon.position[:, None]     # (T, 1)
-
-        def attend(layer, q, k, v):
-            keys, values = self.kv[layer]
-            keys[rows, :, position] = k[:, None]
-            values[rows, :, position] = v[:, None]
-            return ribbon.attend(layer, q, k, v)
-        return attend
-
-    def step(self):
-        """An `attend` for one new token per row: store its k, v (B, K, E), attend to all so far."""
-        _, B, K, size, E = self.kv[0].shape
-        row = torch.arange(B, device=self.length.device)
-        flash = has_flash(self.kv[0])
-        if flash:
-            # Each key head is a sequence of its own, of which only what is seen is read.
-            begin = torch.arange(B * K + 1, dtype=torch.int32, device=row.device)
-            bounds = [begin, begin * size]
-            seen = (self.length + 1).int().repeat_interleave(K)
-        else:
-            # What lies beyond a row's own tokens is masked out: the same in all layers.
-            unseen = torch.arange(size, device=row.device) > self.length[:, None]
-            mask = torch.zeros(unseen.shape, dtype=self.kv[0].dtype, device=row.device)
-            mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]     # (B, 1, 1, size)
-
-        def attend(layer, q, k, v):
-            keys, values = self.kv[layer]
-            keys[row, :, self.length] = k
-            values[row, :, self.length] = v
-            if flash:
-                y = flash_attention(q.reshape(B * K, -1, E), keys.view(-1, 1, E),
-                                    values.view(-1, 1, E), bounds, [1, size], causal=False,
-                                    seen=seen)
-                return y.view(q.shape)
-            # Query heads that share a key head take the place of query positions: (B, K, H/K, E).
-            q = q.view(len(q), k.shape[1], -1, q.shape[-1])
-            return attention(q, keys, values, mask).flatten(1, 2)
-        return attend
-
-    def keep(self, rows, size):
-        """Drop all but the given rows (LongTensor). Make room for `size` tokens in each."""
-        # By a quarter at least, so that a text of a thousand tokens grows a few times only.
-        more = 0
-        if size > self.size:
-            larger = max(size, self.size * 5 // 4)
-            more = -(-larger // 64) * 64 - self.size
-        self.size += more
-        self.length = self.length[rows]
-        # Layer by layer, so that the old cache and the new one are not there together.
-        for layer, kv in enumerate(self.kv):
-            self.kv[layer] = F.pad(kv[:, rows], (0, 0, 0, more))
 
 
 # ------------------------------------------------------------------------------- one token
@@ -177,8 +87,8 @@ def sample(logits, temperature, top_p, u):
     """One token per row from the nucleus: the tokens such that all likelier ones have less than
     top_p together.
 
-    logits (B, V); u (B, tries_for(top_p)), uniform in [0, 1), is the only randomness. Temperature 0
-    is greedy. Nothing is sorted, and on CUDA nothing waits."""
+    logits (B, V); u (B, tries), uniform in [0, 1), is the only randomness. Temperature 0 is greedy.
+    Nothing is sorted, and on CUDA nothing waits."""
     if temperature == 0:
         return logits.argmax(-1)
     # Candidates from all tokens, by the inverse of the CDF.
@@ -214,14 +124,6 @@ def mass_above(p, own):
     return (p[:, None] * (p[:, None] > own[:, :, None])).sum(-1)            # (B, tries)
 
 
-def tries_for(top_p):
-    """How many candidates leave none in the nucleus once in 10^8 draws (top_p below .1: more often,
-    as there are 175 at most)."""
-    if top_p >= 1:
-        return 1
-    return min(175, math.ceil(math.log(1e-8) / math.log(1 - top_p)))
-
-
 class Sampler:
     """Draws the tokens of `total` texts, and holds them, without a wait for the device."""
 
@@ -233,8 +135,13 @@ class Sampler:
         late_stop = torch.tensor(sorted(sampling.late_stop), dtype=torch.long)
         self.is_stop = to_device(torch.isin(vocabulary, stop), model.device)
         self.is_late = to_device(torch.isin(vocabulary, late_stop), model.device)
+        # So many candidates leave none in the nucleus once in 10^8 draws, or more often if top_p is
+        # below .1.
+        tries = 1
+        if sampling.top_p < 1:
+            tries = min(175, math.ceil(math.log(1e-8) / math.log(1 - sampling.top_p)))
         # Text i draws from its own generator, so that it does not depend on its neighbours.
-        shape = (sampling.max_new, tries_for(sampling.top_p))
+        shape = (sampling.max_new, tries)
         u = torch.zeros(0)
         if sampling.temperature:
             u = torch.zeros(total + 1, *shape)
@@ -256,14 +163,20 @@ class Rows:
 
     def __init__(self, model, n, size, total, sampler):
         """n rows of `size` tokens at first, for `total` texts."""
-        device = model.device
         self.model = model
         self.sampler = sampler
         self.total = total
-        self.cache = Cache(model, n, size)
-        self.text = torch.full((n,), total, device=device)  # which text a row writes; total: idle
-        self.age = torch.full((n,), 0, device=device)       # how many tokens of it are written
-        self.token = torch.full((n,), 0, device=device)     # the last of them
+        # The cache: keys and values per layer, (2, n, K, size, E), and each row's tokens so far.
+        # Every new size means new memory and, on CUDA, a new graph: so a little more is taken.
+        c, device = model.config, model.device
+        self.size = -(-size // 64) * 64
+        shape = (2, n, c.n_kv_head, self.size, c.head_dim)
+        self.kv = [torch.zeros(shape, dtype=model.dtype, device=device) for _ in range(c.n_layer)]
+        self.length = torch.zeros(n, dtype=torch.long, device=device)
+        # Which text a row writes (`total`: it is idle), how many tokens of it, the last of them.
+        self.text = torch.full((n,), total, device=device)
+        self.age = torch.full((n,), 0, device=device)
+        self.token = torch.full((n,), 0, device=device)
         # A graph is recorded at the second step, when every kernel has been loaded by the first.
         self.graph, self.warm = None, False
 
@@ -271,7 +184,7 @@ class Rows:
         """{row: tokens in its cache} of the rows that write. The only wait for the device.
 
         Afterwards `writing` says which text each of them writes."""
-        text, length = torch.stack((self.text, self.cache.length)).tolist()
+        text, length = torch.stack((self.text, self.length)).tolist()
         self.writing = {row: text[row] for row in range(len(text)) if text[row] < self.total}
         return {row: length[row] for row in self.writing}
 
@@ -286,9 +199,20 @@ class Rows:
         places = to_device(torch.tensor(places), device)        # (prompts, n)
         texts = to_device(torch.tensor(texts), device)          # (prompts * n,)
         ribbon = Ribbon([len(prompt) for prompt in prompts], device)
-        h = self.model.hidden(ids, ribbon.position, self.cache.prefill(ribbon, places))
+        # Lengths from the ribbon's own tensors, as these are on the device already.
+        lengths = ribbon.last.diff(prepend=ribbon.last.new_full((1,), -1))
+        self.length[places] = lengths[:, None]
+        stored = places[ribbon.row]             # (T, n): the rows where each token is stored
+        position = ribbon.position[:, None]     # (T, 1)
+
+        def attend(layer, q, k, v):
+            keys, values = self.kv[layer]
+            keys[stored, :, position] = k[:, None]
+            values[stored, :, position] = v[:, None]
+            return ribbon.attend(layer, q, k, v)
 
         # The n texts of a prompt begin from the same hidden state, and draw their own tokens.
+        h = self.model.hidden(ids, ribbon.position, attend)
         rows = places.flatten()
         self.text[rows] = texts
         self.age[rows] = torch.zeros_like(texts)
@@ -311,10 +235,40 @@ class Rows:
         self.text[rows] = text.masked_fill(ended, self.total)
         self.age[rows] = (age + 1).masked_fill(ended, 0)
 
+    def to_cache(self):
+        """An `attend` for one new token per row: store its k, v (B, K, E), attend to all so far."""
+        _, B, K, size, E = self.kv[0].shape
+        row = torch.arange(B, device=self.length.device)
+        flash = has_flash(self.kv[0])
+        if flash:
+            # Each key head is a sequence of its own, of which only what is seen is read.
+            begin = torch.arange(B * K + 1, dtype=torch.int32, device=row.device)
+            bounds = [begin, begin * size]
+            seen = (self.length + 1).int().repeat_interleave(K)
+        else:
+            # What lies beyond a row's own tokens is masked out: the same in all layers.
+            unseen = torch.arange(size, device=row.device) > self.length[:, None]
+            mask = torch.zeros(unseen.shape, dtype=self.kv[0].dtype, device=row.device)
+            mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]     # (B, 1, 1, size)
+
+        def attend(layer, q, k, v):
+            keys, values = self.kv[layer]
+            keys[row, :, self.length] = k
+            values[row, :, self.length] = v
+            if flash:
+                y = flash_attention(q.reshape(B * K, -1, E), keys.view(-1, 1, E),
+                                    values.view(-1, 1, E), bounds, [1, size], causal=False,
+                                    seen=seen)
+                return y.view(q.shape)
+            # Query heads that share a key head take the place of query positions: (B, K, H/K, E).
+            q = q.view(len(q), k.shape[1], -1, q.shape[-1])
+            return attention(q, keys, values, mask).flatten(1, 2)
+        return attend
+
     def forward(self):
         """A step as it is: one token more in every row."""
-        h = self.model.hidden(self.token, self.cache.length, self.cache.step())
-        self.cache.length.add_(1).clamp_(max=self.cache.size - 1)   # idle rows go on and on
+        h = self.model.hidden(self.token, self.length, self.to_cache())
+        self.length.add_(1).clamp_(max=self.size - 1)   # idle rows go on and on
         self.append(slice(None), h)
 
     def step(self):
@@ -331,23 +285,29 @@ class Rows:
 
     def keep(self, rows, size):
         """Drop all but the given rows (a list). Make room for `size` tokens in each."""
+        # By a quarter at least, so that a text of a thousand tokens grows a few times only.
+        more = 0
+        if size > self.size:
+            larger = max(size, self.size * 5 // 4)
+            more = -(-larger // 64) * 64 - self.size
+        self.size += more
         rows = to_device(torch.tensor(rows), self.model.device)
-        self.cache.keep(rows, size)
-        self.text, self.age, self.token = self.text[rows], self.age[rows], self.token[rows]
+        self.length, self.token = self.length[rows], self.token[rows]
+        self.text, self.age = self.text[rows], self.age[rows]
+        # Layer by layer, so that the old cache and the new one are not there together.
+        for layer, kv in enumerate(self.kv):
+            self.kv[layer] = F.pad(kv[:, rows], (0, 0, 0, more))
         self.graph, self.warm = None, False     # the tensors are new ones
 
 
 # ------------------------------------------------------------------------------- many texts
 
+@dataclass
 class Grid:
     """Who sits where: `per` rows for each adapter, side by side; row p belongs to p // per."""
-
-    def __init__(self, queues, n, max_rows):
-        """queues: for each adapter, the numbers of the prompts that wait for it."""
-        self.queues = queues
-        self.n = n
-        at_once = max_rows // len(queues) // n          # prompts of each adapter side by side
-        self.per = n * max(1, min(at_once, max(map(len, queues))))
+    queues: list[deque]     # for each adapter, the numbers of the prompts that wait for it
+    n: int                  # rows that continue a prompt, side by side
+    per: int
 
     def admit(self, prompts, alive, most):
         """Idle rows take waiting prompts of their adapter, until `most` tokens are to be read: a
@@ -381,7 +341,7 @@ class Grid:
 
 @torch.inference_mode()
 def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=None, adapters=None,
-             progress=quiet) -> Iterator[tuple[int, list[list[int]]]]:
+             progress=None) -> Iterator[tuple[int, list[list[int]]]]:
     """Continue prompts (lists of ids), given in groups: yields (a prompt's number, its n rows of
     new ids) as they end.
 
@@ -410,7 +370,7 @@ def generate(model, groups: list[list[list[int]]], sampling: Sampling, seeds=Non
             for prompt in ended:
                 lines = sampler.out[prompt * n:prompt * n + n].tolist()
                 yield prompt, [[i for i in line if i >= 0] for line in lines]
-            if left < total:
+            if progress and left < total:
                 progress(total - left, total)
             ok, seen = try_memory(lambda: next(writing, None))
         if not ok:
@@ -437,7 +397,8 @@ def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
     steps, most, ahead = 1, 2048, 1
     if model.device.type == "cuda":
         steps, most, ahead = 16, 65536, max(16, min(128, sampler.sampling.max_new))
-    grid = Grid(queues, n, max_rows)
+    at_once = max_rows // len(queues) // n      # prompts of each adapter side by side
+    grid = Grid(queues, n, per=n * max(1, min(at_once, max(map(len, queues)))))
     longest = max(len(prompts[prompt]) for prompt in pending)
     rows = Rows(model, grid.per * len(queues), longest + ahead, total, sampler)
 
@@ -465,7 +426,7 @@ def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
 
         # Make room for the next tokens. Fold the grid when half of it is idle.
         room = max(alive.values()) + steps + 1
-        kept = grid.fold(alive, must=room > rows.cache.size)
+        kept = grid.fold(alive, must=room > rows.size)
         if kept:
             rows.keep(kept, room)
             decoding = adapters.route([grid.per] * len(queues)) if adapters else nullcontext()

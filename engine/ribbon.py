@@ -37,18 +37,24 @@ class Ribbon:
         """Sequences are unrolled in groups of like lengths. longest: no sequence is longer; worked
         out from the lengths if 0."""
         self.longest = longest or max(lengths)
-        groups = like_lengths(lengths)
+        # One long sequence must not pad a hundred short ones to its own length: 1 to 32 tokens are
+        # a group, 33 to 128 the next, and so on.
+        groups = {}
+        for i, n in enumerate(lengths):
+            if n:
+                groups.setdefault((max(n, 16) - 1).bit_length() // 2, []).append(i)
+        self.groups = list(groups.values())
 
         # Each group is a block of n x L cells; the blocks lie one after the other.
         self.shapes = []                                    # (n, L) of each group
         self.cells = 0                                      # of all groups together
         begin = torch.zeros(len(lengths), dtype=torch.long)     # each sequence's first cell
-        for members in groups:
+        for members in self.groups:
             longest = max(lengths[i] for i in members)
             begin[members] = self.cells + longest * torch.arange(len(members))
             self.shapes.append((len(members), longest))
             self.cells += len(members) * longest
-        self.masks = [None] * len(groups)                   # None: causal (see PaddedRibbon)
+        self.masks = [None] * len(self.groups)                   # None: causal (see PaddedRibbon)
 
         # Where each token is: worked out on the host, so that nothing waits for the device.
         length = torch.tensor(lengths)
@@ -61,7 +67,7 @@ class Ribbon:
         self.last = to_device(ends - 1, device)
         self.bounds = to_device(F.pad(ends, (1, 0)).int(), device)
         # Without padding the unrolled view has the ribbon's own order: unrolling is a reshape.
-        self.even = len(groups) == 1 and self.cells == row.numel()
+        self.even = len(self.groups) == 1 and self.cells == row.numel()
 
     def unroll(self, x):
         """(T, ...) -> [(n, L, ...) of each group], zeros where there is padding."""
@@ -71,16 +77,10 @@ class Ribbon:
         blocks = x.split([n * longest for n, longest in self.shapes])
         return [block.view(*shape, *x.shape[1:]) for block, shape in zip(blocks, self.shapes)]
 
-    def roll(self, views):
-        """[(n, L, ...) of each group] -> (T, ...), the inverse of `unroll`."""
-        blocks = [view.reshape(-1, *view.shape[2:]) for view in views]
-        x = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-        return x if self.even else x.index_select(0, self.cell)
-
     def attend(self, layer, q, k, v):
         """Causal attention within each sequence. q (T, H, E), k and v (T, K, E) -> (T, H, E).
 
-        `layer` is not used here: decode.Cache's attend needs it."""
+        `layer` is not used here: decode.Rows needs it for its cache."""
         if has_flash(q) and not any(mask is not None for mask in self.masks):
             return flash_attention(q, k, v, [self.bounds] * 2, [self.longest] * 2)
         # One call per group of like lengths. Within it sequences are a batch, and heads are too.
@@ -89,8 +89,10 @@ class Ribbon:
         for q_view, k_view, v_view, mask in groups:                         # (n, L, H or K, E)
             y = attention(q_view.transpose(1, 2), k_view.transpose(1, 2), v_view.transpose(1, 2),
                           mask)
-            outputs.append(y.transpose(1, 2))                               # (n, L, H, E)
-        return self.roll(outputs)
+            outputs.append(y.transpose(1, 2).flatten(0, 1))                 # (n * L, H, E)
+        # Rolled up again: each token's cell.
+        y = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return y if self.even else y.index_select(0, self.cell)
 
 
 class Segments:
@@ -174,19 +176,6 @@ def attention(q, k, v, mask=None):
         k, v = k.repeat_interleave(shared_heads, dim=1), v.repeat_interleave(shared_heads, dim=1)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
-
-
-def like_lengths(lengths):
-    """Indices of sequences in groups: 1 to 32 tokens, 33 to 128, 129 to 512, ...
-
-    One long sequence must not pad a hundred short ones to its own length."""
-    # The number of binary digits of n - 1, halved.
-    groups = {}
-    for i, n in enumerate(lengths):
-        size = (max(n, 16) - 1).bit_length() // 2
-        if n:
-            groups.setdefault(size, []).append(i)
-    return list(groups.values())
 
 
 # ------------------------------------------------------------------------------- a training step
@@ -369,7 +358,7 @@ class PaddedRibbon(Ribbon):
         """position (T,), on the host: the tokens' positions in the rows that are imitated."""
         super().__init__(lengths, device)
         self.position = to_device(position, device)
-        for group, members in enumerate(like_lengths(lengths)):
+        for group, members in enumerate(self.groups):
             _, longest = self.shapes[group]
             content = torch.tensor([lengths[i] - pads[i] for i in members])
             is_content = torch.arange(longest) < content[:, None, None, None]   # (n, 1, 1, L)

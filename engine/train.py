@@ -18,7 +18,6 @@ from typing import Iterable, Iterator
 
 import torch
 
-from engine.decode import quiet
 from engine.device import (Recorded, auto_slots, fused, has_flash, has_graphs, less_memory,
                            to_device, try_memory)
 from engine.ribbon import Example, Packed, Room, pack
@@ -46,7 +45,7 @@ class Running:
     seconds: float = 0.0
 
 
-def sft(model, jobs: list, progress=quiet) -> Iterator[tuple[int, Trained]]:
+def sft(model, jobs: list, progress=None) -> Iterator[tuple[int, Trained]]:
     """Train an adapter for every job: yields (its number, Trained) as jobs end. The longest begin
     first.
 
@@ -68,8 +67,7 @@ def sft(model, jobs: list, progress=quiet) -> Iterator[tuple[int, Trained]]:
         while waiting:
             slots = min(slots or auto_slots(model, jobs) or 1, len(waiting))
             # fill_slots empties its copy of `waiting`; this one keeps what has not ended.
-            training = fill_slots(model, jobs, list(waiting), slots,
-                                  lambda left: progress(total - left, total))
+            training = fill_slots(model, jobs, list(waiting), slots, total, progress)
             ok, ended = try_memory(lambda: next(training, None))
             while ended:
                 waiting.remove(ended[0])
@@ -94,10 +92,10 @@ def batched(items: Iterable, size: int, seconds=60.0) -> Iterator[list]:
         yield batch
 
 
-def fill_slots(model, jobs, waiting, n, progress):
+def fill_slots(model, jobs, waiting, n, total=0, progress=None):
     """Train the waiting jobs, n side by side, the first ones first: yields (number, Trained).
 
-    `progress` hears how many optimiser steps are left."""
+    total: the optimiser steps of all jobs, of which `progress` hears how many are done."""
     engine = Engine(model, jobs[0].recipe, n)
     if has_graphs(model.device) and can_record(engine.adapters, jobs):
         # Of larger steps the host's part is small beside the GPU's.
@@ -125,7 +123,8 @@ def fill_slots(model, jobs, waiting, n, progress):
         ended = engine.take_out()
         if active:
             left -= len(active)
-            progress(left)
+            if progress:
+                progress(total - left, total)
         yield from trained
         if not active:
             return

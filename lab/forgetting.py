@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from data import tinyworld
-from engine.decode import Sampling, collect, in_groups, write
+from engine.decode import Sampling, collect, write
 from engine.train import sft
 from inner_loop import make_job
 from lab.experiment import Question, draw_lines, over_seeds, print_table
@@ -127,10 +127,10 @@ def recall(model, tok, towns: list[Task], seeds: list[int]) -> list[SelfEdit]:
     # The likeliest words, as temperature 0 takes them. There must be room to write about them.
     likeliest = Sampling(max_new=min(WRITING.max_new, model.config.max_len // 4))
     cues = [" ".join(town.context[0].split()[:FIRST_WORDS]) for town in towns]
-    (replies,) = in_groups(write(model, tok, [cues], likeliest), [cues])
+    replies = collect(write(model, tok, [cues], likeliest))
     # The same towns, with the passage in the prompt as the model remembers it.
     asked = []
-    for town, cue, reply in zip(towns, cues, replies):
+    for town, cue, (reply,) in zip(towns, cues, replies):
         passage = f"{cue} {reply.text}"
         prompt = town.prompt.replace(town.context[0], passage)
         asked.append(replace(town, prompt=prompt, context=[passage]))

@@ -21,7 +21,7 @@ from data.arc import read_grid
 from data.judges import each
 from data.tasks import load_data
 from engine import decode
-from engine.decode import Sampling, in_groups, quiet
+from engine.decode import Sampling
 from lora import Adapters, Job, Lora, Recipe
 from model import load_pretrained
 from outer_loop import rest_em
@@ -86,6 +86,13 @@ def random_adapters(model, n, lora=Lora(rank=8, alpha=16, targets=["q_proj", "up
     generator = torch.Generator(model.device).manual_seed(0)
     adapters.flat.normal_(std=std, generator=generator)
     return adapters
+
+
+def in_groups(written, groups):
+    """All that `write` or `generate` yields: for each group a list, n texts for each prompt."""
+    found = dict(written)
+    numbers = iter(range(len(found)))
+    return [[text for _ in group for text in found[next(numbers)]] for group in groups]
 
 
 def generate(model, groups, *args, **settings):
@@ -236,7 +243,7 @@ def spy_on_sft(monkeypatch, module, name="sft"):
     """The lists of jobs that a module gives to sft, or the jobs that it gives to sft_one."""
     seen, train = [], getattr(module, name)
 
-    def spy(model, jobs, progress=quiet):
+    def spy(model, jobs, progress=None):
         seen.append(jobs)
         return train(model, jobs, progress)
 

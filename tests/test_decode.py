@@ -7,12 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import decode
-from engine.decode import Reply, Sampling, in_groups, sample, tries_for
+from engine.decode import Reply, Sampler, Sampling, sample
 from lora import Adapters
 from model import complete, load_pretrained
 from support.files import UserError
 from support.tokenizer import GPT2, Tokenizer
-from tests.helpers import STOP, generate, random_adapters, work
+from tests.helpers import STOP, generate, in_groups, random_adapters, work
 from tests.make_checkpoint import make_checkpoint
 
 
@@ -235,13 +235,14 @@ def assert_like(counts, expected):
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95, 1.0])
 @pytest.mark.parametrize("case, temperature", [("few", 1.0), ("few", 2.0), ("many", 1.0),
                                                ("ties", 1.0)])
-def test_sampling_follows_the_nucleus(case, temperature, top_p):
+def test_sampling_follows_the_nucleus(case, temperature, top_p, tiny):
     """Against the sorted law. Ties are in the nucleus together or not at all."""
     logits = {"few": torch.tensor([0.05, 0.5, 0.3, 0.15]).log(), "many": 3 * torch.randn(2000),
               "ties": torch.randint(0, 4, (40,)).float()}[case]
     n = 1000 if case == "many" else 10000
     law = nucleus_by_sorting((logits / temperature).softmax(-1), top_p)
-    u = torch.rand(n, tries_for(top_p), generator=torch.Generator().manual_seed(0))
+    tries = Sampler(tiny, Sampling(1, temperature=1.0, top_p=top_p), 1, [0]).u.shape[-1]
+    u = torch.rand(n, tries, generator=torch.Generator().manual_seed(0))
     draws = sample(logits.expand(n, -1), temperature, top_p, u)
     assert_like(torch.bincount(draws, minlength=len(law)).double(), n * law)
 

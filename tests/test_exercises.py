@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import outer_loop
-from engine.decode import Sampling, quiet
+from engine.decode import Sampling
 from exercises import bugs, tiny
 from lora import PROJECTIONS, Adapters, Lora
 from outer_loop import m_step
@@ -128,7 +128,7 @@ def test_without_eos_the_policy_forgets_to_stop():
     def surprise_at_eos():
         """Mean -log p(EOS) at the end of these self-edits, after an M-step on them."""
         model = copy.deepcopy(base)
-        run = SimpleNamespace(tok=tok, log=lambda line: None, meter=lambda what: quiet)
+        run = SimpleNamespace(tok=tok, log=lambda line: None, meter=lambda what: None)
         m_step(replace(tiny.CONFIG, outer_lr=1e-2), run, model,
                [(task, edit, 1.0) for task, edit in kept], 0)
         found = []

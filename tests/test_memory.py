@@ -10,7 +10,7 @@ import torch
 
 from engine import device
 from engine import train as engine
-from engine.decode import Cache
+from engine.decode import Rows
 from engine.device import (activation_memory, auto_answering, auto_rows, auto_slots, free_memory,
                            in_halves, step_memory, try_memory)
 from engine.ribbon import Ribbon
@@ -181,7 +181,7 @@ def test_a_job_that_would_not_fit_is_trained_with_recomputed_activations(tiny, s
 # ------------------------------------------------------------------------------- rows, answering
 
 def cache_bytes(model, rows):
-    return sum(kv.nbytes for kv in Cache(model, rows, 128).kv)
+    return sum(kv.nbytes for kv in Rows(model, rows, 128, 0, None).kv)
 
 
 def answering_bytes(model, n):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import model as program
-from engine.ribbon import Ribbon, attention, like_lengths
+from engine.ribbon import Ribbon, attention
 from model import complete, load_pretrained
 from tests.helpers import call
 
@@ -19,7 +19,7 @@ def test_the_ribbon_of_the_docstring():
     assert ribbon.last.tolist() == [2, 3, 5]
     assert ribbon.bounds.tolist() == [0, 3, 4, 6]
     assert view.tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
-    assert ribbon.roll([view]).tolist() == [1, 2, 3, 4, 5, 6]
+    assert view.flatten()[ribbon.cell].tolist() == [1, 2, 3, 4, 5, 6]
 
 
 def test_sequences_are_unrolled_in_groups_of_like_lengths():
@@ -28,12 +28,11 @@ def test_sequences_are_unrolled_in_groups_of_like_lengths():
     assert torch.equal(short[0], tokens[:2])
     assert torch.equal(short[1], torch.stack([tokens[35], torch.zeros(4, 5)]))
     assert torch.equal(long, tokens[None, 2:35])
-    assert torch.equal(ribbon.roll([short, long]), tokens)
     # Without padding nothing is copied.
     (view,) = Ribbon([3, 3], "cpu").unroll(tokens[:6])
     assert view.shape[:2] == (2, 3) and view.data_ptr() == tokens.data_ptr()
     # Like lengths are within a factor of four: up to 32, up to 128, up to 512.
-    assert like_lengths([5, 100, 32, 33, 128, 129, 1]) == [[0, 2, 6], [1, 3, 4], [5]]
+    assert Ribbon([5, 100, 32, 33, 128, 129, 1], "cpu").groups == [[0, 2, 6], [1, 3, 4], [5]]
 
 
 def test_ragged_ribbon_equals_single_sequences(peer):

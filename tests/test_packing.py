@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.ribbon import Example, pack, with_pads
 from engine.train import FrozenHeadLoss, Running, sft
-from lora import Adapters, Lora, Route
+from lora import Adapters, Lora
 from model import load_pretrained
 from tests.helpers import mixed_jobs
 
@@ -24,7 +24,7 @@ def loss_and_gradient(model, adapters, example):
     adapters.flat.grad = None
     running = Running(0, None, [example], iter([[0]]), first=0)
     step = pack([running], model.device, adapters.flat.dtype)
-    with Route(adapters, step.segments, None):
+    with adapters.route(step.segments):
         h = model.hidden(step.ids, step.ribbon.position, step.ribbon.attend)
         nll = FrozenHeadLoss.apply(h[step.source], model.lm_head.weight, step.labels)
         loss = (nll * step.weight).sum()

@@ -528,7 +528,7 @@ PLACES = {
     "rows": (decode, "Rows", True), "a step of decoding": (decode.Rows, "step", True),
     "prefill": (decode.Rows, "prefill", True),
     "the M-step": (torch.nn.functional, "cross_entropy", True),
-    "growing the cache": (decode.Cache, "keep", True),
+    "growing the cache": (decode.Rows, "keep", True),
     "drawing tokens": (decode, "sample", True), "merging": (Adapters, "merge", False),
     "loading": (Run, "read_model", False), "saving": (Transformer, "save_pretrained", False)}
 

@@ -119,7 +119,7 @@ def train_arm(arm, model, jobs, slots, progress):
         list(sft(model, [Job(examples, 0, replace(jobs[0].recipe, batch=slots, slots=1))]))
     else:
         # In an order of chance, where sft begins with the longest: a whole round's mix of texts.
-        list(fill_slots(model, jobs, list(range(len(jobs))), slots, lambda left: None))
+        list(fill_slots(model, jobs, list(range(len(jobs))), slots))
 
 
 # ------------------------------------------------------------------------------- measuring
