@@ -245,10 +245,8 @@ def show_run(lines):
 
 
 def of_run(ap, args):
-    by_task = {}
-    for group in read_groups(args.run):
-        if group[0]["iteration"] == 0:
-            by_task[group[0]["task"]] = group
+    first_round = [group for group in read_groups(args.run) if group[0]["iteration"] == 0]
+    by_task = {group[0]["task"]: group for group in first_round}
     # The run itself is only read.
     with tempfile.TemporaryDirectory() as folder:
         run = run_of(args.run, run_dir=folder, device="cpu")

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from data import tinyworld
+from engine.decode import collect
 from engine.train import sft
 from lab.experiment import Question, arrows, draw_lines, mean_of, over_seeds, print_table
 from lab.tiny import (RECIPE, best_notes, by_direction, load, one_form, rephrased, verdicts,
@@ -84,16 +85,12 @@ def learn(model, tok, tasks: list[Task], edits: list[list[SelfEdit]], seed: int)
     jobs, found = [], []
     for i, (task, row) in enumerate(zip(tasks, edits)):
         # The passage is there once for each self-edit, so that its weight does not fall with k.
-        documents = []
-        for edit in row:
-            documents += edit.documents
         # Of empty self-edits nothing can be learned but the passage.
-        documents = documents or task.context
+        documents = sum([edit.documents for edit in row], []) or task.context
         jobs.append(one_job(model, tok, documents, seed_for(seed, "adapter", i)))
         found.append(of_town(row, task.context[0]))
 
-    trained = dict(sft(model, jobs, Meter("steps")))
-    adapters = [trained[i].weights for i in range(len(jobs))]
+    adapters = [one.weights for one in collect(sft(model, jobs, Meter("steps")))]
     for task, right, row in zip(tasks, verdicts(model, tok, tasks, adapters), found):
         row |= by_direction(task, right)
     return mean_of(found)

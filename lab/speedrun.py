@@ -48,10 +48,8 @@ def measure(flags: list[str], seed: int) -> dict:
 
 def time_to_goal(record: dict) -> float:
     """Seconds until the goal; infinite if the run never reached it."""
-    for reward, seconds in zip(record["reward"], record["seconds"]):
-        if reward >= GOAL:
-            return seconds
-    return float("inf")
+    measured = zip(record["reward"], record["seconds"])
+    return min([seconds for reward, seconds in measured if reward >= GOAL], default=float("inf"))
 
 
 def table(records):

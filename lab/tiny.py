@@ -49,8 +49,8 @@ def verdicts(model, tok, towns: list[Task], rows=()):
 def score(model, tok, towns: list[Task], edits: list[SelfEdit], seed: int) -> list[float]:
     """What each town's self-edit is worth to this model, by an inner loop."""
     seeds = [[seed_for(seed, i, "probe")] for i in range(len(towns))]
-    outcomes = dict(update_and_score(model, tok, towns, edits, seeds, RECIPE, ANSWERING))
-    return [outcomes[i].reward for i in range(len(towns))]
+    outcomes = update_and_score(model, tok, towns, edits, seeds, RECIPE, ANSWERING)
+    return [outcome.reward for outcome in collect(outcomes)]
 
 
 def or_passage(town: Task, edit: SelfEdit) -> SelfEdit:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from data import tinyworld
+from engine.decode import collect
 from engine.train import sft
 from inner_loop import make_job
 from lab.experiment import Question, of_seeds, over_seeds, print_table
@@ -68,8 +69,7 @@ def adapters_of(seed: int) -> list[torch.Tensor]:
     jobs = []
     for i, (town, edit) in enumerate(zip(towns, write_all(model, tok, towns, seed))):
         jobs.append(make_job(model, tok, or_passage(town, edit), seed_for(seed, i), RECIPE))
-    trained = dict(sft(model, jobs))
-    return [trained[i].weights for i in range(len(jobs))]
+    return [one.weights for one in collect(sft(model, jobs))]
 
 
 def cosines(vectors: dict, seed: int, base, rows) -> dict[str, float]:
