@@ -10,12 +10,12 @@ take outer_loop.py's flags (--preset tiny is the default) and keep what they did
 same command resumes. The table is printed, and written as JSON. torchrun shares out single and arc.
 """
 import random
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save
 
 from data import knowledge
@@ -27,7 +27,8 @@ from inner_loop import answering, ask, grade_all, in_prompt, inner_recipe, make_
 from lora import Adapters, Job
 from model import load_pretrained
 from outer_loop import sample, score, unadapted, verdicts
-from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
+from selfedit import (SelfEdit, Task, read_self_edit, sample_self_edits, seed_for,
+                      write_asked)
 from support import page, ranks
 from support.config import add_flags, read_flags, read_settings
 from support.files import Lines, Parser, UserError, as_json, cli, positive, replace_file
@@ -106,8 +107,7 @@ def finish(table: Table, name: str, reference: dict):
     run.log(table_lines(table.rows, reference))
     path = run.folder / f"{name}.json"
     if ranks.RANK == 0:
-        replace_file(path, as_json(
-            {"command": sys.argv, "seed": run.cfg.seed, "rows": table.rows}, indent=1))
+        replace_file(path, as_json({"seed": run.cfg.seed, "rows": table.rows}, indent=1))
         page.refresh(run)
     run.log("gained: of the questions missed without adaptation, now right; lost: of the known "
             f"ones, now wrong; cut: answers at the cap. Also in {path}")
@@ -141,6 +141,9 @@ def single(args, run: Run):
     for name, texts in given.items():
         edits = [[read_self_edit(task, text, run.tok.encode(text))]
                  for task, text in zip(tasks, texts)]
+        seeds = [[seed_for(cfg.seed, name, i)] for i in range(len(tasks))]
+        sampling = Sampling(cfg.max_edit_tokens, 1, cfg.temperature, cfg.top_p, max_rows=cfg.rows)
+        write_asked(model, run.tok, tasks, edits, sampling, seeds)
         table.add(name, edits)
     table.rows.append({"row": "passage in the prompt",
                        "accuracy": unadapted(run, run.load(0), in_prompt(tasks))})
@@ -249,8 +252,7 @@ def continual(args, run: Run):
         run.log(f"{k:>4}  " + "  ".join(f"{m:.3f} ({e:.3f})" for m, e in zip(mean, error)))
     for what, (mean, error) in result.items():
         run.log(f"{what:>44} {mean:7.3f} ({error:.3f})")
-    replace_file(run.folder / "continual.json", as_json(
-        {"command": sys.argv, "seed": cfg.seed, **result}, indent=1))
+    replace_file(run.folder / "continual.json", as_json({"seed": cfg.seed, **result}, indent=1))
     page.refresh(run)
 
 
@@ -265,9 +267,12 @@ def learn_next(run, model, learned: Adapters, streams: list[list[Task]], k: int)
     edits = collect(sample_self_edits(model, run.tok, tasks, sampling, seeds, learned,
                                        Meter("self-edits")))
 
-    # Only the k-th part of the adapter is free. It begins as a fresh adapter does.
-    free = learned.part(k * rank, (k + 1) * rank)
+    # Only the k-th part of the adapter is free: these rows of A and columns of B, as B A is a sum
+    # over them. It begins as a fresh adapter does.
     fresh = Adapters(model, learned.lora, 1)
+    free = torch.zeros_like(fresh.flat, dtype=torch.bool)
+    for A, B in fresh.pairs(free):
+        A[:, k * rank:(k + 1) * rank] = B[:, :, k * rank:(k + 1) * rank] = True
     recipe = replace(inner_recipe(run.cfg), lora=learned.lora)
     jobs, owner = [], []
     for s, (edit,) in enumerate(edits):
@@ -277,7 +282,7 @@ def learn_next(run, model, learned: Adapters, streams: list[list[Task]], k: int)
         except ValueError:
             continue        # nothing to learn: the stream stays as it is
         fresh.init(0, seed)
-        jobs.append(replace(job, start=learned.flat[s] + fresh.flat[0] * free, free=free))
+        jobs.append(replace(job, start=learned.flat[s] + (fresh.flat * free)[0], free=free[0]))
         owner.append(s)
     for j, trained in sft(model, jobs, Meter(f"steps of edit {k + 1} of {length}")):
         if not trained.diverged:

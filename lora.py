@@ -132,16 +132,6 @@ class Adapters:
                           B.view(len(flat), layer.out_features, self.lora.rank)))
         return pairs
 
-    def part(self, low: int, high: int):
-        """(P,) bool, for eval.py continual: True at the parameters of ranks low .. high - 1, which
-        are rows of every A and columns of every B."""
-        # B A is a sum over ranks k of column k of B times row k of A: a rank is a term of its own.
-        mask = torch.zeros(1, self.flat.shape[1], dtype=torch.bool, device=self.flat.device)
-        for A, B in self.pairs(mask):
-            A[:, low:high] = True
-            B[:, :, low:high] = True
-        return mask[0]
-
     def route(self, counts, flat=None):
         """`with adapters.route(counts):` the ribbon's first counts[0] tokens go through adapter 0,
         the next counts[1] through adapter 1, and so on. counts: a list, or Segments. flat: in place

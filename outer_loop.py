@@ -92,7 +92,8 @@ def sample(run: Run, model, tasks: list[Task], t: int, split: str, k: int) -> li
         written = sample_self_edits(model, run.tok, own, sampling, seeds,
                                     progress=run.meter("self-edits"))
         for n, edits in written:
-            yield todo[n], [{"text": edit.text, "token_ids": edit.token_ids} for edit in edits]
+            yield todo[n], [{"text": edit.text, "token_ids": edit.token_ids, "made": edit.made}
+                            for edit in edits]
 
     # All k of a task are written together.
     groups = [[(i, j) for j in range(k)] for i in range(len(tasks))]
@@ -101,7 +102,8 @@ def sample(run: Run, model, tasks: list[Task], t: int, split: str, k: int) -> li
     edits = []
     for task, group in zip(tasks, groups):
         records = [found[place] for place in group]
-        edits.append([read_self_edit(task, r["text"], r["token_ids"]) for r in records])
+        edits.append([read_self_edit(task, r["text"], r["token_ids"], r.get("made", ""))
+                      for r in records])
     return edits
 
 
@@ -136,7 +138,7 @@ def score(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: in
             record = {
                 "unadapted": without[i], "title": task.name, "reward": outcome.reward,
                 "text": edit.text, "token_ids": edit.token_ids, "directives": edit.directives,
-                "tools": edit.tools, "documents": len(edit.documents),
+                "tools": edit.tools, "made": edit.made, "documents": len(edit.documents),
                 "questions": task.questions, "gold": task.answers, "answers": outcome.answers,
                 "right": outcome.right, "losses": outcome.losses, "cut": outcome.cut,
                 "replies": len(outcome.right) * len(task.queries),

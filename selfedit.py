@@ -32,6 +32,8 @@ class SelfEdit:
     documents: list = field(default_factory=list)
     directives: dict = field(default_factory=dict)      # override the Recipe: see DIRECTIVES
     tools: list[str] = field(default_factory=list)      # that made the documents, if any did
+    ask: str = ""       # a prompt: a tool asks the model to write by it
+    made: str = ""      # what the model wrote by it
     note: str = ""
 
 
@@ -71,25 +73,22 @@ class Task:
 
 # The paper's, to the letter (appendix B). A base model reads the text as it is; for a chat model it
 # becomes a user's turn (Tokenizer.prompt).
+PASSAGE = "\n\nPassage:\n{title}\n{context}\n\n"
+OF_IMPLICATIONS = (" of implications derived directly or indirectly from the content."
+                   + PASSAGE + "Implications:\n")
 PROMPTS = {
-    "implications":
-        "Let's read the following passage and produce a list of implications derived directly or "
-        "indirectly from the content.\n\nPassage:\n{title}\n{context}\n\nImplications:\n",
+    "implications": "Let's read the following passage and produce a list" + OF_IMPLICATIONS,
     "implications-long":
-        "Let's read the following passage and produce a long list of implications derived directly "
-        "or indirectly from the content.\n\nPassage:\n{title}\n{context}\n\nImplications:\n",
+        "Let's read the following passage and produce a long list" + OF_IMPLICATIONS,
     "implications-very-long":
-        "Let's read the following passage and produce a very long list of implications derived "
-        "directly or indirectly from the content.\n\nPassage:\n{title}\n{context}\n\n"
-        "Implications:\n",
+        "Let's read the following passage and produce a very long list" + OF_IMPLICATIONS,
     "rewrite":
         "Let's read the following passage and rewrite it in a few different ways, each one "
-        "separated by a newline.\n\nPassage:\n{title}\n{context}\n\nRewritten passages:\n",
+        "separated by a newline." + PASSAGE + "Rewritten passages:\n",
     "self-qa":
-        "Let's read the following passage and rewrite it in a question-answer format.\n\n"
-        "Passage:\n{title}\n{context}\n\nQuestion 1: ",
-    "none":
-        "Passage:\n{title}\n{context}\n\n",
+        "Let's read the following passage and rewrite it in a question-answer format."
+        + PASSAGE + "Question 1: ",
+    "none": PASSAGE.lstrip(),
 }
 
 
@@ -126,10 +125,7 @@ STUDY_PROMPT = """Choose how a model is trained on a passage, to answer question
 {context}
 
 Tools that make texts of this passage:
-use_passage: the passage
-use_sentences: each sentence
-use_titled_sentences: each sentence after the title
-use_windows: each two neighbouring sentences after the title
+{tools}
 Values: {values}
 Answer with a valid JSON object like this one, and nothing else:
 {example}
@@ -177,15 +173,16 @@ def seed_for(*key) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "big")
 
 
-def read_self_edit(task: Task, text: str, token_ids=()) -> SelfEdit:
-    """Text, sampled or from elsewhere, as a self-edit of this task."""
+def read_self_edit(task: Task, text: str, token_ids=(), made="") -> SelfEdit:
+    """Text, sampled or from elsewhere, as a self-edit of this task. made: by a tool that asked."""
     # What can't be read still gives a SelfEdit: with a note, without documents, with reward 0.
     text = text.strip()
     try:
         edit = task.read(text)
     except ValueError as e:
         edit = SelfEdit(note=str(e))
-    return replace(edit, text=text, token_ids=list(token_ids))
+    documents = edit.documents + [f"{task.name}\n{piece}" for piece in split_documents(made)]
+    return replace(edit, text=text, token_ids=list(token_ids), documents=documents, made=made)
 
 
 def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: list[list[int]],
@@ -198,8 +195,32 @@ def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: 
         return
     flat_seeds = [seed for row in seeds for seed in row]
     prompts = [[task.prompt] for task in tasks]     # a group per task: adapter i for task i
+    asking = [[] for _ in tasks]    # those of which some ask for a text: it is written in the end
     for i, replies in write(model, tok, prompts, sampling, flat_seeds, adapters, progress):
-        yield i, [read_self_edit(tasks[i], reply.text, reply.token_ids) for reply in replies]
+        edits = [read_self_edit(tasks[i], reply.text, reply.token_ids) for reply in replies]
+        if any(edit.ask for edit in edits):
+            asking[i] = edits
+        else:
+            yield i, edits
+    write_asked(model, tok, tasks, asking, sampling, seeds, adapters, progress)
+    for i, edits in enumerate(asking):
+        if edits:
+            yield i, edits
+
+
+def write_asked(model, tok, tasks: list[Task], edits: list[list[SelfEdit]], sampling: Sampling,
+                seeds: list[list[int]], adapters=None, progress=None):
+    """Add to the self-edits of each task what their tools ask the model for, all in one batch."""
+    prompts, places = [], []
+    for i, row in enumerate(edits):
+        prompts.append([edit.ask for edit in row if edit.ask])
+        places += [(i, j) for j, edit in enumerate(row) if edit.ask]
+    own_seeds = [seed_for(seeds[i][j], "asked") for i, j in places]
+    sampling = replace(sampling, n=1)
+    for n, (reply,) in write(model, tok, prompts, sampling, own_seeds, adapters, progress):
+        i, j = places[n]
+        edit = edits[i][j]
+        edits[i][j] = read_self_edit(tasks[i], edit.text, edit.token_ids, reply.text)
 
 
 # ------------------------------------------------------------------------------- command line

@@ -4,8 +4,9 @@
 
 Paper, abstract and section 2: a self-edit may set hyper-parameters and invoke tools that make the
 data. The paper has such self-edits of puzzles only. Here a self-edit of a passage names the tools
-that make documents of it, the learning rate, the epochs, and the documents of a step. None of them
-is written by the model, so a self-edit is as true as its passage.
+that make documents of it, the learning rate, the epochs, and the documents of a step. The model
+writes none of the documents, so a self-edit is as true as its passage. With a --prompt of its own
+it may write some: then one more tool is the model itself, asked by that prompt.
 """
 import random
 from dataclasses import replace
@@ -14,15 +15,20 @@ from pathlib import Path
 from data import knowledge
 from data.choices import Choice, Form, read_choices, write_choices
 from data.text import sentences
-from selfedit import EMPTY, STUDY_PROMPT, SelfEdit, Task, seed_for
+from selfedit import EMPTY, STUDY_PROMPT, SelfEdit, Task, fill, seed_for
 from support.files import Parser, cli
 
-TOOLS = ("passage", "sentences", "titled_sentences", "windows")
+# tool -> the texts that it makes
+TOOLS = {"passage": "the passage", "sentences": "each sentence",
+         "titled_sentences": "each sentence after the title",
+         "windows": "each two neighbouring sentences after the title"}
+OWN_TEXT = {"own_text": "what you write of it"}
 FORM = Form(
     tools={f"use_{tool}": tool for tool in TOOLS},
     training={"learning_rate": Choice("lr", float, (0.0003, 0.001, 0.002, 0.005)),
               "num_train_epochs": Choice("epochs", int, (2, 5, 10)),
               "batch_size": Choice("batch", int, (1, 4, 16))})
+WITH_OWN_TEXT = replace(FORM, tools=FORM.tools | {f"use_{tool}": tool for tool in OWN_TEXT})
 
 
 def documents(title: str, passage: str, tools) -> list[str]:
@@ -35,36 +41,41 @@ def documents(title: str, passage: str, tools) -> list[str]:
     windows = [f"{title}\n{first} {second}" for first, second in zip(pieces, pieces[1:])]
     made = {"passage": [f"{title}\n{passage}"], "sentences": pieces, "titled_sentences": titled,
             "windows": windows or titled}
-    return list(dict.fromkeys(text for tool in tools for text in made[tool]))
+    return list(dict.fromkeys(text for tool in tools for text in made.get(tool, [])))
 
 
-def random_edit(rng: random.Random) -> str:
+def random_edit(rng: random.Random, form=FORM) -> str:
     """Valid choices: one or two tools, and each value, drawn uniformly."""
-    tools = rng.sample(TOOLS, rng.randint(1, 2))
+    tools = rng.sample(list(form.tools.values()), rng.randint(1, 2))
     directives = {}
-    for choice in FORM.training.values():
+    for choice in form.training.values():
         directives[choice.directive] = rng.choice(choice.among)
-    return write_choices(FORM, tools, directives)
+    return write_choices(form, tools, directives)
 
 
 VALUES = "; ".join(f"{key} {', '.join(map(str, choice.among))}"
                    for key, choice in FORM.training.items())
 
 
-def directed(task: Task) -> Task:
-    """The same passage, of which a self-edit chooses how it is studied."""
+def directed(task: Task, own="none") -> Task:
+    """The same passage, of which a self-edit chooses how it is studied. own: a prompt, by which the
+    model may write of the passage, too."""
     passage = task.context[0].removeprefix(f"{task.name}\n")
+    form, tools = (FORM, TOOLS) if own == "none" else (WITH_OWN_TEXT, TOOLS | OWN_TEXT)
     # The example differs from passage to passage, so that no choice is favoured.
-    example = random_edit(random.Random(seed_for("example", task.context[0])))
+    example = random_edit(random.Random(seed_for("example", task.context[0])), form)
 
     def read(text):
-        tools, directives = read_choices(text, FORM)
-        if not tools:
+        chosen, directives = read_choices(text, form)
+        if not chosen:
             raise ValueError(EMPTY)
-        return SelfEdit(documents=documents(task.name, passage, tools), directives=directives,
-                        tools=tools)
+        ask = fill(own, task.name, passage) if OWN_TEXT.keys() & chosen else ""
+        return SelfEdit(documents=documents(task.name, passage, chosen), directives=directives,
+                        tools=chosen, ask=ask)
 
-    prompt = STUDY_PROMPT.format(context=task.context[0], values=VALUES, example=example)
+    listed = "\n".join(f"use_{tool}: {what}" for tool, what in tools.items())
+    prompt = STUDY_PROMPT.format(context=task.context[0], tools=listed, values=VALUES,
+                                 example=example)
     return replace(task, prompt=prompt, read=read)
 
 

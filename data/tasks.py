@@ -86,7 +86,7 @@ def read_tasks(run, source) -> list[Task]:
     if cfg.domain == "knowledge":
         run.judge = run.judge or judge_of(run)      # one judge for all sources of a run
         tasks = knowledge.load(source, cfg.prompt, run.judge, cfg.max_documents, run.log)
-        return [study.directed(task) for task in tasks] if cfg.directives else tasks
+        return [study.directed(task, cfg.prompt) for task in tasks] if cfg.directives else tasks
     if cfg.domain == "tinyworld":
         return tinyworld.load(source, cfg.directives)
     return DOMAINS[cfg.domain].load(source, seed=cfg.seed, batch=cfg.inner_batch,

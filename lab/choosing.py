@@ -218,7 +218,7 @@ def show_scores(parts):
 
 def measure_run(run: Run, model, task, rollouts: list[dict]) -> dict:
     """A line: scores of the self-edits of a passage, and their accuracy with each seed."""
-    edits = [read_self_edit(task, r["text"], r["token_ids"]) for r in rollouts]
+    edits = [read_self_edit(task, r["text"], r["token_ids"], r.get("made", "")) for r in rollouts]
     found = products(model, run.tok, task, edits, inner_recipe(run.cfg))
     return {"accuracy": accuracy_of(rollouts).round(4).tolist(),
             "product": [round(product, 5) for product, _ in found],

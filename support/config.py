@@ -61,7 +61,8 @@ class Config:
     max_edit_tokens: int = setting(2048, "longest self-edit", low=1, high=1e6)
     max_documents: int = setting(
         0, "pieces kept of a self-edit; 0: all (v2 of the paper: 30)", low=0)
-    directives: bool = setting(False, "passages: a self-edit chooses how it is learned")
+    directives: bool = setting(
+        False, "passages: a self-edit chooses how it is learned, with --prompt also of own text")
     max_steps: int = setting(2000, "optimiser steps that a self-edit may ask for", low=1)
     max_train_tokens: int = setting(
         2_000_000, "and tokens, over all epochs; beyond them its reward is 0", low=1)
@@ -262,14 +263,17 @@ def read_flags(args, needed) -> Config:
     # The prompt itself is the setting, wherever it was read.
     if args.prompt_file:
         given["prompt"] = read_prompt(args.prompt_file)
-    cfg = Config(**PRESETS[args.preset] | given)
+    settings = PRESETS[args.preset] | given
+    # Of a passage's self-edits that choose, the model itself is a tool if it is given a prompt.
+    if settings.get("directives") and settings.get("domain", "knowledge") == "knowledge":
+        settings.setdefault("prompt", "none")
+    cfg = Config(**settings)
     for name in sorted(given.keys() & ONLY_FOR.keys()):
         if given[name] and cfg.domain not in ONLY_FOR[name]:
             raise UserError(f"{flag(name)}: it does nothing in the domain {cfg.domain}, only in "
                             f"{' and '.join(ONLY_FOR[name])}")
-    if cfg.domain == "knowledge" and cfg.directives and given.keys() & {"prompt", "max_documents"}:
-        raise UserError("--directives: it has a prompt of its own and documents by its tools; "
-                        "leave out --prompt and --max-documents")
+    if cfg.domain == "knowledge" and cfg.directives and "max_documents" in given:
+        raise UserError("--directives: its tools make the documents; leave out --max-documents")
     if "solved_at" in given and cfg.update != "solved":
         raise UserError("--solved-at: it goes with --update solved")
     if "keep" in given and cfg.update not in ("best", "random"):

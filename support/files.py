@@ -198,12 +198,12 @@ PLACE = {"iteration": int, "split": str, "arm?": str, "task": int, "edit": int}
 FIELDS = {
     "config": {"command?": [str], "own?": {}, "content?": {str: str}, "code?": {str: str},
                "program?": str},
-    "edits": PLACE | {"text": str, "token_ids": [int]},
+    "edits": PLACE | {"text": str, "token_ids": [int], "made?": str},
     "rollouts": PLACE | {
         "title": str, "reward": float, "unadapted": float, "text": str, "token_ids": [int],
         "documents": int, "questions": [str], "gold": [str], "answers": [[str]], "right": [[bool]],
         "losses": [[(float,)]], "cut": int, "replies": int, "seconds": float, "note": str,
-        "context?": str, "kinds?": [str], "forms?": [(str,)], "weight?": float},
+        "context?": str, "kinds?": [str], "forms?": [(str,)], "weight?": float, "made?": str},
     "metrics": {
         "iteration": int, "eval_reward": float, "eval_ci": [float], "eval_by_kind": {str: float},
         "eval_unadapted": float, "eval_tasks": int, "train_reward": (float,),

@@ -13,10 +13,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+import selfedit
 from data import arc, judges, knowledge, study, tinyworld
 from data.arc import TOOLS, read_json_edit, write_json_edit
 from data.choices import write_choices
 from data.knowledge import read_edits
+from engine import decode
 from selfedit import EMPTY, SelfEdit, read_self_edit, split_documents
 from support.files import UserError
 from tests.helpers import ROOT, SMALL, WRONG, call, changed, places, run_it
@@ -421,3 +423,31 @@ def test_a_run_asks_for_choices_and_learns_by_them(passages, tmp_path):
     assert (good["directives"], good["tools"]) == (directives, ["windows"])
     assert good["documents"] == 1 and good["note"] == "" and good["losses"]
     assert (bad["documents"], bad["reward"]) == (0, 0) and "not JSON" in bad["note"]
+
+
+def test_the_model_itself_is_a_tool_if_it_has_a_prompt(passages, tmp_path, monkeypatch):
+    """What a chosen tool asks for is written by the same model, kept, and read again."""
+    wide = make_checkpoint(tmp_path / "wide", max_position_embeddings=4096)
+    argv = ["--model", wide, "--train-data", passages, "--eval-data", passages, *SMALL.split(),
+            "--iterations", "0", "--directives", "--prompt", "rewrite", "--run-dir", tmp_path / "run"]
+    directives = {"lr": 0.001, "epochs": 2, "batch": 4}
+    chosen = [write_choices(study.WITH_OWN_TEXT, tools, directives)
+              for tools in (["own_text", "passage"], ["passage"])]
+    asked = []
+
+    def write(model, tok, groups, sampling, seeds, adapters=None, progress=None):
+        asked.append(groups)
+        for n, (prompt,) in enumerate(filter(None, groups)):
+            text = "One.\nTwo." if prompt.startswith("Let's") else chosen[n]
+            yield n, [decode.Reply(text, [5, n], cut=False)]
+
+    monkeypatch.setattr(selfedit, "write", write)
+    own, none = run_it(argv).edits.of(0, "eval")
+    assert asked[1] == [[selfedit.fill("rewrite", "Town 0", PASSAGE.split("\n")[1])], []]
+    assert (own["made"], none["made"]) == ("One.\nTwo.", "")
+    (tmp_path / "run" / "rollouts.jsonl").unlink()
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    first, second = run_it(argv).rollouts.of(0, "eval")
+    assert len(asked) == 2      # what was written is not written again
+    assert (first["documents"], second["documents"]) == (3, 1)
+    assert (first["made"], first["tools"]) == ("One.\nTwo.", ["passage", "own_text"])

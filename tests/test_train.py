@@ -234,9 +234,11 @@ def test_edits_on_top_of_each_other_are_as_if_merged(model64, tiny_folder):
         for (A, B), (new_A, new_B) in zip(stack.pairs(fresh), alone.pairs(alone.flat)):
             A[:, rows] = new_A
             B[:, :, rows] = new_B
-        free = stack.part(4 * k, 4 * k + 4)
+        mask = torch.zeros_like(stack.flat, dtype=torch.bool)
+        for A, B in stack.pairs(mask):
+            A[:, rows] = B[:, :, rows] = True
 
-        start = (stack.flat + fresh)[0]
+        (start,), (free,) = stack.flat + fresh, mask
         trained = train(model64, [replace(job, start=start, free=free)])[0]
         assert torch.equal(trained.weights[~free], stack.flat[0][~free])
         assert difference(trained.weights[free], start[free]) > 5e-4
