@@ -91,7 +91,8 @@ def draw(groups, file):
     for run in chain(*groups.values()):
         floor += [arm["reward"] for arm in run[0]["baselines"] if arm["name"] == "passage only"]
     if floor:
-        axes.axhline(np.mean(floor), color="#777", linestyle="--", label="trained on the passage only")
+        axes.axhline(np.mean(floor), color="#777", linestyle="--",
+                     label="trained on the passage only")
     axes.set_xticks(range(max(len(runs[0]) for runs in groups.values())))
     axes.set_ylim(0, 1)
     save(figure, file)
