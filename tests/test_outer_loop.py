@@ -175,7 +175,7 @@ def test_bad_self_edits_do_not_stop_a_run(lr, note, argv, varied_rewards, monkey
     """If none says anything, there is nothing for the M-step: the model stays as it is."""
     if lr == "0.001":
         monkeypatch.setattr(outer_loop, "read_self_edit",
-                            lambda task, text, ids: read_self_edit(task, "", ids))
+                            lambda task, text, *made: read_self_edit(task, "", *made))
     run = open_run(parse([*argv, "--inner-lr", lr, "--iterations", "1"]))
     run_rest_em(run)
     assert len(run.rollouts.records) == 2 * 2 + 6

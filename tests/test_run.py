@@ -95,7 +95,7 @@ def test_a_flag_beats_its_preset_and_a_switch_can_be_turned_off():
     ("--model=", "--model is missing (-h explains)"),
     ("--domain arc --directives",
      "--directives: it does nothing in the domain arc, only in knowledge and tinyworld"),
-    ("--directives --prompt rewrite", "--directives: it has a prompt of its own"),
+    ("--directives --max-documents 3", "--directives: its tools make the documents"),
     ("--views 3", "--views: it does nothing in the domain knowledge, only in arc and tinyarc"),
     ("--solved-at 0.5", "--solved-at: it goes with --update solved"),
     ("--update grpo --keep 2", "--keep: --update grpo takes no number"),
