@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 from collections import namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,20 +57,9 @@ def empty_model(name, dtype) -> Transformer:
             return Transformer(ModelConfig.from_folder(folder)).to(dtype)
 
 
-@dataclass
-class Card:
-    """What a maker promises: dense bfloat16 products summed in float32 (on a T4, which has none,
-    float32 ones)."""
-    name: str
-    gib: float
-    flops: float            # a second
-    bandwidth: float        # bytes a second
-
-    def least_ms(self, flops, nbytes):
-        return 1000 * max(flops / self.flops, nbytes / self.bandwidth)
-
-
-# NVIDIA's white papers and data sheets.
+# name, gib, FLOP/s, bytes/s: NVIDIA's white papers and data sheets, for dense bfloat16 products summed
+# in float32 (of a T4, which has none, float32 ones).
+Card = namedtuple("Card", "name gib flops bandwidth")
 CARDS = {8: Card("RTX 3070", 8, 40.6e12, 448e9),
          16: Card("T4", 15, 8.1e12, 320e9),
          24: Card("RTX 4090", 24, 165e12, 1008e9),
@@ -86,24 +75,15 @@ PLAIN = 4.2e-3
 RECORDED, DECODED, OF_BANDWIDTH = 0.5e-3, 0.2e-3, 0.4
 
 
-# In tokens: a self-edit's prompt, the mean self-edit, a question, an answer. questions: per task.
-# documents: of each of many self-edits (how many, tokens of all).
+# In tokens: a self-edit's prompt, a self-edit, a question, an answer. questions: per task. documents:
+# (how many, tokens of all) of each of many self-edits.
 Texts = namedtuple("Texts", "prompt edit documents questions question answer")
-
-
-def texts_of(cfg: Config) -> Texts:
-    """knowledge: SQuAD's passages and the 250 self-edits that the authors released for their first
-    round. Others: measured on runs with the presets."""
-    if cfg.domain == "knowledge":
-        mean = round(sum(map(sum, LENGTHS)) / len(LENGTHS))
-        documents = [(len(edit), sum(edit)) for edit in LENGTHS]
-        return Texts(240, min(mean, cfg.max_edit_tokens), documents, 4.9, 45,
-                     min(12, cfg.max_answer_tokens))
-    if cfg.domain == "arc":
-        return Texts(1500, 110, [(200, 120000)], 32, 1500, 120)
-    if cfg.domain == "tinyarc":
-        return Texts(200, 100, [(cfg.max_examples, 50 * cfg.max_examples)], 8, 60, 12)
-    return Texts(80, 70, [(6, 66)], 11, 14, 6)      # tinyworld
+# knowledge: SQuAD's passages and the 250 self-edits that the authors released for their first round.
+# The others were measured on runs with the presets.
+TEXTS = {"knowledge": Texts(240, 433, [(len(edit), sum(edit)) for edit in LENGTHS], 4.9, 45, 12),
+         "arc": Texts(1500, 110, [(200, 120000)], 32, 1500, 120),
+         "tinyarc": Texts(200, 100, [(12, 600)], 8, 60, 12),
+         "tinyworld": Texts(80, 70, [(6, 66)], 11, 14, 6)}
 
 
 def passed_by(model):
@@ -112,104 +92,99 @@ def passed_by(model):
     return layers + model.lm_head.weight.numel()
 
 
-def token_flops(weights, parameters):
-    """FLOPs of a token in training: 4 a weight of the frozen base (2 forward, 2 for the gradient
-    that passes through), 6 a parameter of its adapter."""
-    return 4 * weights + 6 * parameters
-
-
 # side_by_side: how much of it at once, in words. memory: bytes, beside the weights.
-Phase = namedtuple("Phase", "name side_by_side memory steps tokens flops seconds")
+Phase = namedtuple("Phase", "name side_by_side memory steps tokens seconds")
 
 
 class Planner:
-    """What each phase of a run needs on a card."""
+    """What each phase of a run needs on a card of so many GiB. UserError if there is none."""
 
-    def __init__(self, cfg: Config, model: Transformer, card: Card):
-        self.cfg, self.model, self.card, self.texts = cfg, model, card, texts_of(cfg)
-        self.weights = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize
-        self.free = card.gib * GIB - CONTEXT - self.weights
-        self.passed = passed_by(model)
-        place = math.log(self.passed / 0.5e9) / math.log(7.6e9 / 0.5e9)
-        self.flops = card.flops * (0.15 + 0.3 * min(1, max(0, place)))      # a second
+    def __init__(self, cfg: Config, gib: int):
+        if gib not in CARDS:
+            raise UserError(f"--card {gib}: choose among {', '.join(map(str, CARDS))} (GiB)")
+        self.cfg, self.card, texts = cfg, CARDS[gib], TEXTS[cfg.domain]
+        self.texts = texts._replace(edit=min(texts.edit, cfg.max_edit_tokens),
+                                    answer=min(texts.answer, cfg.max_answer_tokens))
+        dtype = "float32" if self.card.name == "T4" else "bfloat16"
+        self.model = empty_model(cfg.model, getattr(torch, cfg.dtype or dtype))
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.weights = self.parameters * self.model.dtype.itemsize      # bytes
+        self.free = self.card.gib * GIB - CONTEXT - self.weights
+        self.passed = passed_by(self.model)
+        share = 0.15 + 0.11 * math.log(self.passed / 0.5e9)
+        self.flops = self.card.flops * min(0.45, max(0.15, share))      # a second
 
-    def training(self, name, recipe, slots, steps, tokens, per_step, launches=PLAIN) -> Phase:
-        """SFT in so many steps, `tokens` in all. launches: seconds a layer and step."""
-        model, lora, again = self.model, recipe.lora, 1
-        what = f"{slots} adapters, {per_step:.0f} tokens a step"
-        need = step_memory(model, lora, slots, per_step)
-        if need > self.free:
-            model.recompute = True
-            need, again = step_memory(model, lora, slots, per_step), 1.33
-            model.recompute = False
-            what += ", recomputed"
-        flops = tokens * token_flops(self.passed, lora.parameters(model)) * again
-        seconds = max(flops / self.flops, steps * launches * model.config.n_layer)
-        return Phase(name, what, need, steps, tokens, flops, seconds)
-
-    def inner_loops(self, recipe, n) -> Phase:
-        """Those of n self-edits, as many side by side as a run would take."""
+    def training(self, name, recipe, documents, n, engine=True) -> Phase:
+        """n jobs of SFT. documents: (how many, tokens of all) of a job, of several kinds in turn.
+        engine: whether the engine trains them, or the textbook's loop."""
         model, kinds = self.model, []
-        for documents, tokens in self.texts.documents:
-            steps = recipe.epochs * -(-documents // recipe.batch)
+        for count, tokens in documents:
+            steps = recipe.epochs * -(-count // recipe.batch)
             kinds.append(SimpleNamespace(recipe=recipe, steps=steps, tokens=recipe.epochs * tokens))
-        # All kinds in turn. What is more than some thousands is in proportion.
+        # What is more than some thousands is in proportion.
         jobs = (kinds * -(-4000 // len(kinds)))[:n]
         steps = sum(job.steps for job in jobs) * n // len(jobs)
         tokens = sum(job.tokens for job in jobs) * n // len(jobs)
+        # As many adapters side by side as a run would take.
         slots = recipe.slots or auto_slots(model, jobs, self.free) or 1
         per_step = slots * tokens / steps
-        # On these cards a step is a CUDA graph, if it is small (engine/train.py).
-        small = per_step * sum(p.numel() for p in model.parameters()) < 4e12
-        graphs = small and self.card.name in ("H100", "H200") and model.dtype == torch.bfloat16
+        # Of the frozen base 2 a weight forward, and 2 for the gradient that passes through.
+        flops = tokens * (4 * self.passed + 6 * recipe.lora.parameters(model))
+        what = f"{slots} adapters, {per_step:.0f} tokens a step"
+        need = step_memory(model, recipe.lora, slots, per_step)
+        if need > self.free:
+            model.recompute = True
+            need = step_memory(model, recipe.lora, slots, per_step)
+            model.recompute = False
+            flops *= 1.33
+            what += ", recomputed"
+        # On these cards the engine's small steps are CUDA graphs (engine/train.py).
+        small = per_step * self.parameters < 4e12
+        fast = self.card.name in ("H100", "H200") and model.dtype == torch.bfloat16
+        launches = RECORDED if engine and small and fast else PLAIN
         # The longest job's steps come one after the other.
         steps = max(-(-steps // slots), max(job.steps for job in jobs))
-        return self.training("inner loops", recipe, slots, steps, tokens, per_step,
-                             RECORDED if graphs else PLAIN)
+        seconds = max(flops / self.flops, steps * launches * model.config.n_layer)
+        return Phase(name, what, need, steps, tokens, seconds)
 
-    def writing(self, name, texts, prompt, tokens, longest, rows, adapters=0, calls=1) -> Phase:
-        """Decoding so many texts. adapters: bytes of those that are read in each step."""
-        rows = min(texts, rows)
-        need = rows * row_memory(self.model, prompt + longest) + adapters
-        # A full batch until a call's texts run out; at least as long as the longest of them.
-        steps = calls * max(-(-texts * tokens // (rows * calls)), longest)
+    def writing(self, name, texts, at_once, prompt, tokens, longest, adapters=0) -> Phase:
+        """Decoding so many texts, at_once in a call. adapters: bytes of those read in each step."""
+        model = self.model
+        rows = min(at_once, self.cfg.rows or auto_rows(model, prompt + longest, self.free))
+        need = rows * row_memory(model, prompt + longest) + adapters
+        # All rows are busy until a call's texts run out. It is at least as long as the longest text.
+        steps = max(-(-texts * tokens // rows), longest * -(-texts // at_once))
         read = steps * (self.weights + adapters)
-        read += texts * tokens * row_memory(self.model, prompt + tokens / 2)
+        read += texts * tokens * row_memory(model, prompt + tokens / 2)
         flops = 2 * self.passed * texts * (prompt + tokens)
         seconds = max(read / (OF_BANDWIDTH * self.card.bandwidth), flops / self.flops,
-                      steps * DECODED * self.model.config.n_layer)
-        return Phase(name, f"{rows} texts", need, steps, texts * tokens, flops, seconds)
+                      steps * DECODED * model.config.n_layer)
+        return Phase(name, f"{rows} texts", need, steps, texts * tokens, seconds)
 
     def phases(self, n_tasks, n_edits, n_seeds) -> list[Phase]:
         """An E-step: sampling, inner loops, answers."""
-        cfg, texts, model = self.cfg, self.texts, self.model
-        recipe = inner_recipe(cfg)
+        cfg, texts, recipe = self.cfg, self.texts, inner_recipe(self.cfg)
         if cfg.domain in ("arc", "tinyarc"):    # there a self-edit chooses, and two is common
             recipe = replace(recipe, epochs=2)
-        rows = cfg.rows or auto_rows(model, texts.prompt + cfg.max_edit_tokens, self.free)
-        phases = [self.writing("self-edits", n_tasks * n_edits, texts.prompt, texts.edit,
-                               cfg.max_edit_tokens, rows)]
-        n = n_tasks * n_edits * n_seeds
-        phases.append(self.inner_loops(recipe, n))
-        at_once = min(n, auto_answering(model, recipe.lora, self.free))
-        rows = cfg.rows or auto_rows(model, texts.question + cfg.max_answer_tokens, self.free)
-        phases.append(self.writing(
-            "answers", round(n * texts.questions), texts.question, texts.answer,
-            cfg.max_answer_tokens, min(rows, round(at_once * texts.questions)),
-            2 * at_once * recipe.lora.parameters(model), calls=-(-n // at_once)))
-        return phases
-
-    def m_step(self) -> Phase:
-        """The best self-edits of a round, each after its prompt, one text at a time."""
-        cfg, recipe = self.cfg, outer_recipe(self.cfg)
-        kept = cfg.tasks * (cfg.keep if cfg.update in ("best", "random") else cfg.edits)
-        texts, tokens = recipe.epochs * kept, self.texts.prompt + self.texts.edit
-        return self.training("M-step", recipe, 1, texts, texts * tokens, tokens)
+        n = n_tasks * n_edits
+        sampling = self.writing("self-edits", n, n, texts.prompt, texts.edit, cfg.max_edit_tokens)
+        n *= n_seeds
+        inner = self.training("inner loops", recipe, texts.documents, n)
+        adapters = min(n, auto_answering(self.model, recipe.lora, self.free))
+        answers = self.writing(
+            "answers", round(n * texts.questions), round(adapters * texts.questions),
+            texts.question, texts.answer, cfg.max_answer_tokens,
+            2 * adapters * recipe.lora.parameters(self.model))
+        return [sampling, inner, answers]
 
     def run(self) -> tuple[list[Phase], list[Phase], float, float]:
         """A round's phases, an evaluation's, the seconds of the whole run, its peak in bytes."""
-        cfg = self.cfg
-        a_round = [*self.phases(cfg.tasks, cfg.edits, cfg.seeds), self.m_step()]
+        cfg, texts = self.cfg, self.texts
+        a_round = self.phases(cfg.tasks, cfg.edits, cfg.seeds)
+        # The M-step: the best self-edits of a round, each after its prompt, one text at a time.
+        kept = cfg.tasks * (cfg.keep if cfg.update in ("best", "random") else cfg.edits)
+        recipe, tokens = replace(outer_recipe(cfg), batch=1), kept * (texts.prompt + texts.edit)
+        a_round.append(self.training("M-step", recipe, [(kept, tokens)], 1, engine=False))
         held_out = self.phases(cfg.eval_tasks, cfg.eval_edits, 1)
         seconds = (cfg.iterations * sum(phase.seconds for phase in a_round)
                    + (cfg.iterations + 1) * sum(phase.seconds for phase in held_out))
@@ -217,21 +192,11 @@ class Planner:
         return a_round, held_out, seconds, peak
 
 
-def planner(cfg: Config, gib: int) -> Planner:
-    """UserError if there is no such card."""
-    if gib not in CARDS:
-        raise UserError(f"--card {gib}: choose among {', '.join(map(str, CARDS))} (GiB)")
-    card = CARDS[gib]
-    dtype = cfg.dtype or ("float32" if card.name == "T4" else "bfloat16")
-    return Planner(cfg, empty_model(cfg.model, getattr(torch, dtype)), card)
-
-
 def plan(cfg: Config, gib: int) -> str:
     """The plan of a run on a card of so many GiB, as text."""
-    p = planner(cfg, gib)
-    billions = sum(x.numel() for x in p.model.parameters()) / 1e9
+    p = Planner(cfg, gib)
     lines = [
-        f"computed, not measured: {cfg.model} ({billions:.2f} B parameters, "
+        f"computed, not measured: {cfg.model} ({p.parameters / 1e9:.2f} B parameters, "
         f"{str(p.model.dtype).removeprefix('torch.')}) on {p.card.gib:g} GiB ({p.card.name})",
         f"estimates: {p.flops / p.card.flops:.0%} of {p.card.flops / 1e12:.0f} TFLOP/s, "
         f"{OF_BANDWIDTH:.0%} of {p.card.bandwidth / 1e12:.2f} TB/s; of a layer {1e3 * RECORDED:g} "
@@ -241,17 +206,13 @@ def plan(cfg: Config, gib: int) -> str:
     if p.free <= 0:
         return "\n".join([*lines, "the weights do not fit"])
     a_round, held_out, seconds, peak = p.run()
-    lines.append(f"\n{f'a round of {cfg.tasks} tasks':<24}{'side by side':<44}"
-                 f"{'GiB':>6}{'steps':>8}{'tokens':>11}{'PFLOP':>9}{'minutes':>9}")
-    lines += [line_of(phase, p.free) for phase in a_round]
-    lines.append(f"held-out, {cfg.eval_tasks} tasks")
-    lines += [line_of(phase, p.free) for phase in held_out]
-    lines.append(f"\nthe whole run, {cfg.iterations} rounds and {cfg.iterations + 1} evaluations: "
-                 f"{seconds / 60:.1f} minutes; peak {peak / GIB:.1f} GiB")
+    lines.append(f"\n{'':<24}{'side by side':<44}   GiB   steps     tokens  minutes")
+    for when, phases in (("", a_round), ("held-out ", held_out)):
+        for name, what, memory, n_steps, tokens, took in phases:
+            fits = "" if memory <= p.free else "  does not fit"
+            lines.append(f"  {when + name:<22}{what:<44}{memory / GIB:6.1f}{n_steps:8d}"
+                         f"{tokens:11d}{took / 60:9.2f}{fits}")
+    lines.append(f"\n{cfg.iterations} rounds of {cfg.tasks} tasks, {cfg.iterations + 1} evaluations "
+                 f"of {cfg.eval_tasks}: the whole run takes {seconds / 60:.1f} minutes; "
+                 f"peak {peak / GIB:.1f} GiB")
     return "\n".join(lines)
-
-
-def line_of(phase: Phase, free: float) -> str:
-    fits = "" if phase.memory <= free else "  does not fit"
-    return (f"  {phase.name:<22}{phase.side_by_side:<44}{phase.memory / GIB:6.1f}{phase.steps:8d}"
-            f"{phase.tokens:11d}{phase.flops / 1e15:9.1f}{phase.seconds / 60:9.2f}{fits}")
