@@ -1,9 +1,8 @@
 """How fast the engine is, beside what one would use instead, in one run.
 
-    python -m tools.bench                           # the embedded checkpoint, minutes on a CPU
-    python -m tools.bench --model DIR_OR_HUB_ID --dtype bfloat16 --steps 10
-    python -m tools.bench --model qwen2.5-7b        # random weights of a known shape
-    python -m tools.bench --gpu | tee FILE          # eight minutes of a GPU, in three shapes
+    python -m tools.bench                   # the embedded checkpoint, minutes on a CPU
+    python -m tools.bench --model NAME      # a folder, a hub id, or random weights of a known shape
+    python -m tools.bench --gpu | tee FILE  # eight minutes of a GPU, in three shapes
 
 Training is of the paper's inner loops, ten epochs, r 32 on q and v. Documents are as long as those
 of the 250 self-edits that the authors released for their first round. Their tokens are random.
@@ -30,7 +29,7 @@ from torch.profiler import profile, schedule
 from engine import train
 from engine.decode import Rows, Sampling, generate
 from engine.device import auto_slots, give_back_memory, peak_memory, row_memory
-from engine.train import Engine, fill_slots, sft
+from engine.train import Engine, sft
 from lora import Adapters, Job, Lora, Recipe
 from model import load_pretrained
 from support.checkpoint import EMBEDDED
@@ -39,20 +38,17 @@ from tools.plan import LENGTHS, SHAPES, empty_model, passed_by, write_shape
 
 RECIPE = Recipe(Lora(rank=32, alpha=64, targets=["q_proj", "v_proj"]), lr=1e-3, epochs=10, batch=1)
 # The arms of a training. The last tells what it costs that there are many adapters.
-OURS, ROUND = "ours, all slots full", "ours, all jobs to their end"
-PEFT, ONE = "PEFT, one document a step", "one adapter, as many documents a step"
+OURS, PEFT, ONE = "ours", "PEFT, one document a step", "one adapter, as many documents a step"
 
 
 def make_jobs(model, n, recipe=RECIPE):
-    """n inner loops, whose documents are cut to the model's window, in an order of chance."""
+    """n inner loops, in an order of chance."""
     rng, jobs = random.Random(0), []
     edits = rng.sample(LENGTHS, len(LENGTHS))
     vocabulary = range(10, model.config.vocab_size)
     for seed in range(n):
-        examples = []
-        for length in edits[seed % len(edits)]:
-            ids = rng.choices(vocabulary, k=min(length, model.config.max_len))
-            examples.append((ids, [True] * len(ids)))
+        lengths = edits[seed % len(edits)]
+        examples = [(rng.choices(vocabulary, k=length), [True] * length) for length in lengths]
         jobs.append(Job(examples, seed, recipe))
     return jobs
 
@@ -68,8 +64,8 @@ def peft_loop(model, jobs, progress=lambda ids: None):
         base = transformers.AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     peer = peft.get_peft_model(base, peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM"))
-    # PEFT keeps adapters in float32 over a bfloat16 model, as we do. One adapter goes on through all
-    # jobs, and there is no schedule: neither changes how long a step takes.
+    # PEFT keeps adapters in float32 over a bfloat16 model, as we do. One adapter goes on through
+    # all jobs, and there is no schedule: neither changes how long a step takes.
     weights = [p for p in peer.parameters() if p.requires_grad]
     for job in jobs:
         opt = torch.optim.AdamW(weights, lr=job.recipe.lr, weight_decay=0, fused=True)
@@ -90,14 +86,11 @@ def train_arm(arm, model, jobs, slots, progress):
     """Train as this arm does. progress(ids) is called after the peer's steps."""
     if arm == PEFT:
         peft_loop(model, jobs, progress)
-    elif arm == ROUND:
-        list(sft(model, [replace(x, recipe=replace(x.recipe, slots=slots)) for x in jobs]))
     elif arm == ONE:
         examples = [example for job in jobs for example in job.examples]
         list(sft(model, [Job(examples, 0, replace(jobs[0].recipe, batch=slots, slots=1))]))
     else:
-        # In an order of chance, where sft begins with the longest: a whole round's mix of texts.
-        list(fill_slots(model, jobs, list(range(len(jobs))), slots))
+        list(sft(model, [replace(job, recipe=replace(job.recipe, slots=slots)) for job in jobs]))
 
 
 class Enough(Exception):
@@ -115,24 +108,6 @@ def followed(owner, name, after):
     return mock.patch.object(owner, name, call)
 
 
-def moment(bench):
-    """Now, on the device's own time line if it has one."""
-    if not bench.cuda:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def ms_between(moments):
-    """Milliseconds from each of these moments to the next."""
-    pairs = list(zip(moments, moments[1:]))
-    if isinstance(moments[0], float):
-        return [1000 * (end - begin) for begin, end in pairs]
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in pairs]
-
-
 class Steps:
     """Watches what trains or decodes: the kind, the milliseconds and the tokens of every step."""
 
@@ -140,12 +115,14 @@ class Steps:
         """traced: three more steps are taken, and their kernels are listed."""
         self.bench, self.most, self.traced = bench, most + 4 * traced, traced
         self.kind, self.kinds, self.tokens, self.moments = "replayed", [], [], []
+        by = f"self_{bench.device.type}_time_total"
         self.profile = profile(
-            schedule=schedule(wait=most, warmup=1, active=3), on_trace_ready=self.list_kernels)
+            schedule=schedule(wait=most, warmup=1, active=3),
+            on_trace_ready=lambda found: bench.say(found.key_averages().table(by, row_limit=40)))
 
     def watch(self, run):
         """run(), until `most` steps or the part's time are over."""
-        self.moments.append(moment(self.bench))
+        self.moments.append(self.bench.moment())
         with suppress(Enough), self.profile, followed(train, "pack", self.packed), \
                 followed(Engine, "compute", self.computed), followed(Engine, "step", self.ended), \
                 followed(Rows, "forward", self.computed), followed(Rows, "step", self.ended):
@@ -162,7 +139,7 @@ class Steps:
     def ended(self, result):
         self.kinds.append(self.kind)
         self.kind = "replayed"
-        self.moments.append(moment(self.bench))
+        self.moments.append(self.bench.moment())
         if len(self.kinds) >= self.most or time.time() > self.bench.deadline:
             raise Enough
         self.profile.step()
@@ -172,19 +149,14 @@ class Steps:
         self.computed(ids)
         self.ended(ids)
 
-    def list_kernels(self, found):
-        by = f"self_{self.bench.device.type}_time_total"
-        self.bench.say(found.key_averages().table(by, row_limit=40))
-
     def tell(self, what, flops, nbytes):
         """A line about all kinds of steps; the tokens in a ms of the last one, the steady state.
         flops: of a token; nbytes: that a step reads and writes."""
-        ms = ms_between(self.moments)
+        ms = self.bench.ms_between(self.moments)
         steps = list(zip(self.kinds, ms, map(int, self.tokens)))
-        if self.traced:     # which takes time
-            steps = steps[:-4]
-        # In the first two kernels load and compile, and in decoding prompts are read.
-        values, steps = {"start_ms": sum(ms[:2])}, steps[2:]
+        # In the first two kernels load and compile, and in decoding prompts are read. The last four
+        # take longer if they are traced.
+        values, steps = {"start_ms": sum(ms[:2])}, steps[2:len(steps) - 4 * self.traced]
         for kind in ("recorded", "plain", "replayed"):
             own = [step for step in steps if step[0] == kind]
             if own:
@@ -213,6 +185,22 @@ class Bench:
     def say(self, text, **values):
         """Print it now, as the machine may go away."""
         print(text + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
+
+    def moment(self):
+        """Now, on the device's own time line if it has one."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ms_between(self, moments):
+        """Milliseconds from each of these moments to the next."""
+        pairs = list(zip(moments, moments[1:]))
+        if not self.cuda:
+            return [1000 * (end - begin) for begin, end in pairs]
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in pairs]
 
     def part(self, name, seconds, function, *args, **kwargs):
         """A part that may take so long, if that much is left. A failure is one line."""
@@ -247,19 +235,17 @@ class Bench:
         return model
 
 
-# ------------------------------------------------------------------------------- the parts
-
 def the_card(bench, n):
     """What a product of n x n and a copy take, as medians: by these rates floors go."""
     a = torch.randn(n, n, device=bench.device, dtype=bench.dtype)
     x, y = torch.zeros(2, 16 * n * n, device=bench.device)
     ms = []
     for work in (lambda: a @ a.T, lambda: y.copy_(x)):
-        moments = [moment(bench)]
+        moments = [bench.moment()]
         for _ in range(10):
             work()
-            moments.append(moment(bench))
-        ms.append(median(ms_between(moments)))
+            moments.append(bench.moment())
+        ms.append(median(bench.ms_between(moments)))
     bench.flops, bench.bandwidth = 2000 * n ** 3 / ms[0], 2000 * x.nbytes / ms[1]
     name = torch.cuda.get_device_name() if bench.cuda else f"CPU, {torch.get_num_threads()} threads"
     bench.say(f"- {name}, torch {torch.__version__}: ", tflop_s=bench.flops / 1e12,
@@ -267,11 +253,12 @@ def the_card(bench, n):
 
 
 def training(bench, name, arm=OURS, n=750, slots=0, most=60, traced=False):
-    """The steps of an arm, and how much faster ours are."""
+    """The first steps of an arm, and how much faster ours are. The longest jobs come first, and
+    their documents are 5 % shorter than the mean."""
     args, model = bench.args, bench.model(name)
     jobs = make_jobs(model, args.jobs or n)
     slots = min(args.slots or slots or auto_slots(model, jobs) or 1, len(jobs))
-    steps = Steps(bench, math.inf if arm == ROUND else args.steps or most, traced)
+    steps = Steps(bench, args.steps or most, traced)
     steps.watch(lambda: train_arm(arm, model, jobs, slots, steps.peer_ended))
 
     P, N = RECIPE.lora.parameters(model), passed_by(model)
@@ -319,8 +306,8 @@ def on_gpu(bench, half="qwen2.5-0.5b", one="qwen2.5-1.5b", seven="qwen2.5-7b"):
         part(f"{size}, texts from the nucleus", 15, decoding, model, 256, 0, 1.0, traced=True)
     part("0.5B, more rows", 15, decoding, half, 1024, 128)
     part("1.5B, steady", 25, training, one, slots=98)
-    part("0.5B, an evaluation of 60", 35, training, half, ROUND, 60)
-    part("0.5B, the paper's round", 60, training, half, ROUND)
+    part("0.5B, an evaluation of 60", 35, training, half, n=60, most=math.inf)
+    part("0.5B, the paper's round", 60, training, half, most=math.inf)
 
 
 def on_cpu(bench, model):
@@ -328,7 +315,7 @@ def on_cpu(bench, model):
     bench.part("the machine", 0, the_card, 1024)
     for arm in [OURS, ONE, PEFT] * bench.args.repeats:
         bench.part(arm, 600, training, model, arm, 24)
-    bench.part("a round of 24 inner loops", 3600, training, model, ROUND, 24)
+    bench.part("a round of 24 inner loops", 3600, training, model, n=24, most=math.inf)
     bench.part("answers", 600, decoding, model, 32, 8)
     bench.part("texts from the nucleus", 600, decoding, model, 32, 0, 1.0)
 
@@ -341,7 +328,7 @@ def main():
     ap.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda")
     ap.add_argument("--jobs", type=positive, help="adapters to train")
     ap.add_argument("--slots", type=positive, help="side by side (default: automatic)")
-    ap.add_argument("--steps", type=positive, help="of an arm (default: 60)")
+    ap.add_argument("--steps", type=positive, help="of a training (default: 60, or all of a round)")
     ap.add_argument("--n-new", type=positive, default=128, help="tokens of a text (default: 128)")
     ap.add_argument("--repeats", type=positive, default=5, help="turns of the arms on a CPU")
     args = ap.parse_args()

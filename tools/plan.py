@@ -57,8 +57,8 @@ def empty_model(name, dtype) -> Transformer:
             return Transformer(ModelConfig.from_folder(folder)).to(dtype)
 
 
-# name, gib, FLOP/s, bytes/s: NVIDIA's white papers and data sheets, for dense bfloat16 products summed
-# in float32 (of a T4, which has none, float32 ones).
+# FLOP/s and bytes/s by NVIDIA's white papers and data sheets, for dense bfloat16 products that are
+# summed in float32 (of a T4, which has none, float32 ones).
 Card = namedtuple("Card", "name gib flops bandwidth")
 CARDS = {8: Card("RTX 3070", 8, 40.6e12, 448e9),
          16: Card("T4", 15, 8.1e12, 320e9),
@@ -75,11 +75,11 @@ PLAIN = 4.2e-3
 RECORDED, DECODED, OF_BANDWIDTH = 0.5e-3, 0.2e-3, 0.4
 
 
-# In tokens: a self-edit's prompt, a self-edit, a question, an answer. questions: per task. documents:
-# (how many, tokens of all) of each of many self-edits.
+# In tokens: a self-edit's prompt, a self-edit, a question, an answer. questions: per task.
+# documents: (how many, tokens of all) of each of many self-edits.
 Texts = namedtuple("Texts", "prompt edit documents questions question answer")
-# knowledge: SQuAD's passages and the 250 self-edits that the authors released for their first round.
-# The others were measured on runs with the presets.
+# knowledge: SQuAD's passages and the 250 self-edits that the authors released for their first
+# round. The others were measured on runs with the presets.
 TEXTS = {"knowledge": Texts(240, 433, [(len(edit), sum(edit)) for edit in LENGTHS], 4.9, 45, 12),
          "arc": Texts(1500, 110, [(200, 120000)], 32, 1500, 120),
          "tinyarc": Texts(200, 100, [(12, 600)], 8, 60, 12),
@@ -102,9 +102,7 @@ class Planner:
     def __init__(self, cfg: Config, gib: int):
         if gib not in CARDS:
             raise UserError(f"--card {gib}: choose among {', '.join(map(str, CARDS))} (GiB)")
-        self.cfg, self.card, texts = cfg, CARDS[gib], TEXTS[cfg.domain]
-        self.texts = texts._replace(edit=min(texts.edit, cfg.max_edit_tokens),
-                                    answer=min(texts.answer, cfg.max_answer_tokens))
+        self.cfg, self.card, self.texts = cfg, CARDS[gib], TEXTS[cfg.domain]
         dtype = "float32" if self.card.name == "T4" else "bfloat16"
         self.model = empty_model(cfg.model, getattr(torch, cfg.dtype or dtype))
         self.parameters = sum(p.numel() for p in self.model.parameters())
@@ -149,10 +147,10 @@ class Planner:
 
     def writing(self, name, texts, at_once, prompt, tokens, longest, adapters=0) -> Phase:
         """Decoding so many texts, at_once in a call. adapters: bytes of those read in each step."""
-        model = self.model
+        model, tokens = self.model, min(tokens, longest)
         rows = min(at_once, self.cfg.rows or auto_rows(model, prompt + longest, self.free))
         need = rows * row_memory(model, prompt + longest) + adapters
-        # All rows are busy until a call's texts run out. It is at least as long as the longest text.
+        # All rows are busy until a call's texts run out; it is as long as the longest at least.
         steps = max(-(-texts * tokens // rows), longest * -(-texts // at_once))
         read = steps * (self.weights + adapters)
         read += texts * tokens * row_memory(model, prompt + tokens / 2)
@@ -183,7 +181,8 @@ class Planner:
         a_round = self.phases(cfg.tasks, cfg.edits, cfg.seeds)
         # The M-step: the best self-edits of a round, each after its prompt, one text at a time.
         kept = cfg.tasks * (cfg.keep if cfg.update in ("best", "random") else cfg.edits)
-        recipe, tokens = replace(outer_recipe(cfg), batch=1), kept * (texts.prompt + texts.edit)
+        tokens = kept * (texts.prompt + min(texts.edit, cfg.max_edit_tokens))
+        recipe = replace(outer_recipe(cfg), batch=1)
         a_round.append(self.training("M-step", recipe, [(kept, tokens)], 1, engine=False))
         held_out = self.phases(cfg.eval_tasks, cfg.eval_edits, 1)
         seconds = (cfg.iterations * sum(phase.seconds for phase in a_round)
@@ -199,9 +198,8 @@ def plan(cfg: Config, gib: int) -> str:
         f"computed, not measured: {cfg.model} ({p.parameters / 1e9:.2f} B parameters, "
         f"{str(p.model.dtype).removeprefix('torch.')}) on {p.card.gib:g} GiB ({p.card.name})",
         f"estimates: {p.flops / p.card.flops:.0%} of {p.card.flops / 1e12:.0f} TFLOP/s, "
-        f"{OF_BANDWIDTH:.0%} of {p.card.bandwidth / 1e12:.2f} TB/s; of a layer {1e3 * RECORDED:g} "
-        f"ms in a recorded step, {1e3 * DECODED:g} in decoding; measured (H200, 2026-11-27): "
-        f"{1e3 * PLAIN:g} in a plain step; self-edits of {p.texts.edit} tokens",
+        f"{OF_BANDWIDTH:.0%} of the bandwidth; of a layer {1e3 * RECORDED:g} ms in a recorded step, "
+        f"{1e3 * DECODED:g} in decoding; measured (H200, 2026-11-27): {1e3 * PLAIN:g} in a plain one",
         f"weights {p.weights / GIB:.1f} GiB, which leaves {max(0, p.free) / GIB:.1f}"]
     if p.free <= 0:
         return "\n".join([*lines, "the weights do not fit"])
@@ -212,7 +210,7 @@ def plan(cfg: Config, gib: int) -> str:
             fits = "" if memory <= p.free else "  does not fit"
             lines.append(f"  {when + name:<22}{what:<44}{memory / GIB:6.1f}{n_steps:8d}"
                          f"{tokens:11d}{took / 60:9.2f}{fits}")
-    lines.append(f"\n{cfg.iterations} rounds of {cfg.tasks} tasks, {cfg.iterations + 1} evaluations "
-                 f"of {cfg.eval_tasks}: the whole run takes {seconds / 60:.1f} minutes; "
-                 f"peak {peak / GIB:.1f} GiB")
+    lines.append(f"\nthe whole run, {cfg.iterations} rounds of {cfg.tasks} tasks and "
+                 f"{cfg.iterations + 1} evaluations of {cfg.eval_tasks}: "
+                 f"{seconds / 60:.1f} minutes; peak {peak / GIB:.1f} GiB")
     return "\n".join(lines)
