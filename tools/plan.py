@@ -67,13 +67,12 @@ CARDS = {8: Card("RTX 3070", 8, 40.6e12, 448e9),
          80: Card("H100", 80, 989e12, 3350e9),
          141: Card("H200", 141, 989e12, 4800e9)}
 CONTEXT = 1.5 * GIB                     # CUDA itself, and what the allocator can't use (estimate)
-# Seconds a layer that a step takes however little it has to do. Measured on an H200 and its host,
-# 2026-11-27, one epoch at a904d44: 101 to 107 ms a step of 24 layers that was no graph.
-PLAIN = 4.2e-3
+# Milliseconds a layer that a step takes however little it has to do. Measured on an H200 and its
+# host, 2026-11-27, one epoch at a904d44: 101 to 107 ms a step of 24 layers that was no graph.
+PLAIN = 4.2
 # Estimates, as are the shares of the FLOP/s, .15 at 0.5B and .45 at 7.6B. What was measured is
 # mostly start-up: 8.7 ms a token in 24 layers, and shares of .10 and .23 in one epoch.
-RECORDED, DECODED, OF_BANDWIDTH = 0.5e-3, 0.2e-3, 0.4
-
+RECORDED, DECODED, OF_BANDWIDTH = 0.5, 0.2, 0.4
 
 # In tokens: a self-edit's prompt, a self-edit, a question, an answer. questions: per task.
 # documents: (how many, tokens of all) of each of many self-edits.
@@ -134,7 +133,7 @@ class Planner:
             model.recompute = True
             need = step_memory(model, recipe.lora, slots, per_step)
             model.recompute = False
-            flops *= 1.33
+            flops *= 1.5        # the forward pass again
             what += ", recomputed"
         # On these cards the engine's small steps are CUDA graphs (engine/train.py).
         small = per_step * self.parameters < 4e12
@@ -142,7 +141,7 @@ class Planner:
         launches = RECORDED if engine and small and fast else PLAIN
         # The longest job's steps come one after the other.
         steps = max(-(-steps // slots), max(job.steps for job in jobs))
-        seconds = max(flops / self.flops, steps * launches * model.config.n_layer)
+        seconds = max(flops / self.flops, steps * launches / 1000 * model.config.n_layer)
         return Phase(name, what, need, steps, tokens, seconds)
 
     def writing(self, name, texts, at_once, prompt, tokens, longest, adapters=0) -> Phase:
@@ -156,7 +155,7 @@ class Planner:
         read += texts * tokens * row_memory(model, prompt + tokens / 2)
         flops = 2 * self.passed * texts * (prompt + tokens)
         seconds = max(read / (OF_BANDWIDTH * self.card.bandwidth), flops / self.flops,
-                      steps * DECODED * model.config.n_layer)
+                      steps * DECODED / 1000 * model.config.n_layer)
         return Phase(name, f"{rows} texts", need, steps, texts * tokens, seconds)
 
     def phases(self, n_tasks, n_edits, n_seeds) -> list[Phase]:
@@ -198,8 +197,8 @@ def plan(cfg: Config, gib: int) -> str:
         f"computed, not measured: {cfg.model} ({p.parameters / 1e9:.2f} B parameters, "
         f"{str(p.model.dtype).removeprefix('torch.')}) on {p.card.gib:g} GiB ({p.card.name})",
         f"estimates: {p.flops / p.card.flops:.0%} of {p.card.flops / 1e12:.0f} TFLOP/s, "
-        f"{OF_BANDWIDTH:.0%} of the bandwidth; of a layer {1e3 * RECORDED:g} ms in a recorded step, "
-        f"{1e3 * DECODED:g} in decoding; measured (H200, 2026-11-27): {1e3 * PLAIN:g} in a plain one",
+        f"{OF_BANDWIDTH:.0%} of the bandwidth; of a layer {RECORDED} ms in a recorded step, "
+        f"{DECODED} in decoding; measured (H200, 2026-11-27): {PLAIN} in a plain step",
         f"weights {p.weights / GIB:.1f} GiB, which leaves {max(0, p.free) / GIB:.1f}"]
     if p.free <= 0:
         return "\n".join([*lines, "the weights do not fit"])
