@@ -154,8 +154,8 @@ class Steps:
         flops: of a token; nbytes: that a step reads and writes."""
         ms = self.bench.ms_between(self.moments)
         steps = list(zip(self.kinds, ms, map(int, self.tokens)))
-        # In the first two kernels load and compile, and in decoding prompts are read. The last four
-        # take longer if they are traced.
+        # In the first two kernels load and compile, and before them the peer is made or prompts are
+        # read. The last four take longer if they are traced.
         values, steps = {"start_ms": sum(ms[:2])}, steps[2:len(steps) - 4 * self.traced]
         for kind in ("recorded", "plain", "replayed"):
             own = [step for step in steps if step[0] == kind]
@@ -293,12 +293,12 @@ def decoding(bench, name, rows, n_adapters=0, temperature=0.0, traced=False):
 
 def on_gpu(bench, half="qwen2.5-0.5b", one="qwen2.5-1.5b", seven="qwen2.5-7b"):
     """What a GPU must answer, the most important first."""
-    part, sizes = bench.part, (("0.5B", half, 98), ("7B", seven, 64))
+    part, sizes = bench.part, [("0.5B", half, 98), ("7B", seven, 64)]
     part("the card", 15, the_card, 1024 if half == "small" else 8192)
     tests = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"]
     part("tests", 110, lambda bench: subprocess.run(tests, check=True, timeout=110))
     for size, model, slots in sizes:
-        part(f"{size}, steady", 30, training, model, slots=slots, traced=True)
+        part(f"{size}, steady", 40, training, model, slots=slots, traced=True)
         part(f"{size}, one adapter", 15, training, model, ONE, slots=slots)
         part(f"{size}, the peer", 20, training, model, PEFT, slots=slots)
     for size, model, _ in sizes:

@@ -19,23 +19,23 @@ from support.files import (Parser, UserError, as_json, at_least, cli, positive, 
 from support.ranks import Meter
 from support.tokenizer import Tokenizer
 
-
 LEARNED = "learned.json"    # beside a saved adapter: its passages
 
 
 def learn(args, model, tok):
-    """One adapter for plain texts, and each question before, in view and after."""
+    """One adapter for plain texts. The answers before, with the text in view, and after."""
     longest = min(text.LONGEST, model.config.max_len // 4)
     texts = text.load(args.files, lambda passage: len(tok.encode(passage)), longest)
     tasks = [text.as_task(*pair) for pair in texts]
-    tokens = sum(len(tok.encode(passage)) for _, passage in texts)
-    print(printable(f"{', '.join(args.files)}: {len(texts)} passages, {tokens} tokens"))
+    print(f"{len(texts)} passages")
     asked = [text.as_question(question, texts) for question in args.ask]
     (before,) = ask(model, tok, [asked])
     (in_view,) = ask(model, tok, [in_prompt(asked)])
 
     writing = Sampling(args.max_new, args.edits, temperature=0.5, top_p=0.95)
-    seeds = [[seed_for(i, j) for j in range(args.edits)] for i in range(len(tasks))]
+    seeds = []
+    for i in range(len(tasks)):
+        seeds.append([seed_for(i, j) for j in range(args.edits)])
     edits = collect(
         sample_self_edits(model, tok, tasks, writing, seeds, progress=Meter("self-edits")))
     print(printable(f"a self-edit of the first passage:\n{edits[0][0].text}\n"))
@@ -57,27 +57,17 @@ def learn(args, model, tok):
 
     print(f"{len(trained.losses)} steps in {trained.seconds:.0f} s, "
           f"loss {trained.losses[0]:.2f} -> {trained.losses[-1]:.2f}")
-    show_answers(args.ask, {"before": before, "text in view": in_view, "after": after})
     if args.save:
         adapter.save(0, args.save)
         # A question is put with the title of the passage that it is about: --adapter needs them.
         records = [{"title": title, "context": passage} for title, passage in texts]
         replace_file(Path(args.save) / LEARNED, as_json(records, indent=1))
-        print(printable(f"saved {args.save}, with the texts ({LEARNED}). Ask more:  python -m "
-                        f'tools.learn --model {args.model} --adapter {args.save} --ask "..."'))
-    else:
-        print("nothing is kept without --save DIR")
-
-
-def show_answers(questions, rows: dict[str, list]):
-    for i, question in enumerate(questions):
-        print(printable(question))
-        for name, answers in rows.items():
-            print(printable(f"  {name:<14}{answers[i].texts[0]}"))
+        print(printable(f"saved, to be asked more with --adapter {args.save}"))
+    return {"before": before, "text in view": in_view, "after": after}
 
 
 def ask_adapter(args, model, tok):
-    """--adapter: questions with it and without it."""
+    """--adapter: the answers without it and with it."""
     adapter = Adapters.load(model, args.adapter)
     known = Path(args.adapter) / LEARNED
     # Of another program's adapter nobody knows the texts.
@@ -87,20 +77,17 @@ def ask_adapter(args, model, tok):
     asked = [text.as_question(question, texts) for question in args.ask]
     (before,) = ask(model, tok, [asked])
     (after,) = ask(model, tok, [asked], ANSWERS, adapter)
-    show_answers(args.ask, {"without": before, "with": after})
+    return {"without": before, "with": after}
 
 
 def main():
     ap = Parser(description="Learn plain texts; ask about them before and after.")
     ap.add_argument("files", nargs="*", metavar="FILE", help="plain texts, or folders of them")
-    ap.add_argument("--model", required=True,
-                    help="folder or hub id, such as HuggingFaceTB/SmolLM2-135M-Instruct")
-    ap.add_argument("--ask", action="append", required=True,
-                    help="a question about them; again: more")
-    ap.add_argument("--edits", type=at_least(1, 1000), default=2,
-                    help="of each passage (default: 2)")
+    ap.add_argument("--model", required=True, help="folder or hub id of an instructed model")
+    ap.add_argument("--ask", action="append", required=True, help="a question; again: more")
+    ap.add_argument("--edits", type=at_least(1, 1000), default=2, help="per passage (default: 2)")
     ap.add_argument("--max-new", type=positive, default=200, help="tokens of each (default: 200)")
-    ap.add_argument("--save", metavar="DIR", help="write the adapter in PEFT's layout")
+    ap.add_argument("--save", metavar="DIR", help="keep the adapter, in PEFT's layout")
     ap.add_argument("--adapter", metavar="DIR", help="ask one that was saved; it learns nothing")
     args = ap.parse_args()
     if bool(args.files) == bool(args.adapter):
@@ -110,7 +97,11 @@ def main():
                         "nothing was overwritten")
     model = load_pretrained(args.model)
     tok = Tokenizer.from_pretrained(model.folder)
-    (ask_adapter if args.adapter else learn)(args, model, tok)
+    rows = ask_adapter(args, model, tok) if args.adapter else learn(args, model, tok)
+    for i, question in enumerate(args.ask):
+        print(printable(question))
+        for name, answers in rows.items():
+            print(printable(f"  {name:<14}{answers[i].texts[0]}"))
 
 
 if __name__ == "__main__":
