@@ -64,14 +64,14 @@ def peft_loop(model, jobs, progress=lambda ids: None):
         base = transformers.AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     peer = peft.get_peft_model(base, peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM"))
-    # PEFT keeps adapters in float32 over a bfloat16 model, as we do. One adapter goes on through
-    # all jobs, and there is no schedule: neither changes how long a step takes.
+    # In float32 over a bfloat16 model, as ours. One adapter goes through all jobs, at one rate.
     weights = [p for p in peer.parameters() if p.requires_grad]
     for job in jobs:
         opt = torch.optim.AdamW(weights, lr=job.recipe.lr, weight_decay=0, fused=True)
-        # An epoch of each job, so that a few steps see the texts of many.
-        for ids, _ in job.examples:
-            ids = torch.tensor([ids], device=device)
+        # An epoch of each job, so that a few steps see the texts of many. They are copied before,
+        # as a copy would wait for the step.
+        texts = [torch.tensor([ids], device=device) for ids, _ in job.examples]
+        for ids in texts:
             with torch.autocast(device.type, torch.bfloat16, model.dtype == torch.bfloat16):
                 loss = peer(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
