@@ -47,10 +47,6 @@ class ModelConfig:
     qk_norm: bool           # Qwen3
     raw: dict               # config.json as read, for save_pretrained
 
-    @classmethod
-    def from_folder(cls, folder):
-        return cls(**read_config(folder))
-
 
 # ------------------------------------------------------------------------------- the transformer
 
@@ -209,7 +205,7 @@ def load_pretrained(name_or_path, device=None, dtype=None):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = fetch(name_or_path)
-    config = ModelConfig.from_folder(folder)
+    config = ModelConfig(**read_config(folder))
     # Shapes only: load_state_dict(assign=True) puts the tensors that are read in their place.
     with torch.device("meta"):
         model = Transformer(config, folder)

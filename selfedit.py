@@ -191,8 +191,6 @@ def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: 
 
     seeds[i] are those of task i's draws, one for each self-edit. With `adapters`, adapter i writes
     task i's."""
-    if not tasks:
-        return
     flat_seeds = [seed for row in seeds for seed in row]
     prompts = [[task.prompt] for task in tasks]     # a group per task: adapter i for task i
     asking = [[] for _ in tasks]    # those of which some ask for a text: it is written in the end

@@ -28,6 +28,7 @@ from data import arc, tinyarc, tinyworld as world
 from engine.ribbon import Ribbon
 from model import ModelConfig, Transformer
 from selfedit import NOTES, NOTES_DIRECTED, PUZZLE_PROMPT
+from support.checkpoint import read_config
 from support.files import Parser, UserError, cli, positive
 from support.tokenizer import Tokenizer
 
@@ -211,7 +212,7 @@ def scaled(config: dict, dim: int) -> dict:
 
 def new_model(folder, seed):
     """A Transformer as GPT-2 begins: N(0, .02), smaller in layers that end a residual branch."""
-    model = Transformer(ModelConfig.from_folder(folder), folder)
+    model = Transformer(ModelConfig(**read_config(folder)), folder)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() == 2:

@@ -5,9 +5,8 @@ from functools import cache
 
 from data import arc, judges, knowledge, study, tinyarc, tinyworld
 from engine.device import try_memory
-from model import ModelConfig
 from selfedit import Task, seed_for
-from support.checkpoint import fetch
+from support.checkpoint import fetch, read_config
 from support.files import UserError
 from support.ranks import SharedLines
 
@@ -50,7 +49,7 @@ def load_passages(run) -> list[Task]:
 def load_tasks(run, source) -> list[Task]:
     """The tasks of a source that fit in the model's context window."""
     # From config.json alone: the weights are read when something is to be computed.
-    window = ModelConfig.from_folder(fetch(run.cfg.model)).max_len
+    window = read_config(fetch(run.cfg.model))["max_len"]
     if run.cfg.pad_to > window:
         raise UserError(f"--pad-to {run.cfg.pad_to}: the model's window is {window}")
     tasks = []

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from model import ModelConfig, Transformer
+from support.checkpoint import read_config
 from support.tokenizer import byte_alphabet
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 264,
@@ -53,7 +54,7 @@ def make_checkpoint(folder, seed=0, end="<|endoftext|>", **changes):
     (draft / "config.json").write_text(json.dumps(CONFIG | changes))
 
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig.from_folder(draft), draft)
+    model = Transformer(ModelConfig(**read_config(draft)), draft)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:

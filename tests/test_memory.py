@@ -17,6 +17,7 @@ from engine.ribbon import Ribbon
 from engine.train import Engine, sft
 from lora import Adapters, Job, Lora
 from model import ModelConfig, Transformer, load_pretrained
+from support.checkpoint import read_config
 from support.files import UserError
 from tests.helpers import ALL, RECIPE, mixed_jobs
 from tools.plan import write_shape
@@ -92,7 +93,7 @@ def meta_model(shape, recompute=False):
     """A model of a known shape without memory, as on a GPU in bfloat16."""
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
         write_shape(shape, folder)
-        model = Transformer(ModelConfig.from_folder(folder)).to(torch.bfloat16)
+        model = Transformer(ModelConfig(**read_config(folder))).to(torch.bfloat16)
     model.recompute = recompute
     return model
 

@@ -13,6 +13,7 @@ longer of two times, for its FLOPs and for its bytes, at the rates that are meas
 """
 import gc
 import math
+import os
 import random
 import subprocess
 import sys
@@ -304,10 +305,15 @@ def on_gpu(bench, half="qwen2.5-0.5b", one="qwen2.5-1.5b", seven="qwen2.5-7b"):
     for size, model, _ in sizes:
         part(f"{size}, answers under adapters", 15, decoding, model, 256, 64, traced=True)
         part(f"{size}, texts from the nucleus", 15, decoding, model, 256, 0, 1.0, traced=True)
+    for slots in (64, 256, 9):
+        part(f"0.5B, {slots} slots", 15, training, half, slots=slots, most=40)
     part("0.5B, more rows", 15, decoding, half, 1024, 128)
     part("1.5B, steady", 25, training, one, slots=98)
     part("0.5B, an evaluation of 60", 35, training, half, n=60, most=math.inf)
     part("0.5B, the paper's round", 60, training, half, most=math.inf)
+    with mock.patch.dict(os.environ, NANOSEAL_NO_GRAPHS="1"):
+        part("0.5B, steady, without graphs", 15, training, half, slots=98, most=15)
+        part("0.5B, answers without graphs", 15, decoding, half, 256, 64)
 
 
 def on_cpu(bench, model):

@@ -19,7 +19,7 @@ from engine.device import auto_answering, auto_rows, auto_slots, row_memory, ste
 from inner_loop import inner_recipe
 from model import ModelConfig, Transformer
 from outer_loop import outer_recipe
-from support.checkpoint import EMBEDDED, fetch
+from support.checkpoint import EMBEDDED, fetch, read_config
 from support.config import Config
 from support.files import UserError
 
@@ -54,7 +54,7 @@ def empty_model(name, dtype) -> Transformer:
         else:
             folder = fetch(name, ["config.json"])
         with torch.device("meta"):
-            return Transformer(ModelConfig.from_folder(folder)).to(dtype)
+            return Transformer(ModelConfig(**read_config(folder))).to(dtype)
 
 
 # FLOP/s and bytes/s by NVIDIA's white papers and data sheets, for dense bfloat16 products that are
