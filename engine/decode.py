@@ -402,7 +402,9 @@ def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
     longest = max(len(prompts[prompt]) for prompt in pending)
     rows = Rows(model, grid.per * len(queues), longest + ahead, total, sampler)
 
-    decoding = adapters.route([grid.per] * len(queues)) if adapters else nullcontext()
+    # Which tokens or rows belong to which adapter; without adapters it changes nothing.
+    route = adapters.route if adapters else nullcontext
+    decoding = route([grid.per] * len(queues))
     while True:
         alive = rows.alive()
         unfinished = {text // n for text in rows.writing.values()}
@@ -420,7 +422,7 @@ def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
                 tokens[adapter] += len(prompts[prompt])
                 texts += range(prompt * n, prompt * n + n)
                 alive |= dict.fromkeys(places, len(prompts[prompt]))
-            with adapters.route(tokens) if adapters else nullcontext():
+            with route(tokens):
                 rows.prefill([prompts[prompt] for prompt, *_ in admitted],
                              [places for *_, places in admitted], texts)
 
@@ -429,7 +431,7 @@ def decode(model, prompts, pending, owner, sampler, adapters, max_rows):
         kept = grid.fold(alive, must=room > rows.size)
         if kept:
             rows.keep(kept, room)
-            decoding = adapters.route([grid.per] * len(queues)) if adapters else nullcontext()
+            decoding = route([grid.per] * len(queues))
         with decoding:
             for _ in range(steps):
                 rows.step()

@@ -364,9 +364,3 @@ class PaddedRibbon(Ribbon):
             is_content = torch.arange(longest) < content[:, None, None, None]   # (n, 1, 1, L)
             causal = torch.ones(longest, longest).tril().bool()
             self.masks[group] = to_device(causal & is_content, device)          # (n, 1, L, L)
-
-    def attend(self, layer, q, k, v):
-        # No fused kernel takes both a mask and heads that share keys: repeat the keys and values.
-        repeats = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        return super().attend(layer, q, k, v)
