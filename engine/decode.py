@@ -53,8 +53,6 @@ def write(model, tok, groups: list[list[str]], sampling: Sampling, seeds=None, a
     late_stop = frozenset()
     if sampling.newline_stops:
         late_stop = frozenset(i for i, token in tok.bytes.items() if b"\n" in token)
-    sampling = replace(sampling, stop=frozenset(tok.stop), late_stop=late_stop,
-                       banned=tok.banned(model))
     prompts = []
     for group in groups:
         prompts.append([tok.prompt(text) for text in group])
@@ -63,7 +61,8 @@ def write(model, tok, groups: list[list[str]], sampling: Sampling, seeds=None, a
     longest = max((len(ids) for group in prompts for ids in group), default=0)
     if longest >= window:
         raise UserError(f"a prompt has {longest} tokens; the model's window has {window}")
-    sampling = replace(sampling, max_new=min(sampling.max_new, window - longest))
+    sampling = replace(sampling, max_new=min(sampling.max_new, window - longest),
+                       stop=frozenset(tok.stop), late_stop=late_stop, banned=tok.banned(model))
     for prompt, rows in generate(model, prompts, sampling, seeds, adapters, progress):
         replies = []
         for ids in rows:

@@ -68,16 +68,16 @@ class Recorded:
             self.loaded.add(shapes)
             return compute(x)
         if shapes not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            self.graphs[shapes] = graph, x, self.record(graph, compute, x)
+            self.graphs[shapes] = self.record(compute, x)
         graph, own, result = self.graphs[shapes]
         for old, new in zip(own.tensors(), x.tensors()):
             old.copy_(new)
         graph.replay()
         return result.clone()
 
-    def record(self, graph, compute, x):
-        """The output of a graph of compute(x). Nothing runs yet."""
+    def record(self, compute, x):
+        """(a graph of compute(x), x, the graph's output). Nothing runs yet."""
+        graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph would give all idle memory back each time, for the next steps to fetch.
         # Here only when little is free. The quarter is a guess, which never ran on a GPU.
         if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved() / 4:
@@ -90,7 +90,7 @@ class Recorded:
             finally:
                 graph.capture_end()
         self.pool = (graph.pool(),)
-        return result
+        return graph, x, result
 
 
 # ------------------------------------------------------------------------------- fewer kernels
@@ -314,15 +314,9 @@ def try_memory(function):
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-    # Not within `except`, as the error holds on to what was in use.
-    give_back_memory()
+    # Not within `except`, as the error holds on to what was in use. Without CUDA it does nothing.
+    torch.cuda.empty_cache()
     return False, None
-
-
-def give_back_memory():
-    """Let the device have what torch's allocator holds and does not use."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def in_halves(function, items: list) -> list:

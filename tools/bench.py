@@ -29,7 +29,7 @@ from torch.profiler import profile, schedule
 
 from engine import train
 from engine.decode import Rows, Sampling, generate
-from engine.device import auto_slots, give_back_memory, peak_memory, row_memory
+from engine.device import auto_slots, peak_memory, row_memory
 from engine.train import Engine, sft
 from lora import Adapters, Job, Lora, Recipe
 from model import load_pretrained
@@ -221,7 +221,7 @@ class Bench:
             self.say(f"- failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
         self.say(f"- ({time.time() - begin:.1f} s; peak {peak_memory() / 2 ** 30:.2f} GiB)")
         gc.collect()        # models of transformers hold on to themselves
-        give_back_memory()
+        torch.cuda.empty_cache()
 
     def model(self, name):
         """A checkpoint, or a known shape with random weights (zeros are faster than the truth)."""
