@@ -24,31 +24,25 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What PEFT calls a tensor of an adapter: base_model.model is its wrapper around the model.
 PEFT_NAME = "base_model.model.{}.lora_{}.weight"
-# Numbers: their kind, the smallest and the largest. The last six are RoPE's and adapters'.
-FIELDS = {
-    "hidden_size": (int, 1, 2**20), "intermediate_size": (int, 1, 2**24),
-    "num_hidden_layers": (int, 1, 1000), "num_attention_heads": (int, 1, 2**16),
-    "num_key_value_heads": (int, 1, 2**16), "head_dim": (int, 2, 2**16),
-    "vocab_size": (int, 1, 2**24), "max_position_embeddings": (int, 1, 2**24),
-    "rms_norm_eps": (float, 1e-30, 1), "rope_theta": (float, 1e-30, 1e30),
-    "factor": (float, 1e-6, 1e6), "low_freq_factor": (float, 1e-6, 1e6),
-    "high_freq_factor": (float, 1e-6, 1e6), "original_max_position_embeddings": (int, 1, 2**24),
-    "r": (int, 1, 2**16), "lora_alpha": (float, 0, 1e9)}
+# Numbers of these files: their kind, the smallest and the largest.
+WHOLE, REAL = (int, 1, 2**20), (float, 1e-30, 1e30)
+LLAMA3 = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 
 # The fields that are known, for `refuse_unknown`: what they may say, or None where anything is
 # read, checked elsewhere, or without effect on what a model computes.
-ROPE = dict.fromkeys(["rope_theta", *list(FIELDS)[-6:-2]]) | {
+ROPE = dict.fromkeys(["rope_theta", *LLAMA3]) | {
     "rope_type": ["default", "llama3"], "type": ["default", "llama3"], "partial_rotary_factor": [1]}
-CONFIG = dict.fromkeys([*list(FIELDS)[:-6], *"""
-    model_type architectures tie_word_embeddings bos_token_id eos_token_id pad_token_id dtype
-    torch_dtype transformers_version _name_or_path use_cache initializer_range pretraining_tp
+CONFIG = dict.fromkeys("""hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim vocab_size max_position_embeddings rms_norm_eps rope_theta
+    model_type architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype
+    transformers_version _name_or_path use_cache initializer_range pretraining_tp
     output_attentions output_hidden_states id2label label2id problem_type max_window_layers
     sliding_window max_sequence_length do_sample temperature top_p max_length is_llama_config
-    transformers.js_config unsloth_fixed unsloth_version
-    _attn_implementation_autoset""".split()]) | {
+    transformers.js_config unsloth_fixed unsloth_version _attn_implementation_autoset
+    """.split()) | {
         "hidden_act": ["silu"], "is_causal": [True], "return_dict": [True],
         "layer_types": ["full_attention"], "partial_rotary_factor": [1],
-        "rope_parameters": ROPE, "rope_scaling": ROPE}
+        "tie_word_embeddings": [True, False], "rope_parameters": ROPE, "rope_scaling": ROPE}
 ADAPTER = dict.fromkeys("""r lora_alpha use_rslora target_modules exclude_modules
     layers_to_transform lora_dropout inference_mode auto_mapping base_model_name_or_path revision
     peft_version megatron_core qalora_group_size""".split()) | {
@@ -93,44 +87,42 @@ def remedy(folder):
     return "download the checkpoint again (weights: safetensors only), or name another folder"
 
 
-def read_object(path, default=None):
+def read_object(path, default=None, kind={}):
     """The object that a JSON file of a checkpoint holds; the default, if one is given, of a file
-    that is not there. UserError if it is anything else."""
+    that is not there. UserError if it is anything else, or not of its kind (see files.FIELDS)."""
     if default is not None and not path.exists():
         return default
     try:
-        value = read_json(path)
+        return read_json(path, kind)
     except UserError as e:
         raise UserError(f"{e}; {remedy(path.parent)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object; {remedy(path.parent)}")
-    return value
 
 
 def refuse_unknown(path, raw, known):
     """Fail closed: UserError for a field that is not known, unless its value is empty, and for one
     that says what is not done. known {field: a list of values, a table of its own, or None: any}.
     """
-    empty = [False, "", [], {}]
     for field, value in raw.items():
-        allowed = known.get(field, empty)
+        allowed = known.get(field, [False, "", [], {}])
+        if value is None or allowed is None:
+            continue
+        # Of a list that is known each item is looked at: layers' kinds, steps of a tokenizer.
         for item in value if isinstance(value, list) and field in known else [value]:
             if isinstance(item, dict) and isinstance(allowed, dict):
                 refuse_unknown(f"{path}: {field}", item, allowed)
-            elif None not in (item, allowed) and \
-                    item not in (empty if isinstance(allowed, dict) else allowed):
+            elif isinstance(allowed, dict) or item not in allowed:
                 raise UserError(f"{path}: {field} = {value!r:.80} is not implemented")
 
 
-def number(raw, path, key, default=None):
-    """raw[key], or the default if it is absent or null. UserError if FIELDS does not allow it."""
-    kind, low, high = FIELDS[key]
+def number(raw, path, key, default=None, bounds=WHOLE):
+    """raw[key], or the default if it is absent or null. UserError if it is not within the bounds."""
+    kind, least, most = bounds
     value = default if raw.get(key) is None else raw[key]
     if value is None:
         raise UserError(f"{path}: {key!r} is missing")
-    if type(value) not in (int, kind) or not low <= value <= high:      # type(): True is an int
+    if type(value) not in (int, kind) or not least <= value <= most:    # type(): True is an int
         what = "a whole number" if kind is int else "a number"
-        raise UserError(f"{path}: {key} must be {what} from {low} to {high}, not {value!r:.80}")
+        raise UserError(f"{path}: {key} must be {what} from {least} to {most}, not {value!r:.80}")
     return kind(value)
 
 
@@ -153,20 +145,17 @@ def read_config(folder):
     dim, n_head = number(raw, path, "hidden_size"), number(raw, path, "num_attention_heads")
     n_kv_head = number(raw, path, "num_key_value_heads", n_head)
     head_dim = number(raw, path, "head_dim", dim // n_head)
-    tied = raw.get("tie_word_embeddings") or False
-    if n_head % n_kv_head:
-        raise UserError(f"{path}: num_attention_heads must be a multiple of num_key_value_heads")
-    if head_dim % 2:
-        raise UserError(f"{path}: head_dim must be even")
-    if not isinstance(tied, bool):
-        raise UserError(f"{path}: tie_word_embeddings must be true or false")
+    if n_head % n_kv_head or head_dim % 2:
+        raise UserError(f"{path}: num_attention_heads must be a multiple of num_key_value_heads, "
+                        "and head_dim must be even")
     return dict(
-        dim=dim, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, tied=tied, raw=raw,
-        n_layer=number(raw, path, "num_hidden_layers"),
+        dim=dim, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, raw=raw,
+        tied=bool(raw.get("tie_word_embeddings")),
+        n_layer=number(raw, path, "num_hidden_layers", bounds=(int, 1, 1000)),
         hidden_dim=number(raw, path, "intermediate_size"),
         vocab_size=number(raw, path, "vocab_size"),
-        max_len=number(raw, path, "max_position_embeddings", 2048),
-        norm_eps=number(raw, path, "rms_norm_eps", 1e-6),
+        max_len=number(raw, path, "max_position_embeddings", 2048, (int, 1, 2**24)),
+        norm_eps=number(raw, path, "rms_norm_eps", 1e-6, REAL),
         rope_theta=theta, rope_scaling=llama3, qkv_bias=names == ["qwen2"],
         qk_norm=names == ["qwen3"])
 
@@ -189,10 +178,10 @@ def read_rope(raw, path):
                         "other; delete what is wrong")
     llama3 = None
     if (rope.get("rope_type") or rope.get("type")) == "llama3":
-        llama3 = {key: number(rope, path, key) for key in list(FIELDS)[-6:-2]}
+        llama3 = {key: number(rope, path, key, bounds=REAL) for key in LLAMA3}
         if llama3["low_freq_factor"] >= llama3["high_freq_factor"]:
             raise UserError(f"{path}: low_freq_factor must be below high_freq_factor")
-    return number(rope, path, "rope_theta", 10000.0), llama3
+    return number(rope, path, "rope_theta", 10000.0, REAL), llama3
 
 
 def weight_files(folder):
@@ -200,15 +189,12 @@ def weight_files(folder):
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.exists():
         return [single]
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: no weight_map {{tensor: file}} in it")
-    files = sorted({str(file) for file in weight_map.values()})
-    for file in files:
+    weight_map = read_object(index, kind={"weight_map": {str: str}})["weight_map"]
+    for file in weight_map.values():
         # A name, as a path could lead out of the folder.
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}\.safetensors", file):
             raise UserError(f"{index}: {file!r:.80} is no name of a safetensors file")
-    return [folder / file for file in files]
+    return [folder / file for file in sorted(set(weight_map.values()))] or [single]
 
 
 def opened(paths, device):
@@ -318,7 +304,7 @@ def read_adapter(name_or_path, weights, base):
     if trained_on and Path(trained_on).name.lower() != Path(own).name.lower():
         print(f"note: {printable(path)} was trained on {printable(trained_on, 100)}, and this "
               f"model is {printable(own)}", file=sys.stderr)
-    rank, alpha = number(config, path, "r"), number(config, path, "lora_alpha")
+    rank, alpha = number(config, path, "r"), number(config, path, "lora_alpha", bounds=REAL)
     for key in ("target_modules", "exclude_modules"):
         # An expression that others wrote could run for ever.
         if not isinstance(config.get(key) or [], list):

@@ -1,7 +1,6 @@
 """The settings of a run, its presets, and its command line. Config has a flag for each field."""
 import argparse
 import dataclasses
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +17,15 @@ JUDGES = ("rule", "gist", "substring", "model", "openai")       # data/judges.py
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def setting(default, help, low=-math.inf, above=-math.inf, high=math.inf, choices=()):
+def setting(default, help, low=0, above=-1, high=2**53, choices=()):
     """A field of Config: its default, the help of its flag, and which values are allowed.
 
     Of a number that is from low, or above the number that is given, to high."""
-    ends = {"{:g} or more": low, "more than {:g}": above, "at most {:g}": high}
-    metadata = {"help": help, "choices": choices, "range": ", ".join(
-        words.format(end) for words, end in ends.items() if math.isfinite(end))}
-    metadata["fits"] = lambda x: low <= x <= high and above < x and math.isfinite(x)
+    span = f"more than {above:g}" if above >= low else f"{low:g} or more"
+    if high < 2**53:
+        span += f", at most {high:g}"
+    metadata = {"help": help, "choices": choices, "range": span,
+                "fits": lambda x: low <= x <= high and x > above}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -118,45 +118,37 @@ class Config:
         """Every rule about a single value; a UserError names the flag."""
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            check_type(f, value)
             choices = f.metadata["choices"]
             for one in value if f.type is list else [value]:
                 if choices and one not in choices:
                     raise UserError(f"{flag(f.name)} {one!r}: choose among "
                                     f"{', '.join(filter(None, choices))}")
             if f.type in (int, float) and not f.metadata["fits"](value):
-                raise UserError(f"{flag(f.name)} {value}: must be {f.metadata['range']}")
+                raise UserError(f"{flag(f.name)} {value}: must be {f.metadata['range']} (and below "
+                                "2 ** 53)")
         if self.device not in ("", "cpu") and not (
                 re.fullmatch(r"cuda(:\d)?", self.device) and torch.cuda.is_available()):
             raise UserError(f"--device {self.device}: there is no such device here (cpu, or cuda "
                             "with a GPU and a torch that is built for it)")
 
 
-def check_type(f, value):
-    """UserError if this is no value of a field of Config."""
-    of_type = type(value) is f.type or f.type is float and type(value) is int
-    if not of_type or type(value) is int and abs(value) >= 2 ** 53:
-        raise UserError(f"{flag(f.name)} {value!r}: must be of type {f.type.__name__}, and below "
-                        "2 ** 53")
-
-
 def read_settings(folder) -> dict:
     """config.json of a run's folder. A setting that it lacks, as it is older, has its default.
     UserError if it does not hold the settings of a run."""
-    path = Path(folder) / "config.json"
-    found = dataclasses.asdict(Config()) | read_json(path, FIELDS["config"])
-    try:
-        for f in dataclasses.fields(Config):
-            check_type(f, found[f.name])
-    except UserError as e:
-        raise UserError(f"{path}: not the settings of a run ({e}); restore it") from None
-    return found
+    kinds = dict(FIELDS["config"])
+    for f in dataclasses.fields(Config):
+        kinds[f.name + "?"] = [str] if f.type is list else f.type
+    return dataclasses.asdict(Config()) | read_json(Path(folder) / "config.json", kinds)
 
 
-# A setting of one domain: elsewhere it would do nothing, and is refused.
-ONLY_FOR = {"prompt": ("knowledge",), "judge": ("knowledge",), "max_documents": ("knowledge",),
-            "directives": ("knowledge", "tinyworld"), "max_examples": ("arc", "tinyarc"),
-            "views": ("arc", "tinyarc")}
+# A setting that does something only with these values of another one: elsewhere it is refused.
+ONLY_WITH = {
+    "prompt": ("domain", "knowledge"), "judge": ("domain", "knowledge"),
+    "max_documents": ("domain", "knowledge"), "directives": ("domain", "knowledge", "tinyworld"),
+    "max_examples": ("domain", "arc", "tinyarc"), "views": ("domain", "arc", "tinyarc"),
+    "solved_at": ("update", "solved"), "keep": ("update", "best", "random"),
+    "strict": ("update", "best", "solved", "random"),
+    "restart": ("update", "best", "solved", "random")}
 
 # What may change in the middle of a run: where it is, the machine, how much is shown, more rounds.
 FREE = {"run_dir", "iterations", "verbose", "device", "slots", "rows", "recompute", "command",
@@ -224,18 +216,16 @@ def add_flags(parser):
                              "knowledge's, the paper's")
     either = parser.add_mutually_exclusive_group()
     for f in dataclasses.fields(Config):
+        shown, default = f.metadata["help"], f.default
         kind = dict(type=f.type, metavar=f.type.__name__.upper())
-        default = f.default
         if f.type is bool:
-            kind, default = dict(action=argparse.BooleanOptionalAction), ""
-        if f.type is list:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif f.type is list:
             kind, default = dict(nargs="+", metavar="NAME"), " ".join(f.default_factory())
-        notes = [f.metadata["range"]]
-        if default != "":
-            notes.append(f"default: {default}")
-        shown = f.metadata["help"]
-        if any(notes):
-            shown += f" ({'; '.join(filter(None, notes))})"
+        if f.type in (int, float):
+            shown += f" ({f.metadata['range']}; default: {default})"
+        elif default:
+            shown += f" (default: {default})"
         # None: not given, so that the preset's value stands.
         group = either if f.name == "prompt" else parser
         group.add_argument(flag(f.name), default=None, help=shown.replace("%", "%%"), **kind)
@@ -268,21 +258,16 @@ def read_flags(args, needed) -> Config:
     if settings.get("directives") and settings.get("domain", "knowledge") == "knowledge":
         settings.setdefault("prompt", "none")
     cfg = Config(**settings)
-    for name in sorted(given.keys() & ONLY_FOR.keys()):
-        if given[name] and cfg.domain not in ONLY_FOR[name]:
-            raise UserError(f"{flag(name)}: it does nothing in the domain {cfg.domain}, only in "
-                            f"{' and '.join(ONLY_FOR[name])}")
-    if cfg.domain == "knowledge" and cfg.directives and "max_documents" in given:
+    for name in sorted(given.keys() & ONLY_WITH.keys()):
+        other, *values = ONLY_WITH[name]
+        if given[name] and getattr(cfg, other) not in values:
+            raise UserError(f"{flag(name)}: it does nothing with {flag(other)} "
+                            f"{getattr(cfg, other)}, only with {' or '.join(values)}")
+    if cfg.directives and "max_documents" in given:
         raise UserError("--directives: its tools make the documents; leave out --max-documents")
-    if "solved_at" in given and cfg.update != "solved":
-        raise UserError("--solved-at: it goes with --update solved")
-    if "keep" in given and cfg.update not in ("best", "random"):
-        raise UserError(f"--keep: --update {cfg.update} takes no number")
     if cfg.update in ("reinforce", "grpo") and cfg.edits == 1:
         raise UserError(f"--update {cfg.update}: with --edits 1 nothing is ever learned, as a "
                         "single reward is its own mean; take 2 or more")
-    if cfg.update in ("reinforce", "grpo") and (cfg.strict or cfg.restart):
-        raise UserError(f"--update {cfg.update}: --strict and --restart are for ReST-EM")
     cfg.run_dir = cfg.run_dir or default_folder(args, given)
     for name in needed:
         if not getattr(cfg, name):

@@ -155,7 +155,7 @@ JSON_FILES = ["config.json", *OTHER_FILES]
 OTHER_JSON = {
     "not readable as ": [b"", b"{", b"\xff\xfe", b'{"a": "\\ud800"}', b"[" * 100_000,
                          b'{"vocab_size": ' + b"9" * 5000 + b"}"],
-    "not a JSON object": [b"[]", b"null", b"12"], "": [b"{}"]}
+    "it must be an object": [b"[]", b"null", b"12"], "": [b"{}"]}
 
 
 @pytest.mark.parametrize("name", JSON_FILES)
@@ -210,11 +210,11 @@ BAD_CONFIGS = [
     *[({"num_hidden_layers": value}, "num_hidden_layers must be a whole number from 1 to 1000")
       for value in ("12", 10**7, True, 2.0, 0)],
     ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
-    ({"head_dim": 7}, "head_dim must be even"),
-    ({"hidden_size": 1, "head_dim": None}, "head_dim must be a whole number from 2"),
+    ({"head_dim": 7}, ".*head_dim must be even"),
+    ({"hidden_size": 1, "head_dim": None}, "head_dim must be a whole number from 1"),
     *[({"rms_norm_eps": number}, "rms_norm_eps must be a number") for number in (0, float("nan"))],
     ({"rope_theta": "1e4", "rope_parameters": {}}, "rope_theta must be a number"),
-    ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no' is not implemented"),
     *[({"rope_theta": None, "rope_parameters": LLAMA3_ROPE | changes}, words)
       for changes, words in [({"factor": None}, "'factor' is missing"),
                              ({"factor": "8"}, "factor must be a number"),
@@ -356,7 +356,7 @@ def test_an_index_that_leads_elsewhere(file, folder):
     names = read_json(folder / INDEX)["weight_map"]
     write(folder / INDEX, {"weight_map": dict.fromkeys(names, file)})
     (line,) = refusals(folder)
-    assert re.search("index.json: .* is no name of a safetensors file", line)
+    assert re.search("index.json: .*(is no name of a safetensors file|must be a text)", line)
 
 
 @pytest.mark.parametrize("file, damage", [
