@@ -3,7 +3,6 @@
 A checkpoint is a folder in Hugging Face's layout (config.json, safetensors, tokenizer files) or the
 id of one on the hub. Weights are read from safetensors only: a pickle could run code.
 """
-import contextlib
 import json
 import os
 import re
@@ -64,17 +63,14 @@ def fetch(name_or_path, wanted=("config.json", "model*.safetensors*", ADAPTER_FI
         raise UserError(f"{name_or_path}: no such folder (a hub id looks like owner/name)")
 
     import huggingface_hub as hub
-    from huggingface_hub import errors
     try:
         return Path(hub.snapshot_download(name_or_path, allow_patterns=list(wanted)))
-    except errors.GatedRepoError:
+    except hub.errors.GatedRepoError:
         problem = "it is gated: accept its licence on its hub page, then run `hf auth login`"
-    except errors.RepositoryNotFoundError:
+    except hub.errors.RepositoryNotFoundError:
         problem = "no such folder, and no such model on the hub"
     except Exception as e:  # every transport has exceptions of its own
-        first_line = (str(e).strip().splitlines() or [""])[0][:150]
-        why = f"{type(e).__name__}: {first_line}"
-        problem = f"no such folder, and the hub can't be reached ({why})"
+        problem = f"no such folder, and the hub can't be reached ({e!r:.170})"
     raise UserError(f"{name_or_path}: {problem}")
 
 
@@ -115,7 +111,7 @@ def refuse_unknown(path, raw, known):
 
 
 def number(raw, path, key, default=None, bounds=WHOLE):
-    """raw[key], or the default if it is absent or null. UserError if it is not within the bounds."""
+    """raw[key], or the default if it is absent or null. UserError if it is not within bounds."""
     kind, least, most = bounds
     value = default if raw.get(key) is None else raw[key]
     if value is None:
@@ -243,10 +239,9 @@ def read_weights(paths, shapes, device, dtype, tied=False):
     return tensors
 
 
-@contextlib.contextmanager
-def whole_folder(folder):
-    """A draft to write files into, which then becomes the folder: whole or not at all, a power cut
-    included. UserError if the folder exists."""
+def write_folder(folder, names, config, tensors, tokenizer_from=None):
+    """Write a config and tensors under these two names, and a copy of a tokenizer: whole or not at
+    all, a power cut included. UserError if the folder exists."""
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} exists already; nothing was overwritten")
@@ -254,11 +249,13 @@ def whole_folder(folder):
     shutil.rmtree(draft, ignore_errors=True)
     draft.unlink(missing_ok=True)
     draft.mkdir(parents=True)
-    yield draft
+    (draft / names[0]).write_text(json.dumps(config, indent=2))
+    save_file(tensors, draft / names[1], {"format": "pt"})
     # safetensors lets nobody else read its files: they get the mode that texts have here.
-    usual = next(draft.glob("*.json")).stat().st_mode
-    for path in draft.iterdir():
-        path.chmod(usual)
+    shutil.copymode(draft / names[0], draft / names[1])
+    for name in TOKENIZER_FILES:
+        if tokenizer_from and (Path(tokenizer_from) / name).is_file():
+            shutil.copyfile(Path(tokenizer_from) / name, draft / name)
     for path in (*draft.iterdir(), draft):
         sync(path)
     draft.rename(folder)
@@ -266,21 +263,14 @@ def whole_folder(folder):
 
 
 def write_checkpoint(folder, config, tensors, tokenizer_from=None):
-    """Write a checkpoint whole or not at all. UserError if the folder exists.
-
-    config: config.json as a dict. tensors {name: tensor}. tokenizer_from: a folder whose tokenizer
-    files are copied."""
+    """The same for a checkpoint. config: config.json as a dict. tensors {name: tensor}.
+    tokenizer_from: a folder whose tokenizer files are copied."""
     config = dict(config)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     for key in ("dtype", "torch_dtype"):    # as transformers 5 and 4 call it
         if key in config:
             config[key] = dtype
-    with whole_folder(folder) as draft:
-        (draft / "config.json").write_text(json.dumps(config, indent=2))
-        save_file(tensors, draft / "model.safetensors", {"format": "pt"})
-        for name in TOKENIZER_FILES:
-            if tokenizer_from and (Path(tokenizer_from) / name).is_file():
-                shutil.copy(Path(tokenizer_from) / name, draft)
+    write_folder(folder, ("config.json", "model.safetensors"), config, tensors, tokenizer_from)
 
 
 def base_name(folder) -> str:
@@ -350,6 +340,4 @@ def write_adapter(folder, rank, alpha, targets, pairs, base):
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
               "lora_dropout": 0.0, "bias": "none", "target_modules": list(targets),
               "base_model_name_or_path": base_name(base)}
-    with whole_folder(folder) as draft:
-        (draft / ADAPTER_FILES[0]).write_text(json.dumps(config))
-        save_file(tensors, draft / ADAPTER_FILES[1], {"format": "pt"})
+    write_folder(folder, ADAPTER_FILES, config, tensors)

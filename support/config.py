@@ -45,7 +45,7 @@ class Config:
     verbose: bool = setting(False, "print the settings, and a line for each self-edit")
 
     # How much of it.
-    iterations: int = setting(2, "rounds of ReST-EM", low=0)
+    iterations: int = setting(2, "rounds of ReST-EM")
     tasks: int = setting(50, "training tasks per round, each time new ones", low=1)
     edits: int = setting(5, "K, self-edits per task", low=1)
     seeds: int = setting(3, "inner loops per self-edit; the reward is their mean", low=1)
@@ -56,11 +56,10 @@ class Config:
     # Self-edits.
     prompt: str = setting(
         "implications", "or ...-long, ...-very-long, rewrite, self-qa, none; a template")
-    temperature: float = setting(1.0, "of sampling self-edits", low=0, high=100)
+    temperature: float = setting(1.0, "of sampling self-edits", high=100)
     top_p: float = setting(0.95, "nucleus of sampling self-edits", above=0, high=1)
     max_edit_tokens: int = setting(2048, "longest self-edit", low=1, high=1e6)
-    max_documents: int = setting(
-        0, "pieces kept of a self-edit; 0: all (v2 of the paper: 30)", low=0)
+    max_documents: int = setting(0, "pieces kept of a self-edit; 0: all (v2 of the paper: 30)")
     directives: bool = setting(
         False, "passages: a self-edit chooses how it is learned, with --prompt also of own text")
     max_steps: int = setting(2000, "optimiser steps that a self-edit may ask for", low=1)
@@ -76,16 +75,16 @@ class Config:
     inner_lr: float = setting(1e-3, "learning rate, which falls to 0", above=0)
     inner_schedule: str = setting("linear", "how it falls: linear or cosine",
                                  choices=("linear", "cosine"))
-    inner_warmup: int = setting(0, "first steps, in which it rises from 0", low=0)
+    inner_warmup: int = setting(0, "first steps, in which it rises from 0")
     inner_epochs: int = setting(10, "passes over a self-edit's documents", low=1)
     inner_batch: int = setting(1, "documents per step", low=1)
-    pad_to: int = setting(0, "as if padded, and pads learned (official: 2048)", low=0, high=1e6)
+    pad_to: int = setting(0, "as if padded, and pads learned (official: 2048)", high=1e6)
 
     # The reward: answers and verdicts.
     max_answer_tokens: int = setting(64, "longest answer", low=1, high=1e6)
     stop: str = setting("newline", "an answer ends at a newline; or eos: at EOS only (official)",
                         choices=("newline", "eos"))
-    views: int = setting(0, "puzzles: ways to ask each one, that vote; 0: all", low=0)
+    views: int = setting(0, "puzzles: ways to ask each one, that vote; 0: all")
     judge: str = setting("rule", "rule (.8 of the gold words), gist, substring, model, openai",
                          choices=JUDGES)
 
@@ -104,14 +103,14 @@ class Config:
     outer_epochs: int = setting(2, "passes over the kept self-edits", low=1)
     outer_batch: int = setting(10, "self-edits per step", low=1)
     clip: float = setting(1.0, "gradient norm, in both loops", above=0)
-    weight_decay: float = setting(0.0, "AdamW's, in both loops", low=0)
+    weight_decay: float = setting(0.0, "AdamW's, in both loops")
 
     # The machine.
     device: str = setting("", "cuda or cpu; default: cuda if there is one")
     dtype: str = setting("", "of the weights; default: bfloat16 on cuda, else float32",
                          choices=("", "float32", "bfloat16", "float64"))
-    slots: int = setting(0, "adapters trained side by side; 0: automatic", low=0)
-    rows: int = setting(0, "sequences decoded side by side; 0: automatic", low=0)
+    slots: int = setting(0, "adapters trained side by side; 0: automatic")
+    rows: int = setting(0, "sequences decoded side by side; 0: automatic")
     recompute: bool = setting(False, "compute activations again in the backward pass: less memory")
 
     def __post_init__(self):

@@ -19,7 +19,7 @@ class UserError(Exception):
     """Something that the user can mend. Programs print its one line and no traceback."""
 
 
-# ------------------------------------------------------------------------------- the way out
+# ------------------------------------------------------------------------------- programs
 
 def cli(main):
     """Run a program's main function. What goes wrong outside the program is one line on stderr and
@@ -31,28 +31,26 @@ def cli(main):
     try:
         main()
         sys.stdout.flush()
-    except UserError as e:
-        stop(str(e))
-    except KeyboardInterrupt:
-        stop("interrupted", "repeat the command to go on")
+        return
     except BrokenPipeError:     # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as e:
+    except (Exception, KeyboardInterrupt) as e:
         # Names, as this file imports neither torch nor safetensors.
         kinds = {kind.__name__ for kind in type(e).__mro__}
-        if kinds & {"OSError", "SafetensorError"}:
-            path = getattr(e, "filename", None)
-            stop(f"{path}: {e.strerror}" if path else str(e), "mend it and repeat the command")
-        if kinds & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in str(e):
-            stop("out of memory", "repeat the command with --slots 1, --rows 8 or --recompute")
-        raise
-
-
-def stop(line, of_a_run=""):
-    """End the program with one line on stderr. of_a_run: what to do if it was a run."""
-    if HELD and of_a_run:
-        line = f"{line}; what a run has finished is kept: {of_a_run}"
+        line, advice = str(e), "mend it and repeat the command"
+        if "KeyboardInterrupt" in kinds:
+            line, advice = "interrupted", "repeat the command to go on"
+        elif kinds & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in line:
+            line = "out of memory"
+            advice = "repeat the command with --slots 1, --rows 8 or --recompute"
+        elif "OSError" in kinds and e.filename:
+            line = f"{e.filename}: {e.strerror}"
+        elif not kinds & {"UserError", "OSError", "SafetensorError"}:
+            raise
+    # A UserError says itself what to do.
+    if HELD and "UserError" not in kinds:
+        line += f"; what a run has finished is kept: {advice}"
     sys.exit("error: " + " ".join(printable(line).split("\n")))
 
 
@@ -63,8 +61,6 @@ def printable(text, most=2000) -> str:
     shown = text[:most] + (f"... ({len(text)} characters)" if len(text) > most else "")
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in shown)
 
-
-# ------------------------------------------------------------------------------- flags
 
 class Parser(argparse.ArgumentParser):
     """An argument that is wrong is one line, without the usage of all others."""
@@ -243,8 +239,6 @@ def check(value, kind, name="it"):
             raise ValueError(f"{field!r} is missing")
 
 
-# ------------------------------------------------------------------------------- JSON lines
-
 def as_json(value, **form) -> str:
     """JSON without NaN and infinity, which it does not know: they are null."""
     plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
@@ -264,9 +258,7 @@ class Lines:
     def __init__(self, path, repair=True):
         self.path = Path(path)
         self.records = []
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
+        data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[:data.rfind(b"\n") + 1]
         if whole != data and repair:
             print(f"{printable(self.path)}: its last line was cut short, and is dropped")

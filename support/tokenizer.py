@@ -5,7 +5,6 @@ tiktoken merges the pair whose union has the lowest rank, and in these vocabular
 need, and the list of merges is only compared. Text is always encoded as plain text: a special
 token's name inside a passage, or inside what a model wrote, stays text.
 """
-import math
 import re
 import unicodedata
 
@@ -114,13 +113,14 @@ def by_merges(token, order):
     """The pieces of a word as tokenizers finds them. order {pair: its place in the merges}: of all
     neighbours the pair that comes first is joined, until none is in it."""
     pieces = list(token)
-    while len(pieces) > 1:
-        places = [order.get(pair, math.inf) for pair in zip(pieces, pieces[1:])]
-        i = places.index(min(places))
-        if places[i] == math.inf:
-            break
-        pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
-    return pieces
+    while True:
+        pairs = list(zip(pieces, pieces[1:]))
+        known = [pair for pair in pairs if pair in order]
+        if not known:
+            return pieces
+        first = min(known, key=order.get)
+        i = pairs.index(first)
+        pieces[i:i + 2] = ["".join(first)]
 
 
 def check_merges(tok, model):
@@ -153,7 +153,7 @@ class Tokenizer:
     def __init__(self, ranks, pattern, special, nfc=False):
         """ranks {bytes: id}, pattern of the pre-tokenizer, special {text: id}, nfc: normalise."""
         ids = [*ranks.values(), *special.values()]
-        if not ranks or len(set(ids)) < len(ids) or None in special \
+        if not ranks or len(set(ids)) < len(ids) \
                 or not all(type(i) is int and 0 <= i < 2**24 for i in ids):
             raise ValueError("each token must have an id of its own, below 2**24")
         self.special = special
@@ -255,9 +255,8 @@ class Tokenizer:
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         # Cut within runs of more than LONGEST blanks: tiktoken's stack would overflow.
         cuts = [0]
-        if len(text) > LONGEST:
-            for run in re.finditer(r"\s+", text):
-                cuts += range(run.start() + LONGEST, run.end(), LONGEST)
+        for run in re.finditer(r"\s{%d,}" % LONGEST, text):
+            cuts += range(run.start() + LONGEST, run.end(), LONGEST)
         ids = []
         for begin, end in zip(cuts, [*cuts[1:], len(text)]):
             ids += self.encoding.encode_ordinary(text[begin:end])

@@ -73,7 +73,7 @@ def test_what_is_no_folder_and_no_hub_id(name):
 
 
 @pytest.mark.parametrize("problem, words", [
-    (ConnectionError("no route\nto host"), "the hub can't be reached .ConnectionError: no route"),
+    (ConnectionError("no route\nto host"), "the hub can't be reached .ConnectionError..no route"),
     (GatedRepoError.__new__(GatedRepoError), "accept its licence"),
     (RepositoryNotFoundError.__new__(RepositoryNotFoundError), "no such model on the hub")])
 def test_hub_errors_are_one_line(problem, words, monkeypatch):
