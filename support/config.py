@@ -153,26 +153,23 @@ ONLY_WITH = {
 FREE = {"run_dir", "iterations", "verbose", "device", "slots", "rows", "recompute", "command",
         "model", "train_data", "eval_data"}     # these three are known by their content
 
+# What the presets of the two embedded checkpoints have in common.
+TOY = dict(
+    train_data="train", eval_data="eval", edits=8, seeds=1, eval_edits=2, baselines=True,
+    inner_targets=PROJECTIONS, outer_rank=16, outer_alpha=16, outer_epochs=4, dtype="float32")
+
 PRESETS = {
     # The embedded checkpoint and its world. Chosen on other towns than are reported.
-    "tiny": dict(
-        domain="tinyworld", model=str(EMBEDDED), train_data="train", eval_data="eval",
-        iterations=2, tasks=20, edits=8, seeds=1, eval_tasks=32, eval_edits=2, baselines=True,
-        temperature=0.8, max_edit_tokens=160, max_answer_tokens=12, keep=2,
-        inner_rank=8, inner_alpha=8, inner_targets=PROJECTIONS,
-        inner_lr=2e-2, inner_epochs=10, inner_batch=64,
-        outer_rank=16, outer_alpha=16, outer_lr=4e-3, outer_epochs=4, outer_batch=8,
-        dtype="float32"),
+    "tiny": TOY | dict(
+        domain="tinyworld", model=str(EMBEDDED), tasks=20, eval_tasks=32, temperature=0.8,
+        max_edit_tokens=160, max_answer_tokens=12, keep=2, inner_rank=8, inner_alpha=8,
+        inner_lr=2e-2, inner_batch=64, outer_lr=4e-3, outer_batch=8),
     # The same for puzzles.
-    "tiny-arc": dict(
-        domain="tinyarc", model=str(EMBEDDED.with_name("tiny-arc")), train_data="train",
-        eval_data="eval", iterations=2, tasks=10, edits=8, seeds=1, eval_tasks=16, eval_edits=2,
-        baselines=True, top_p=1.0, max_edit_tokens=128, stop="eos", max_answer_tokens=16,
-        max_examples=12, views=8, update="solved",
-        inner_rank=16, inner_alpha=16, inner_targets=PROJECTIONS,
-        inner_batch=1, inner_schedule="cosine", inner_warmup=2,
-        outer_rank=16, outer_alpha=16, outer_lr=2e-3, outer_epochs=4, outer_batch=5,
-        dtype="float32"),
+    "tiny-arc": TOY | dict(
+        domain="tinyarc", model=str(EMBEDDED.with_name("tiny-arc")), tasks=10, eval_tasks=16,
+        top_p=1.0, max_edit_tokens=128, stop="eos", max_answer_tokens=16, max_examples=12,
+        views=8, update="solved", inner_rank=16, inner_alpha=16, inner_schedule="cosine",
+        inner_warmup=2, outer_lr=2e-3, outer_batch=5),
     # The paper's knowledge incorporation: the defaults above.
     "knowledge": {},
     # For models below about 1 B (docs/results/smollm2.md says how it was chosen).

@@ -5,6 +5,7 @@ One way in: JSON is read by `read_json`. One way out: `cli` turns what can go wr
 counts.
 """
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -126,7 +127,8 @@ def read_json(path, kind=None):
             value = json.loads(text)
         # "\ud800" is legal JSON and no character: it could never be written again.
         json.dumps(value, ensure_ascii=False).encode()
-        check(value, kind)
+        if kind is not None:
+            check(value, kind)
         return value
     except (ValueError, RecursionError) as e:
         hint = "; are these JSON lines? name it .jsonl" if "Extra data" in str(e) else ""
@@ -147,12 +149,9 @@ def replace_file(path, text):
 def sync(path):
     """Until a file, or a folder's list of names, is on the disk: a power cut then leaves it."""
     handle = os.open(path, os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):      # some network file systems can't
         os.fsync(handle)
-    except OSError:     # some network file systems can't
-        pass
-    finally:
-        os.close(handle)
+    os.close(handle)
 
 
 def fingerprint(*parts) -> str:
@@ -216,27 +215,28 @@ WORDS = {int: "a whole number, 0 or more", float: "a number", str: "a text",
 
 
 def check(value, kind, name="it"):
-    """ValueError if a value of a JSON file is not what `kind` says (see FIELDS); None: anything."""
+    """ValueError if a value of a JSON file is not what `kind` says (see FIELDS)."""
     if isinstance(kind, tuple):
         return value is None or check(value, *kind, name)
-    base = kind if isinstance(kind, (type, type(None))) else type(kind)
+    base = kind if isinstance(kind, type) else type(kind)
     # `type`, not isinstance: in Python true is an int. NaN and what is huge are no numbers here.
-    fits = base is None or type(value) is base or base is float and type(value) is int
+    fits = type(value) is base or base is float and type(value) is int
     if fits and base in (int, float):
-        fits = (0 if base is int else -2 ** 53) <= value < 2 ** 53
+        low = 0 if base is int else -2 ** 53
+        fits = low <= value < 2 ** 53
     if not fits:
         raise ValueError(f"{name} must be {WORDS[base]}")
-    if isinstance(kind, list):
-        name = f"each item of {name}"
+    if base is list:
         for item in value:
-            check(item, *kind, name)
-    for field, own in kind.items() if isinstance(kind, dict) else ():
-        if field is str:
-            check(list(value.values()), [own], name)
-        elif field.strip("?") in value:
-            check(value[field.strip("?")], own, repr(field.strip("?")))
-        elif "?" not in field:
-            raise ValueError(f"{field!r} is missing")
+            check(item, *kind, f"each item of {name}")
+    elif base is dict:
+        for field, own in kind.items():
+            if field is str:
+                check(list(value.values()), [own], name)
+            elif field.strip("?") in value:
+                check(value[field.strip("?")], own, repr(field.strip("?")))
+            elif "?" not in field:
+                raise ValueError(f"{field!r} is missing")
 
 
 def as_json(value, **form) -> str:
@@ -276,7 +276,7 @@ class Lines:
     def check(self, record):
         """ValueError if this is no record of this file, or not the next one."""
         name = self.path.name.split(".")[0]
-        check(record, FIELDS.get(name))
+        check(record, FIELDS.get(name, {}))
         number = COUNTED.get(name)
         if number and record[number] != len(self.records):
             raise ValueError(f"{number} {record[number]} after {len(self.records)} lines")
