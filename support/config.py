@@ -2,7 +2,6 @@
 import argparse
 import dataclasses
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,28 +9,25 @@ import torch
 from support.checkpoint import EMBEDDED
 from support.files import FIELDS, UserError, fingerprint, read_json, read_text
 
-# ------------------------------------------------------------------------------- settings
-
 DOMAINS = ("knowledge", "arc", "tinyworld", "tinyarc")          # modules of data/
 JUDGES = ("rule", "gist", "substring", "model", "openai")       # data/judges.py
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def setting(default, help, low=0, above=-1, high=2**53, choices=()):
-    """A field of Config: its default, the help of its flag, and which values are allowed.
-
-    Of a number that is from low, or above the number that is given, to high."""
+    """A field of Config: its default, the help of its flag, and which values are allowed: of a
+    number from low, or above the number that is given, to high."""
     span = f"more than {above:g}" if above >= low else f"{low:g} or more"
     if high < 2**53:
         span += f", at most {high:g}"
     metadata = {"help": help, "choices": choices, "range": span,
                 "fits": lambda x: low <= x <= high and x > above}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """A flag for each field."""
     # What to learn, and where.

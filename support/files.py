@@ -20,8 +20,6 @@ class UserError(Exception):
     """Something that the user can mend. Programs print its one line and no traceback."""
 
 
-# ------------------------------------------------------------------------------- programs
-
 def cli(main):
     """Run a program's main function. What goes wrong outside the program is one line on stderr and
     exit status 1: a UserError, the system's errors, lack of memory, Ctrl-C."""
@@ -117,21 +115,18 @@ def read_text(path) -> str:
 
 
 def read_json(path, kind=None):
-    """The content of a JSON file; of a .jsonl file the list of its lines. UserError if it is
-    missing, no JSON, no valid Unicode, or not of a kind (see FIELDS)."""
+    """The content of a JSON file. UserError if it is missing, no JSON, no valid Unicode, or not of
+    a kind (see FIELDS)."""
     text = read_text(path)
     try:
-        if Path(path).suffix == ".jsonl":
-            value = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            value = json.loads(text)
+        value = json.loads(text)
         # "\ud800" is legal JSON and no character: it could never be written again.
         json.dumps(value, ensure_ascii=False).encode()
         if kind is not None:
             check(value, kind)
         return value
     except (ValueError, RecursionError) as e:
-        hint = "; are these JSON lines? name it .jsonl" if "Extra data" in str(e) else ""
+        hint = "; are these JSON lines? make them one list" if "Extra data" in str(e) else ""
         raise UserError(f"{path}: not readable as JSON of its kind ({e}{hint})") from None
 
 
@@ -227,8 +222,9 @@ def check(value, kind, name="it"):
     if not fits:
         raise ValueError(f"{name} must be {WORDS[base]}")
     if base is list:
+        name = f"each item of {name}"
         for item in value:
-            check(item, *kind, f"each item of {name}")
+            check(item, *kind, name)
     elif base is dict:
         for field, own in kind.items():
             if field is str:
@@ -269,8 +265,7 @@ class Lines:
                 self.check(record)
             except (ValueError, RecursionError) as e:
                 raise UserError(f"{self.path}, line {number}: not a record of a run ({e}); restore "
-                                "it, or delete the lines from there on and repeat the command"
-                                ) from None
+                                "it, or delete all lines from there on") from None
             self.records.append(record)
 
     def check(self, record):

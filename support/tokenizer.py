@@ -53,12 +53,12 @@ def byte_alphabet():
 def split_pattern(spec, where):
     """The regular expression of a tokenizer.json's pre_tokenizer; UserError if it is unknown."""
     # One step, or a sequence of them. ByteLevel splits by GPT-2's expression unless told not to.
-    steps = spec.get("pretokenizers", [spec]) if spec else [{"type": None}]
+    steps = spec.get("pretokenizers", [spec])
     kinds = [step["type"] for step in steps]
     own_regex = steps[-1].get("use_regex", True)
     if kinds == ["ByteLevel"] and own_regex:
         return GPT2
-    if kinds == ["Digits", "ByteLevel"] and own_regex and steps[0].get("individual_digits"):
+    if kinds == ["Digits", "ByteLevel"] and own_regex:
         return GPT2_DIGITS
     # Only known expressions: one that others wrote could run for ever.
     if kinds == ["Split", "ByteLevel"] and not own_regex \
@@ -224,13 +224,11 @@ class Tokenizer:
     @classmethod
     def from_tokenizer_json(cls, path, end):
         """What is not done as the library tokenizers does it is refused: UserError, ValueError."""
-        spec, alphabet = read_object(path), byte_alphabet()
+        spec = read_object(path, kind={"decoder": {}, "pre_tokenizer": {}})
         refuse_unknown(path, spec, KNOWN)
-        if not spec.get("decoder"):
-            raise ValueError("decoder is missing")
         nfc = bool(spec.get("normalizer"))
         special, words, finder = added_tokens(spec, nfc, path)
-        ranks = {}
+        ranks, alphabet = {}, byte_alphabet()
         for token, i in spec["model"]["vocab"].items():
             if token not in special:
                 ranks[bytes(map(alphabet.__getitem__, token))] = i
@@ -253,13 +251,10 @@ class Tokenizer:
     def plain(self, text):
         """The ids of a text without added words."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        # Cut within runs of more than LONGEST blanks: tiktoken's stack would overflow.
-        cuts = [0]
-        for run in re.finditer(r"\s{%d,}" % LONGEST, text):
-            cuts += range(run.start() + LONGEST, run.end(), LONGEST)
         ids = []
-        for begin, end in zip(cuts, [*cuts[1:], len(text)]):
-            ids += self.encoding.encode_ordinary(text[begin:end])
+        # So many blanks in a row are a piece of their own: tiktoken's stack would overflow.
+        for piece in re.split(r"(\s{%d})" % LONGEST, text):
+            ids += self.encoding.encode_ordinary(piece)
         return [i for i in ids if i < self.size]
 
     def decode(self, ids):

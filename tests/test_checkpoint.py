@@ -199,9 +199,9 @@ def test_any_value_of_another_kind(name, more, every, folder):
 
 BAD_CONFIGS = [
     *[({"architectures": names}, "unsupported architecture: model_type and architectures")
-      for names in (["MambaForCausalLM"], "a\nb")],
+      for names in (["MambaForCausalLM"], ["a\nb"])],
     ({"architectures": None, "model_type": None}, r"architectures say \[\]"),
-    ({"rope_scaling": "yarn"}, "rope_scaling = "),
+    ({"rope_scaling": "yarn"}, ".*'rope_scaling' must be an object"),
     *[({"rope_scaling": LLAMA3} | other, "contradict")
       for other in ({"rope_theta": 1e4}, {"rope_parameters": LLAMA3 | {"factor": 2.0}})],
     *[({key: DELETED}, f"'{key}' is missing")
@@ -265,9 +265,9 @@ def replaced(pattern, name):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda folder: next(folder.glob("model-00002*")).unlink(),
-     "model-00002.* is missing; download the checkpoint again"),
+     "'model-00002.*' is missing; download the checkpoint again"),
     (replaced("model*", "pytorch_model.bin"),
-     "model.safetensors is missing; download .*safetensors only"),
+     "'model.safetensors' is missing; download .*safetensors only"),
     (replaced("*", "model.gguf"), "config.json is missing; download .*safetensors only")
 ], ids=["no shard", "pickle", "gguf"])
 def test_a_folder_that_is_not_whole_says_what_to_do(damage, words, tmp_path):
@@ -331,7 +331,7 @@ for words, kind in [
          OTHER_SHAPE_OR_TYPE),
         (f"/{WEIGHTS}: model.embed_tokens.weight holds NaN or infinity", NOT_FINITE),
         (f"/{WEIGHTS}: unexpected tensor '(model|a..b|module|embed_tokens)", OTHER_NAMES),
-        (f"/{WEIGHTS} is missing; download the checkpoint again", {"no file": Path.unlink})]:
+        (f": '{WEIGHTS}' is missing; download the checkpoint again", {"no file": Path.unlink})]:
     REFUSED += [pytest.param(damage, words, id=name) for name, damage in kind.items()]
 
 
@@ -356,7 +356,7 @@ def test_an_index_that_leads_elsewhere(file, folder):
     names = read_json(folder / INDEX)["weight_map"]
     write(folder / INDEX, {"weight_map": dict.fromkeys(names, file)})
     (line,) = refusals(folder)
-    assert re.search("index.json: .*(is no name of a safetensors file|must be a text)", line)
+    assert re.search("is missing; download|index.json: .* must be a text", line)
 
 
 @pytest.mark.parametrize("file, damage", [

@@ -664,7 +664,5 @@ def test_what_is_no_file_is_not_waited_for_and_a_byte_order_mark_is_no_text(tmp_
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")
     assert read_json(tmp_path / "a.json") == [1] and read_text(tmp_path / "a.json") == "[1]"
     (tmp_path / "a.json").write_text("[1]\n[2]\n")
-    (tmp_path / "a.jsonl").write_text("[1]\n\n[2]\n")
-    assert read_json(tmp_path / "a.jsonl") == [[1], [2]]
-    with pytest.raises(UserError, match="name it .jsonl"):
+    with pytest.raises(UserError, match="JSON lines. make them one list"):
         read_json(tmp_path / "a.json")
