@@ -33,12 +33,11 @@ ROPE = dict.fromkeys(["rope_theta", *LLAMA3]) | {
     "rope_type": ["default", "llama3"], "type": ["default", "llama3"], "partial_rotary_factor": [1]}
 CONFIG = dict.fromkeys("""hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim vocab_size max_position_embeddings rms_norm_eps rope_theta
-    model_type architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype
-    transformers_version _name_or_path use_cache initializer_range pretraining_tp
-    output_attentions output_hidden_states id2label label2id problem_type max_window_layers
-    sliding_window max_sequence_length do_sample temperature top_p max_length is_llama_config
-    transformers.js_config unsloth_fixed unsloth_version _attn_implementation_autoset
-    """.split()) | {
+    model_type architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype use_cache
+    transformers_version _name_or_path initializer_range pretraining_tp output_attentions id2label
+    output_hidden_states label2id problem_type max_window_layers sliding_window do_sample top_p
+    max_sequence_length temperature max_length is_llama_config transformers.js_config
+    unsloth_fixed unsloth_version _attn_implementation_autoset""".split()) | {
         "hidden_act": ["silu"], "is_causal": [True], "return_dict": [True],
         "layer_types": ["full_attention"], "partial_rotary_factor": [1],
         "tie_word_embeddings": [True, False], "rope_parameters": ROPE, "rope_scaling": ROPE}
@@ -96,8 +95,7 @@ def read_object(path, default=None, kind={}):
 
 def refuse_unknown(path, raw, known):
     """Fail closed: UserError for a field that is not known, unless its value is empty, and for one
-    that says what is not done. known {field: a list of values, a table of its own, or None: any}.
-    """
+    that says what is not done. known {field: a list of values, its own table, or None: any}."""
     for field, value in raw.items():
         allowed = known.get(field, [False, "", [], {}])
         if value is None or allowed is None:
@@ -137,7 +135,8 @@ def read_config(folder):
                         f"{names!r:.80}; one of {', '.join(FAMILIES)} is implemented")
     refuse_unknown(path, raw, CONFIG)
     theta, llama3 = read_rope(raw, path)
-    dim, n_head = number(raw, path, "hidden_size"), number(raw, path, "num_attention_heads")
+    dim = number(raw, path, "hidden_size")
+    n_head = number(raw, path, "num_attention_heads")
     n_kv_head = number(raw, path, "num_key_value_heads", n_head)
     head_dim = number(raw, path, "head_dim", dim // n_head)
     if n_head % n_kv_head or head_dim % 2:
@@ -179,7 +178,8 @@ def read_rope(raw, path):
 
 def weight_files(folder):
     """The paths of a checkpoint's safetensors: as in transformers one file comes before several."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
     if single.is_file() or not index.exists():
         return [single]
     weight_map = read_object(index, kind={"weight_map": {str: str}})["weight_map"]
@@ -215,7 +215,8 @@ def read_weights(paths, shapes, device, dtype, tied=False):
             if key not in shapes:
                 raise UserError(f"{path}: unexpected tensor {name!r:.90}; wrong config?")
             header = file.get_slice(name)
-            shape, kind = header.get_shape(), header.get_dtype()
+            shape = header.get_shape()
+            kind = header.get_dtype()
             if shape != list(shapes[key]) or kind not in ("F16", "BF16", "F32", "F64"):
                 raise UserError(f"{path}: {name} has shape {shape} and type {kind}; it must be "
                                 f"{list(shapes[key])} by the config, and F16, BF16, F32 or F64")
@@ -242,15 +243,14 @@ def write_folder(folder, names, config, tensors, tokenizer_from=None):
         raise UserError(f"{folder} exists already; nothing was overwritten")
     draft = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.unlink(missing_ok=True)
     draft.mkdir(parents=True)
     (draft / names[0]).write_text(json.dumps(config, indent=2))
     save_file(tensors, draft / names[1], {"format": "pt"})
     # safetensors lets nobody else read its files: they get the mode that texts have here.
     shutil.copymode(draft / names[0], draft / names[1])
     for name in TOKENIZER_FILES:
-        if tokenizer_from and (Path(tokenizer_from) / name).is_file():
-            shutil.copyfile(Path(tokenizer_from) / name, draft / name)
+        if tokenizer_from and Path(tokenizer_from, name).is_file():
+            shutil.copyfile(Path(tokenizer_from, name), draft / name)
     for path in (*draft.iterdir(), draft):
         sync(path)
     draft.rename(folder)
@@ -258,12 +258,10 @@ def write_folder(folder, names, config, tensors, tokenizer_from=None):
 
 
 def write_checkpoint(folder, config, tensors, tokenizer_from=None):
-    """The same for a checkpoint. config: config.json as a dict. tensors {name: tensor}.
-    tokenizer_from: a folder whose tokenizer files are copied."""
-    dtype = str(next(iter(tensors.values())).dtype)
-    # transformers 5 calls it dtype, and reads the name that transformers 4 gave it as well.
-    config = config | {"torch_dtype": dtype.removeprefix("torch.")}
-    config.pop("dtype", None)
+    """The same for a checkpoint. config: config.json as a dict. tensors {name: tensor}."""
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    # As transformers 5 and 4 call it.
+    config = config | {"dtype": dtype, "torch_dtype": dtype}
     write_folder(folder, ("config.json", "model.safetensors"), config, tensors, tokenizer_from)
 
 
@@ -278,17 +276,18 @@ def base_name(folder) -> str:
 def read_adapter(name_or_path, weights, base):
     """A LoRA adapter in PEFT's layout, from a folder or hub id, for a model of these weights
     {name: W (out, in)} from the folder `base`: (rank, alpha, {layer: (A (r, in), B (out, r))}).
-
     UserError if it does not fit, or if it does what lora.py does not."""
     folder = fetch(name_or_path, ADAPTER_FILES)
     path = folder / ADAPTER_FILES[0]
     config = read_object(path)
     refuse_unknown(path, {"peft_type": "none"} | config, ADAPTER)
-    trained_on, own = str(config.get("base_model_name_or_path") or ""), base_name(base)
+    trained_on = str(config.get("base_model_name_or_path") or "")
+    own = base_name(base)
     if trained_on and Path(trained_on).name.lower() != Path(own).name.lower():
         print(f"note: {printable(path)} was trained on {printable(trained_on, 100)}, and this "
               f"model is {printable(own)}", file=sys.stderr)
-    rank, alpha = number(config, path, "r"), number(config, path, "lora_alpha", bounds=REAL)
+    rank = number(config, path, "r")
+    alpha = number(config, path, "lora_alpha", bounds=REAL)
     for key in ("target_modules", "exclude_modules"):
         # An expression that others wrote could run for ever.
         if not isinstance(config.get(key) or [], list):

@@ -204,11 +204,11 @@ def read_prompt(path) -> str:
 def add_flags(parser):
     """--preset, and a flag for each field of Config; the defaults shown are the paper's."""
     parser.add_argument("--preset", default="tiny", choices=PRESETS,
-                        help="a set of defaults (default: tiny); those shown below are "
-                             "knowledge's, the paper's")
+                        help="a set of defaults (default: tiny); those below are the paper's")
     either = parser.add_mutually_exclusive_group()
     for f in dataclasses.fields(Config):
-        shown, default = f.metadata["help"], f.default
+        shown = f.metadata["help"]
+        default = f.default
         kind = dict(type=f.type, metavar=f.type.__name__.upper())
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
@@ -250,9 +250,8 @@ def read_flags(args, needed) -> Config:
     if settings.get("directives") and settings.get("domain", "knowledge") == "knowledge":
         settings.setdefault("prompt", "none")
     cfg = Config(**settings)
-    for name in sorted(given.keys() & ONLY_WITH.keys()):
-        other, *values = ONLY_WITH[name]
-        if given[name] and getattr(cfg, other) not in values:
+    for name, (other, *values) in ONLY_WITH.items():
+        if given.get(name) and getattr(cfg, other) not in values:
             raise UserError(f"{flag(name)}: it does nothing with {flag(other)} "
                             f"{getattr(cfg, other)}, only with {' or '.join(values)}")
     if cfg.directives and "max_documents" in given:

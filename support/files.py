@@ -37,9 +37,10 @@ def cli(main):
     except (Exception, KeyboardInterrupt) as e:
         # Names, as this file imports neither torch nor safetensors.
         kinds = {kind.__name__ for kind in type(e).__mro__}
-        line, advice = str(e), "mend it and repeat the command"
+        line = str(e)
+        advice = "repeat the command to go on"
         if "KeyboardInterrupt" in kinds:
-            line, advice = "interrupted", "repeat the command to go on"
+            line = "interrupted"
         elif kinds & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in line:
             line = "out of memory"
             advice = "repeat the command with --slots 1, --rows 8 or --recompute"
@@ -203,8 +204,7 @@ FIELDS = {
     "continual": {"edit": int, "accuracy": [[float]]},
     "credit": {"title": str, "iteration": int, "documents": [str], "questions": [str],
                "gold": [str], "credit": [[float]]}}
-# Files whose lines are counted from 0 by a field.
-COUNTED = {"metrics": "iteration", "continual": "edit"}
+COUNTED = {"metrics": "iteration", "continual": "edit"}     # a field that counts lines from 0
 WORDS = {int: "a whole number, 0 or more", float: "a number", str: "a text",
          bool: "true or false", list: "a list", dict: "an object"}
 
@@ -225,14 +225,15 @@ def check(value, kind, name="it"):
         name = f"each item of {name}"
         for item in value:
             check(item, *kind, name)
+    elif base is dict and str in kind:
+        check(list(value.values()), [kind[str]], name)
     elif base is dict:
         for field, own in kind.items():
-            if field is str:
-                check(list(value.values()), [own], name)
-            elif field.strip("?") in value:
-                check(value[field.strip("?")], own, repr(field.strip("?")))
-            elif "?" not in field:
-                raise ValueError(f"{field!r} is missing")
+            key = field.strip("?")
+            if key in value:
+                check(value[key], own, repr(key))
+            elif key == field:
+                raise ValueError(f"{key!r} is missing")
 
 
 def as_json(value, **form) -> str:
@@ -247,9 +248,8 @@ def as_lines(records) -> str:
 
 
 class Lines:
-    """A JSON-lines file that survives a kill: a torn last line is dropped, whole ones are kept.
-
-    A reader (repair False) drops it in memory only, as another process may be writing it."""
+    """A JSON-lines file that survives a kill: a torn last line is dropped. A reader (repair False)
+    drops it in memory only, as another process may be writing it."""
 
     def __init__(self, path, repair=True):
         self.path = Path(path)
@@ -279,9 +279,8 @@ class Lines:
     def add(self, *records):
         if not records:
             return
-        text = as_lines(records)
         with self.path.open("a", encoding="utf-8") as f:
-            f.write(text)
+            f.write(as_lines(records))
             f.flush()
             os.fsync(f.fileno())
         self.records += records

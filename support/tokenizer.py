@@ -24,7 +24,7 @@ QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")     # each digit alone
 # The tokens that a chat is made of.
 TURNS = {"chatml": ["<|im_start|>", "<|im_end|>"],
          "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], None: []}
-LONGEST = 10_000    # blanks in a row: a million overflow tiktoken's stack
+LONGEST = 10_000    # blanks in a row are a piece of their own: more overflow tiktoken's stack
 # The fields of a tokenizer.json and of its steps that are known, for `refuse_unknown`.
 STEP = dict.fromkeys(["type", "pattern", "trim_offsets", "use_regex"]) | {
     "add_prefix_space": [False], "individual_digits": [True], "behavior": ["Isolated"]}
@@ -64,9 +64,8 @@ def split_pattern(spec, where):
     if kinds == ["Split", "ByteLevel"] and not own_regex \
             and steps[0]["pattern"].get("Regex") in (LLAMA3, QWEN2):
         return steps[0]["pattern"]["Regex"]
-    raise UserError(f"{where}: pre_tokenizer {kinds!s:.80} with use_regex = {own_regex} is not "
-                    "implemented, or its pattern is not; use a Llama-3, Qwen2/2.5/3 or GPT-2 style "
-                    "tokenizer")
+    raise UserError(f"{where}: pre_tokenizer {kinds!s:.80} with use_regex = {own_regex} and this "
+                    "pattern is not implemented (those of Llama-3, Qwen and GPT-2 are)")
 
 
 def first_token(spec, special, end):
@@ -252,7 +251,6 @@ class Tokenizer:
         """The ids of a text without added words."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         ids = []
-        # So many blanks in a row are a piece of their own: tiktoken's stack would overflow.
         for piece in re.split(r"(\s{%d})" % LONGEST, text):
             ids += self.encoding.encode_ordinary(piece)
         return [i for i in ids if i < self.size]
