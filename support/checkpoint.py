@@ -201,10 +201,9 @@ def opened(paths, device):
 
 
 def read_weights(paths, shapes, device, dtype, tied=False):
-    """The tensors of some safetensors, {name: tensor} on the device, as dtype.
-
-    shapes {name: shape} is what they must be. tied: lm_head is the embedding. UserError: a tensor
-    is missing, unexpected, there twice, of another shape or kind, or not finite."""
+    """The tensors of some safetensors, {name: tensor} on the device, as dtype. shapes {name: shape}
+    is what they must be. tied: lm_head is the embedding. UserError: a tensor is missing,
+    unexpected, there twice, of another shape or kind, or not finite."""
     tensors = {}
     for path, file in opened(paths, device):
         for name in file.keys():
@@ -323,8 +322,7 @@ def is_adapted(layer, config):
 
 
 def write_adapter(folder, rank, alpha, targets, pairs, base):
-    """Write what `read_adapter` reads, for PEFT, too. UserError if the folder exists. base: the
-    folder of the model that the adapter belongs to."""
+    """Write what `read_adapter` reads, for PEFT, too. UserError if the folder exists."""
     tensors = {}
     for name, (A, B) in pairs.items():
         tensors[PEFT_NAME.format(name, "A")] = A.detach().clone()

@@ -24,7 +24,7 @@ QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")     # each digit alone
 # The tokens that a chat is made of.
 TURNS = {"chatml": ["<|im_start|>", "<|im_end|>"],
          "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], None: []}
-LONGEST = 10_000    # blanks in a row are a piece of their own: more overflow tiktoken's stack
+LONGEST = 10_000    # blanks in a row: a million overflow tiktoken's stack
 # The fields of a tokenizer.json and of its steps that are known, for `refuse_unknown`.
 STEP = dict.fromkeys(["type", "pattern", "trim_offsets", "use_regex"]) | {
     "add_prefix_space": [False], "individual_digits": [True], "behavior": ["Isolated"]}
@@ -64,8 +64,8 @@ def split_pattern(spec, where):
     if kinds == ["Split", "ByteLevel"] and not own_regex \
             and steps[0]["pattern"].get("Regex") in (LLAMA3, QWEN2):
         return steps[0]["pattern"]["Regex"]
-    raise UserError(f"{where}: pre_tokenizer {kinds!s:.80} with use_regex = {own_regex} and this "
-                    "pattern is not implemented (those of Llama-3, Qwen and GPT-2 are)")
+    raise UserError(f"{where}: pre_tokenizer {kinds!s:.80} with use_regex = {own_regex} and its "
+                    "pattern is not implemented; those of Llama-3, Qwen2/2.5/3 and GPT-2 are")
 
 
 def first_token(spec, special, end):
@@ -223,11 +223,12 @@ class Tokenizer:
     @classmethod
     def from_tokenizer_json(cls, path, end):
         """What is not done as the library tokenizers does it is refused: UserError, ValueError."""
-        spec = read_object(path, kind={"decoder": {}, "pre_tokenizer": {}})
+        spec = read_object(path, kind={"decoder": {"type": str}, "pre_tokenizer": {"type": str}})
         refuse_unknown(path, spec, KNOWN)
         nfc = bool(spec.get("normalizer"))
         special, words, finder = added_tokens(spec, nfc, path)
-        ranks, alphabet = {}, byte_alphabet()
+        ranks = {}
+        alphabet = byte_alphabet()
         for token, i in spec["model"]["vocab"].items():
             if token not in special:
                 ranks[bytes(map(alphabet.__getitem__, token))] = i
@@ -250,9 +251,13 @@ class Tokenizer:
     def plain(self, text):
         """The ids of a text without added words."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text
+        # Cut within runs of more than LONGEST blanks: tiktoken's stack would overflow.
+        cuts = [0]
+        for run in re.finditer(r"\s+", text):
+            cuts += range(run.start() + LONGEST, run.end(), LONGEST)
         ids = []
-        for piece in re.split(r"(\s{%d})" % LONGEST, text):
-            ids += self.encoding.encode_ordinary(piece)
+        for begin, end in zip(cuts, [*cuts[1:], len(text)]):
+            ids += self.encoding.encode_ordinary(text[begin:end])
         return [i for i in ids if i < self.size]
 
     def decode(self, ids):

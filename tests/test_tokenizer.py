@@ -147,7 +147,7 @@ def test_long_blanks_are_cut_and_ordinary_text_is_in_one_piece(qwen):
     """In a vocabulary that has tokens of several blanks the cut can be seen."""
     tok, blanks = opened(qwen), " " * LONGEST
     whole = tok.encoding.encode_ordinary
-    assert tok.encode(f"ab{blanks}{blanks} c") == whole("ab") + 2 * whole(blanks) + whole(" c")
+    assert tok.encode(f"ab{blanks}{blanks} c") == whole("ab" + blanks) + whole(blanks) + whole(" c")
     for text in ("", "a b\n", blanks, "a" * 3 * LONGEST, ("word " * 9 + "\n") * 10_000):
         assert tok.encode(text) == whole(text)
 
