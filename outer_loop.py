@@ -29,7 +29,7 @@ from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for
 from support import ranks
 from support.config import Config, add_flags, read_flags
 from support.files import Parser, UserError, cli, printable
-from support.report import opening, self_edit_line, summary, when
+from support.report import opening, summary, when
 from support.run import Run
 from support.stats import bootstrap_ci, by_kind
 
@@ -145,8 +145,6 @@ def score(run: Run, model, tasks: list[Task], edits: list[list[SelfEdit]], t: in
                 "context": "\n\n".join(task.context), "kinds": task.kinds,
                 "forms": [task.form(line) for line in edit.text.splitlines() if task.form],
                 "seconds": round(outcome.seconds, 2), "note": outcome.note}
-            if cfg.verbose:
-                run.log(self_edit_line(i, j, record))
             yield todo[n], [record]
 
     found = run.remember(run.rollouts, (t, split, arm), [[place] for place in places], costs,

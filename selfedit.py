@@ -200,7 +200,8 @@ def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: 
             asking[i] = edits
         else:
             yield i, edits
-    write_asked(model, tok, tasks, asking, sampling, seeds, adapters, progress)
+    if any(asking):
+        write_asked(model, tok, tasks, asking, sampling, seeds, adapters, progress)
     for i, edits in enumerate(asking):
         if edits:
             yield i, edits

@@ -1,5 +1,4 @@
 """The tasks of a run: its domain, its judge, and what fits in the model's context window."""
-import dataclasses
 import random
 from functools import cache
 
@@ -22,9 +21,6 @@ def load_data(run) -> tuple[list[Task], list[Task]]:
     held_out = load_tasks(run, cfg.eval_data)[:cfg.eval_tasks]
     run.settle("outer_loop")
     run.expect(held_out)
-    if cfg.verbose:
-        for name, value in dataclasses.asdict(cfg).items():
-            run.log(f"{name:>18} {value}")
     if cfg.iterations * cfg.tasks > len(train):
         run.log(f"note: {cfg.iterations} rounds of {cfg.tasks} tasks, but there are "
                 f"{len(train)}: some will be seen again")

@@ -93,7 +93,7 @@ class Recorded:
         return graph, x, result
 
 
-# ------------------------------------------------------------------------------- fewer kernels
+# ------------------------------------------------------------------------------- kernels
 
 def few_kernels(x):
     """Whether x is on CUDA, where a small kernel takes as long as a larger one."""
@@ -161,8 +161,6 @@ def added(x, layer, y):
     x.addmm_(y, layer.weight.mT)
     return x if layer.delta is None else layer.delta(y, x)
 
-
-# --------------------------------------------------------------------- kernels that some GPUs have
 
 def has_flash(x):
     """Whether flash attention takes x (T, H, E): half precision, at most 256 wide, Ampere on."""

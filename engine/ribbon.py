@@ -210,9 +210,8 @@ class Example:
 
 @dataclass
 class Room:
-    """For CUDA graphs, which are of fixed shapes: with it, steps of about as many tokens are filled
-    up to the same shapes. What fills them is read and not learned, and none of the texts sees it.
-    """
+    """For CUDA graphs, which are of fixed shapes: steps of about as many tokens are filled up to
+    the same shapes. What fills them is read and not learned, and none of the texts sees it."""
     texts: int              # no step has more
     longest: int            # tokens; no text has more
     most: int               # tokens; a step of more keeps a GPU busy, and is not filled up

@@ -31,8 +31,6 @@ class Trained:
     diverged: bool          # some weight is not finite
 
 
-# ------------------------------------------------------------------------------- the engine
-
 @dataclass
 class Running:
     """A job that is being trained, and how far it is."""

@@ -38,7 +38,6 @@ class Config:
     eval_data: str = setting("", "the same, held out")
     run_dir: str = setting("", "the run's folder; default: runs/PRESET-what-differs")
     seed: int = setting(0, "of everything that is drawn at random")
-    verbose: bool = setting(False, "print the settings, and a line for each self-edit")
 
     # How much of it.
     iterations: int = setting(2, "rounds of ReST-EM")
@@ -145,8 +144,8 @@ ONLY_WITH = {
     "strict": ("update", "best", "solved", "random"),
     "restart": ("update", "best", "solved", "random")}
 
-# What may change in the middle of a run: where it is, the machine, how much is shown, more rounds.
-FREE = {"run_dir", "iterations", "verbose", "device", "slots", "rows", "recompute", "command",
+# What may change in the middle of a run: where it is, the machine, more rounds.
+FREE = {"run_dir", "iterations", "device", "slots", "rows", "recompute", "command", "verbose",
         "model", "train_data", "eval_data"}     # these three are known by their content
 
 # What the presets of the two embedded checkpoints have in common.

@@ -46,22 +46,13 @@ def iteration_line(m: dict) -> str:
             f"without a self-edit {m['eval_unadapted']:.3f}")
 
 
-def self_edit_line(task: int, edit: int, record: dict) -> str:
-    """A line of rollouts.jsonl, for people."""
-    return (f"  {printable(record['title'][:24])} {task}.{edit}: reward {record['reward']:.2f} "
-            f"(un-adapted {record['unadapted']:.2f}), {record['documents']} documents, "
-            f"{record['note'] or record['losses']} | {record['text'][:60]!r}")
-
-
 def summary(run) -> str:
     """Baselines, the reward over rounds, what self-edits are made of, and one task."""
     metrics = run.metrics.records
     first, last = metrics[0], metrics[-1]
-    lines = []
-    if first["baselines"]:
-        arms = [f"{arm['name']} {arm['reward']:.3f}{in_brackets(arm['by_kind'])}"
-                for arm in first["baselines"]]
-        lines.append(", ".join(arms))
+    arms = [f"{arm['name']} {arm['reward']:.3f}{in_brackets(arm['by_kind'])}"
+            for arm in first["baselines"]]
+    lines = [", ".join(arms)] if arms else []
     # Each kind of question stands in the line of its iteration.
     rewards = [f"{m['eval_reward']:.3f}" for m in metrics]
     lines.append(f"with a self-edit {' -> '.join(rewards)}")
@@ -125,8 +116,7 @@ def telling_task(metrics: list[dict], before: dict, after: dict, puzzles: bool) 
         return nearest, "its gain is nearest to the mean gain"
 
     # A task that is typical of all, and shows best in which questions they gained.
-    def share(r) -> float:
-        """Of the questions of that kind, those that are answered correctly."""
+    def share(r) -> float:      # of the questions of that kind, those that are answered correctly
         return by_kind({r["task"]: r.get("kinds", [])}, [r]).get(kinds[0], 0)
 
     close = [i for i in gain if abs(gain[i] - mean) <= 0.1] or [nearest]
@@ -180,8 +170,6 @@ def beside(grids: dict[str, str]) -> list[str]:
         column += [" " * len(column[0])] * (height - len(column))
     return ["    " + "".join(row).rstrip() for row in zip(*columns)]
 
-
-# ------------------------------------------------------------------------------- numbers
 
 def in_brackets(shares: dict) -> str:
     """' (forward 0.810, reversed 0.050)', or nothing."""

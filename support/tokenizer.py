@@ -146,8 +146,7 @@ class Tokenizer:
     """Made with `Tokenizer.from_pretrained(folder or hub id)`.
 
     eos: the id that ends a document. stop: the ids that end what the model writes, eos among them.
-    bos: the id before every document, or None. template: 'chatml', 'llama3', or None: a base model.
-    """
+    bos: the id before every document, or None. template: chatml, llama3, or None: a base model."""
 
     def __init__(self, ranks, pattern, special, nfc=False):
         """ranks {bytes: id}, pattern of the pre-tokenizer, special {text: id}, nfc: normalise."""

@@ -58,7 +58,7 @@ def test_all_lines_of_a_file_have_the_same_settings(tmp_path):
 def write_run(folder, rewards, made_of=(), **settings):
     folder.mkdir()
     config = {"iterations": len(rewards) - 1, "seed": 0, "run_dir": str(folder), "model": "m",
-              "verbose": False, "update": "best", "strict": False, "targets": ["q_proj"]}
+              "update": "best", "strict": False, "targets": ["q_proj"]}
     (folder / "config.json").write_text(json.dumps(config | settings))
     write_lines(folder / "metrics.jsonl", [
         MEASURED | {"iteration": t, "eval_reward": reward, "eval_by_kind": {"forward": reward},

@@ -170,7 +170,7 @@ def test_an_m_step_that_diverges_is_an_error_and_saves_nothing(words, argv, tmp_
     assert not list((tmp_path / "run").glob("iter_*"))
 
 
-@pytest.mark.parametrize("lr, note", [("0.001", "nothing to learn"), ("1e30", "diverged")])
+@pytest.mark.parametrize("lr, note", [("0.001", "nothing to learn"), ("1e15", "diverged")])
 def test_bad_self_edits_do_not_stop_a_run(lr, note, argv, varied_rewards, monkeypatch, capsys):
     """If none says anything, there is nothing for the M-step: the model stays as it is."""
     if lr == "0.001":
@@ -365,13 +365,12 @@ def test_a_puzzle_that_was_solved_is_shown_as_grids(tmp_path):
 
 
 def test_the_program_says_what_it_will_do_and_prints_a_summary(argv):
-    for words in ([], ["--verbose"]):       # the second time it only reads what is there
-        out = call(outer_loop, *argv, "--iterations", "0", *words)
-        assert ("is complete" if words else "the model reads 2 passages") in out
+    for words in ("the model reads 2 passages", "is complete"):     # then it only reads again
+        out = call(outer_loop, *argv, "--iterations", "0")
+        assert words in out
         assert "\nwith a self-edit 0.000\n" in out
         assert "report.html" in out.splitlines()[-1]
         assert out.replace("\n", "").isprintable()
-        assert bool(re.search("^ +inner_rank 4$", out, re.MULTILINE)) == bool(words)
 
 
 def test_selfedit_prints_what_a_model_writes(tiny_folder):
