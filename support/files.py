@@ -271,7 +271,8 @@ class Lines:
     def check(self, record):
         """ValueError if this is no record of this file, or not the next one."""
         name = self.path.name.split(".")[0]
-        check(record, FIELDS.get(name, {}))
+        if name in FIELDS:
+            check(record, FIELDS[name])
         number = COUNTED.get(name)
         if number and record[number] != len(self.records):
             raise ValueError(f"{number} {record[number]} after {len(self.records)} lines")
