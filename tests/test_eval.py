@@ -276,7 +276,7 @@ def without_seconds(table):
 
 
 def test_training_that_diverges_leaves_a_table_that_json_knows(flags, tmp_path):
-    call(tables, "cpt", *flags, "--inner-lr", "1e30", "--seeds", "1")
+    call(tables, "cpt", *flags, "--inner-lr", "1e15", "--seeds", "1")
     rows = json.loads((tmp_path / "run" / "cpt.json").read_text(),
                       parse_constant=lambda name: pytest.fail(name))["rows"]
     assert [row["mean"] for row in rows[1:]] == [0.0, 0.0]
