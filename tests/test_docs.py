@@ -306,8 +306,6 @@ def test_every_function_in_a_figure_exists():
     assert [names for names in named if not hasattr(ours[names[0]], names[1])] == []
 
 
-# ------------------------------------------------------------------------------- INTEROP.md
-
 def test_the_table_of_what_is_done_and_refused_is_that_of_the_tests():
     """Else: python -m tests.features"""
     assert features.BEGIN + features.table() + features.END in features.INTEROP.read_text()

@@ -243,8 +243,6 @@ def test_a_table_that_can_not_be_made_is_an_error(words, message, flags, tmp_pat
         call(tables, *words.split())
 
 
-# ------------------------------------------------------------------------------- damaged records
-
 QUICK = "--seeds 1 --inner-epochs 1 --edits 1".split()
 
 

@@ -39,8 +39,6 @@ def half(tiny_folder):
     return load_pretrained(tiny_folder, "cpu", torch.bfloat16)
 
 
-# ------------------------------------------------------------------------------- the formula
-
 @pytest.mark.parametrize("targets, counts, expected, for_qwen3", [
     # The formula is right for an adapter on every layer, and on few.
     (ALL, [500], 1.0, 1.0),
@@ -115,8 +113,6 @@ def test_the_memory_formula_against_simulated_peaks(shape, lora, slots, tokens, 
     assert estimate == pytest.approx(peak, rel=0.15)
 
 
-# ------------------------------------------------------------------------------- slots
-
 def jobs_of(n, length, examples=1, **recipe):
     text = ([1] * length, [True] * length)
     return [Job([text] * examples, seed=i, recipe=replace(RECIPE, **recipe)) for i in range(n)]
@@ -179,8 +175,6 @@ def test_a_job_that_would_not_fit_is_trained_with_recomputed_activations(tiny, s
     assert torch.allclose(*found)
 
 
-# ------------------------------------------------------------------------------- rows, answering
-
 def cache_bytes(model, rows):
     return sum(kv.nbytes for kv in Rows(model, rows, 128, 0, None).kv)
 
@@ -209,8 +203,6 @@ def test_as_many_as_fit_in_a_share_of_the_free_memory(how_many, weigh, free, sha
     set_free(PLENTY)
     assert how_many(half) == most
 
-
-# ------------------------------------------------------------------------------- the device
 
 CAN_BE_HAD = "MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable:   700 kB\nCached: 600 kB\n"
 
@@ -241,8 +233,6 @@ def test_free_memory_is_part_of_what_there_is_and_a_gpu_is_asked_itself(monkeypa
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
     assert free_memory(torch.device("cuda")) == 123 + 30    # what torch holds and does not use
 
-
-# ------------------------------------------------------------------------------- running out
 
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
           RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")]

@@ -24,8 +24,6 @@ from tools.plan import CARDS, GIB, Planner, plan
 
 LENGTHS = json.loads((ROOT / "data/lengths.json").read_text())
 
-# ------------------------------------------------------------------------------- the plan
-
 KNOWLEDGE = Config(model="qwen2.5-7b")
 
 
@@ -121,8 +119,6 @@ def test_a_plan_says_what_was_measured_where_and_what_is_an_estimate():
     assert re.search(r"estimates: 15% of 989 TFLOP/s, .*; measured \(H200, 2026-11-27\): 4.2", said)
 
 
-# ------------------------------------------------------------------------------- the bench's work
-
 def test_jobs_have_the_released_documents_lengths_and_random_tokens(tiny):
     jobs = bench.make_jobs(tiny, 251)
     lengths = [[len(ids) for ids, _ in job.examples] for job in jobs]
@@ -172,8 +168,6 @@ def test_the_peers_adapters_learn(tiny, few_jobs):
     assert all(p.dtype == torch.float32 for p in weights)
     assert all(B.abs().sum() > 0 for B in weights[1::2])        # they began at 0
 
-
-# ------------------------------------------------------------------------------- its program
 
 FEW = "--jobs 2 --steps 4 --repeats 1 --n-new 8 --device cpu".split()
 
