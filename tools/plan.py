@@ -195,7 +195,7 @@ def plan(cfg: Config, gib: int) -> str:
     p = Planner(cfg, gib)
     lines = [
         f"computed, not measured: {cfg.model} ({p.parameters / 1e9:.2f} B parameters, "
-        f"{p.model.dtype}) on {p.card.gib:g} GiB ({p.card.name})",
+        f"{str(p.model.dtype).removeprefix('torch.')}) on {p.card.gib:g} GiB ({p.card.name})",
         f"estimates: {p.flops / p.card.flops:.0%} of {p.card.flops / 1e12:.0f} TFLOP/s, "
         f"{OF_BANDWIDTH:.0%} of the bandwidth; of a layer {RECORDED} ms in a recorded step, "
         f"{DECODED} in decoding; measured (H200, 2026-11-27): {PLAIN} in a plain step",
