@@ -143,8 +143,8 @@ def single(args, run: Run):
                  for task, text in zip(tasks, texts)]
         seeds = [[seed_for(cfg.seed, name, i)] for i in range(len(tasks))]
         sampling = Sampling(cfg.max_edit_tokens, 1, cfg.temperature, cfg.top_p, max_rows=cfg.rows)
-        write_asked(model, run.tok, tasks, edits, sampling, seeds)
-        table.add(name, edits)
+        list(write_asked(model, run.tok, tasks, edits, sampling, seeds))
+        table.add(name, ranks.gather(edits)[0])     # the same texts for all ranks
     table.rows.append({"row": "passage in the prompt",
                        "accuracy": unadapted(run, run.load(0), in_prompt(tasks))})
     if args.run:
@@ -272,7 +272,8 @@ def learn_next(run, model, learned: Adapters, streams: list[list[Task]], k: int)
     fresh = Adapters(model, learned.lora, 1)
     free = torch.zeros_like(fresh.flat, dtype=torch.bool)
     for A, B in fresh.pairs(free):
-        A[:, k * rank:(k + 1) * rank] = B[:, :, k * rank:(k + 1) * rank] = True
+        A[:, k * rank:(k + 1) * rank] = True
+        B[:, :, k * rank:(k + 1) * rank] = True
     recipe = replace(inner_recipe(run.cfg), lora=learned.lora)
     jobs, owner = [], []
     for s, (edit,) in enumerate(edits):
@@ -296,6 +297,8 @@ def cpt(args, run: Run):
     """All passages learned at once by one adapter (the paper's Table 2, continued pretraining). A
     document is a whole self-edit, not a piece of one: --edits of each passage, and the passage."""
     cfg = run.cfg
+    if cfg.directives:
+        raise UserError("--directives: there is one training here, and no self-edit chooses it")
     tasks = load_passages(run)[:cfg.eval_tasks]
     given = knowledge.read_edits(args.edits_from, tasks)
     run.settle("eval cpt", edits_from=[print_of_data(file) for file in args.edits_from])

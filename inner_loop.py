@@ -103,16 +103,16 @@ def ask(model, tok, groups: list[list[Task]], sampling: Sampling = ANSWERS,
     queries = []
     for tasks in groups:
         queries.append([query for task in tasks for query in task.queries])
-    replies = iter(collect(write(model, tok, queries, sampling, adapters=adapters)))
+    replies = collect(write(model, tok, queries, sampling, adapters=adapters))
 
-    # The replies come in the order of the queries: each task takes its own.
+    # The replies come in the order of the queries: each task takes its own, one for each query.
     answers = []
     for tasks in groups:
         answers.append([])
         for task in tasks:
-            own = [next(replies)[0] for _ in task.queries]
-            texts = task.vote([reply.text for reply in own])
-            answers[-1].append(Answers(texts, sum(reply.cut for reply in own)))
+            own, replies = replies[:len(task.queries)], replies[len(task.queries):]
+            texts = task.vote([reply.text for (reply,) in own])
+            answers[-1].append(Answers(texts, sum(reply.cut for (reply,) in own)))
     return answers
 
 
@@ -268,8 +268,7 @@ def main():
     outcome, alone = outcomes[0], outcomes[1]
     if not outcome.right:
         raise UserError(f"nothing was learned: {outcome.note}")
-    first, last = outcome.losses[0]
-    print(f"--- trained for {outcome.seconds:.1f} s, loss {first} -> {last}")
+    print("--- trained for {:.1f} s, loss {} -> {}".format(outcome.seconds, *outcome.losses[0]))
     for row in zip(task.questions, task.answers, before.texts, outcome.answers[0]):
         print(printable("{} ({})\n  before: {!r}\n  after:  {!r}".format(*row)))
     (known,) = grade_all([task], [before.texts])

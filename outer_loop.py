@@ -82,7 +82,8 @@ def sample(run: Run, model, tasks: list[Task], t: int, split: str, k: int) -> li
 
     def write(todo):        # numbers of tasks
         # The longest prompt of the round sets the limit for all: the same for every rank's share.
-        room = model.config.max_len - max(len(run.tok.prompt(task.prompt)) for task in tasks)
+        prompts = [text for task in tasks for text in (task.prompt, task.own_prompt)]
+        room = model.config.max_len - max(len(run.tok.prompt(text)) for text in prompts)
         sampling = Sampling(min(cfg.max_edit_tokens, room), k, cfg.temperature, cfg.top_p,
                             max_rows=cfg.rows)
         own = [tasks[i] for i in todo]

@@ -32,7 +32,7 @@ class SelfEdit:
     documents: list = field(default_factory=list)
     directives: dict = field(default_factory=dict)      # override the Recipe: see DIRECTIVES
     tools: list[str] = field(default_factory=list)      # that made the documents, if any did
-    ask: str = ""       # a prompt: a tool asks the model to write by it
+    asks: bool = False  # a tool asks the model to write by the task's own_prompt
     made: str = ""      # what the model wrote by it
     note: str = ""
 
@@ -59,6 +59,7 @@ class Task:
     read: Callable[[str], SelfEdit]
     # Replies to all queries -> one answer per question. `list`: each reply is an answer.
     vote: Callable[[list[str]], list[str]] = list
+    own_prompt: str = ""    # by which the model itself may be a tool of self-edits
     # C as documents. Empty if every query contains the context already, as puzzles' do.
     context: list[str] = field(default_factory=list)
     # Self-edits that no model wrote, by name, to compare with: "passage only", "oracle".
@@ -181,6 +182,7 @@ def read_self_edit(task: Task, text: str, token_ids=(), made="") -> SelfEdit:
         edit = task.read(text)
     except ValueError as e:
         edit = SelfEdit(note=str(e))
+    made = made if edit.asks else ""
     documents = edit.documents + [f"{task.name}\n{piece}" for piece in split_documents(made)]
     return replace(edit, text=text, token_ids=list(token_ids), documents=documents, made=made)
 
@@ -193,33 +195,30 @@ def sample_self_edits(model, tok, tasks: list[Task], sampling: Sampling, seeds: 
     task i's."""
     flat_seeds = [seed for row in seeds for seed in row]
     prompts = [[task.prompt] for task in tasks]     # a group per task: adapter i for task i
-    asking = [[] for _ in tasks]    # those of which some ask for a text: it is written in the end
+    asking = [[] for _ in tasks]    # the self-edits of a task, if one of them asks for a text
     for i, replies in write(model, tok, prompts, sampling, flat_seeds, adapters, progress):
         edits = [read_self_edit(tasks[i], reply.text, reply.token_ids) for reply in replies]
-        if any(edit.ask for edit in edits):
+        if any(edit.asks for edit in edits):
             asking[i] = edits
         else:
             yield i, edits
     if any(asking):
-        write_asked(model, tok, tasks, asking, sampling, seeds, adapters, progress)
-    for i, edits in enumerate(asking):
-        if edits:
-            yield i, edits
+        for i in write_asked(model, tok, tasks, asking, sampling, seeds, adapters):
+            yield i, asking[i]
 
 
 def write_asked(model, tok, tasks: list[Task], edits: list[list[SelfEdit]], sampling: Sampling,
-                seeds: list[list[int]], adapters=None, progress=None):
-    """Add to the self-edits of each task what their tools ask the model for, all in one batch."""
-    prompts, places = [], []
-    for i, row in enumerate(edits):
-        prompts.append([edit.ask for edit in row if edit.ask])
-        places += [(i, j) for j, edit in enumerate(row) if edit.ask]
-    own_seeds = [seed_for(seeds[i][j], "asked") for i, j in places]
-    sampling = replace(sampling, n=1)
-    for n, (reply,) in write(model, tok, prompts, sampling, own_seeds, adapters, progress):
-        i, j = places[n]
-        edit = edits[i][j]
-        edits[i][j] = read_self_edit(tasks[i], edit.text, edit.token_ids, reply.text)
+                seeds: list[list[int]], adapters=None) -> Iterator[int]:
+    """Give the self-edits of each task, if one of them asks, the texts that the model writes by the
+    task's own_prompt: yields the task's number then."""
+    asking = [i for i, row in enumerate(edits) if any(edit.asks for edit in row)]
+    prompts = [[task.own_prompt] if i in asking else [] for i, task in enumerate(tasks)]
+    own_seeds = [seed_for(seed, "asked") for i in asking for seed in seeds[i]]
+    for n, replies in write(model, tok, prompts, sampling, own_seeds, adapters):
+        i = asking[n]
+        edits[i] = [read_self_edit(tasks[i], edit.text, edit.token_ids, reply.text)
+                    for edit, reply in zip(edits[i], replies)]
+        yield i
 
 
 # ------------------------------------------------------------------------------- command line

@@ -5,8 +5,8 @@
 Paper, abstract and section 2: a self-edit may set hyper-parameters and invoke tools that make the
 data. The paper has such self-edits of puzzles only. Here a self-edit of a passage names the tools
 that make documents of it, the learning rate, the epochs, and the documents of a step. The model
-writes none of the documents, so a self-edit is as true as its passage. With a --prompt of its own
-it may write some: then one more tool is the model itself, asked by that prompt.
+writes none of the documents, so a self-edit is as true as its passage. With --own-text PROMPT it
+may write some: then one more tool is the model itself, asked by that prompt.
 """
 import random
 from dataclasses import replace
@@ -41,7 +41,7 @@ def documents(title: str, passage: str, tools) -> list[str]:
     windows = [f"{title}\n{first} {second}" for first, second in zip(pieces, pieces[1:])]
     made = {"passage": [f"{title}\n{passage}"], "sentences": pieces, "titled_sentences": titled,
             "windows": windows or titled}
-    return list(dict.fromkeys(text for tool in tools for text in made.get(tool, [])))
+    return list(dict.fromkeys(text for tool in tools if tool in made for text in made[tool]))
 
 
 def random_edit(rng: random.Random, form=FORM) -> str:
@@ -57,11 +57,11 @@ VALUES = "; ".join(f"{key} {', '.join(map(str, choice.among))}"
                    for key, choice in FORM.training.items())
 
 
-def directed(task: Task, own="none") -> Task:
+def directed(task: Task, own="") -> Task:
     """The same passage, of which a self-edit chooses how it is studied. own: a prompt, by which the
     model may write of the passage, too."""
     passage = task.context[0].removeprefix(f"{task.name}\n")
-    form, tools = (FORM, TOOLS) if own == "none" else (WITH_OWN_TEXT, TOOLS | OWN_TEXT)
+    form, tools = (WITH_OWN_TEXT, TOOLS | OWN_TEXT) if own else (FORM, TOOLS)
     # The example differs from passage to passage, so that no choice is favoured.
     example = random_edit(random.Random(seed_for("example", task.context[0])), form)
 
@@ -69,14 +69,14 @@ def directed(task: Task, own="none") -> Task:
         chosen, directives = read_choices(text, form)
         if not chosen:
             raise ValueError(EMPTY)
-        ask = fill(own, task.name, passage) if OWN_TEXT.keys() & chosen else ""
         return SelfEdit(documents=documents(task.name, passage, chosen), directives=directives,
-                        tools=chosen, ask=ask)
+                        tools=chosen, asks="own_text" in chosen)
 
     listed = "\n".join(f"use_{tool}: {what}" for tool, what in tools.items())
     prompt = STUDY_PROMPT.format(context=task.context[0], tools=listed, values=VALUES,
                                  example=example)
-    return replace(task, prompt=prompt, read=read)
+    own_prompt = fill(own, task.name, passage) if own else ""
+    return replace(task, prompt=prompt, read=read, own_prompt=own_prompt)
 
 
 def main():

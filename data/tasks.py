@@ -50,7 +50,7 @@ def load_tasks(run, source) -> list[Task]:
         raise UserError(f"--pad-to {run.cfg.pad_to}: the model's window is {window}")
     tasks = []
     for task in read_tasks(run, source):
-        texts = (task.prompt, *task.context, *task.queries)
+        texts = (task.prompt, task.own_prompt, *task.context, *task.queries)
         longest = max(len(run.tok.prompt(text)) for text in texts)
         if 2 * longest <= window:  # half of it is for what the model writes
             tasks.append(task)
@@ -81,7 +81,7 @@ def read_tasks(run, source) -> list[Task]:
     if cfg.domain == "knowledge":
         run.judge = run.judge or judge_of(run)      # one judge for all sources of a run
         tasks = knowledge.load(source, cfg.prompt, run.judge, cfg.max_documents, run.log)
-        return [study.directed(task, cfg.prompt) for task in tasks] if cfg.directives else tasks
+        return [study.directed(task, cfg.own_text) for task in tasks] if cfg.directives else tasks
     if cfg.domain == "tinyworld":
         return tinyworld.load(source, cfg.directives)
     return DOMAINS[cfg.domain].load(source, seed=cfg.seed, batch=cfg.inner_batch,

@@ -222,16 +222,13 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# Bytes in training: value, m and v in float32, and in bfloat16 a copy and the gradient.
-OF_A_PARAMETER = 16
-
-
 def step_memory(model, lora, slots, tokens):
     """Bytes of a training step beside the weights, with so many adapters and tokens in it.
 
     Within 15 % of simulated peaks (tests/test_memory.py); too little by up to half where the
     low-rank products are padded (no grouped_mm)."""
-    adapters = OF_A_PARAMETER * slots * lora.parameters(model)
+    # Of each adapter parameter: value, m and v in float32, and in bfloat16 a copy and the gradient.
+    adapters = 16 * slots * lora.parameters(model)
     # The output layer works on chunks of at most 2^27 logits: in bfloat16, and twice in float32.
     most = 2 ** 24 if model.device.type == "cpu" else 2 ** 27
     chunk = min(tokens * model.config.vocab_size, most)
@@ -271,9 +268,10 @@ def auto_slots(model, jobs, free=None) -> int:
     if model.device.type != "cpu":
         full = 8192 if sum(p.numel() for p in model.parameters()) < 2e9 else 4096
     tokens = sum(job.tokens for job in jobs) / sum(job.steps for job in jobs)
-    # Bytes of one job: for twice the mean number of tokens, as some steps are longer.
+    # Bytes of one job, as in step_memory: for twice the mean number of tokens, as some steps are
+    # longer.
     lora = jobs[0].recipe.lora
-    need = OF_A_PARAMETER * lora.parameters(model) + activation_memory(model, lora, 2 * tokens)
+    need = 16 * lora.parameters(model) + activation_memory(model, lora, 2 * tokens)
     fit = int((free or free_memory(model.device)) / 1.4 / need)
     # The longest job's steps come one after the other: more slots than these save no step.
     steps = [job.steps for job in jobs]

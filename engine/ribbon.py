@@ -161,19 +161,21 @@ def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(E) + mask) v. q (n, H, L, E), k and v (n, K, L', E) -> (n, H, L, E).
 
     mask: added to the scores, or false where a key is not seen; None: causal."""
-    # Grouped-query attention: several query heads share a key head.
+    # Grouped-query attention: several query heads share a key head. By hand each has its own; and
+    # on a GPU with a mask, as no fused kernel takes both.
     shared_heads = q.shape[1] // k.shape[1]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > 256:
+    by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256
+    if shared_heads > 1 and (by_hand or q.is_cuda and mask is not None):
+        k, v = k.repeat_interleave(shared_heads, dim=1), v.repeat_interleave(shared_heads, dim=1)
+    if not by_hand:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                              enable_gqa=shared_heads > 1)
+                                              enable_gqa=k.shape[1] < q.shape[1])
     # On a CPU torch's own takes up to four times as long in bfloat16 as these products. But they
     # keep L^2 scores for the backward pass, which for long texts are most of a step's memory.
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    if shared_heads > 1:
-        k, v = k.repeat_interleave(shared_heads, dim=1), v.repeat_interleave(shared_heads, dim=1)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 

@@ -20,7 +20,7 @@ MEANING = {"update best": "the best self-edits are kept",
            "update random": "any self-edits are kept (control)",
            "directives": "each chooses its learning rate and epochs"}
 # What does not set runs apart: names and paths, and what Run adds to its settings.
-ALIKE = ("seed", "run_dir", "model", "program", "command", "own", "content", "code")
+ALIKE = ("seed", "run_dir", "model", "verbose", "program", "command", "own", "content", "code")
 
 
 def read_runs(folders):

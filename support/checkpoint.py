@@ -125,7 +125,7 @@ def read_config(folder):
     what model.py does not implement."""
     path = Path(folder) / "config.json"
     raw = read_object(path, kind={"architectures?": ([str],), "rope_parameters?": ({},),
-                                  "rope_scaling?": ({},)})
+                                  "rope_scaling?": ({},), "tie_word_embeddings?": (bool,)})
     if (path.parent / ADAPTER_FILES[0]).exists():
         raise UserError(f"{folder}: a model or an adapter? {ADAPTER_FILES[0]} lies in it, too")
     names = [raw.get("model_type"), *(raw.get("architectures") or [])]
@@ -149,7 +149,7 @@ def read_config(folder):
         hidden_dim=number(raw, path, "intermediate_size"),
         vocab_size=number(raw, path, "vocab_size"),
         max_len=number(raw, path, "max_position_embeddings", 2048, (int, 1, 2**24)),
-        norm_eps=number(raw, path, "rms_norm_eps", 1e-6, REAL),
+        norm_eps=number(raw, path, "rms_norm_eps", 1e-6, (float, 1e-30, 1)),
         rope_theta=theta, rope_scaling=llama3, qkv_bias=names == ["qwen2"],
         qk_norm=names == ["qwen3"])
 
@@ -183,8 +183,9 @@ def weight_files(folder):
     if single.is_file() or not index.exists():
         return [single]
     weight_map = read_object(index, kind={"weight_map": {str: str}})["weight_map"]
-    # Names only, as a path could lead out of the folder.
-    names = sorted({Path(file).name for file in weight_map.values()})
+    names = sorted(set(weight_map.values()))
+    if any(Path(name).name != name for name in names):      # one could lead out of the folder
+        raise UserError(f"{index}: weight_map must hold the names of files")
     return [folder / name for name in names] or [single]
 
 
@@ -257,7 +258,7 @@ def write_folder(folder, names, config, tensors, tokenizer_from=None):
 
 
 def write_checkpoint(folder, config, tensors, tokenizer_from=None):
-    """The same for a checkpoint. config: config.json as a dict. tensors {name: tensor}."""
+    """Write a checkpoint, as write_folder does. config: config.json as a dict."""
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     # As transformers 5 and 4 call it.
     config = config | {"dtype": dtype, "torch_dtype": dtype}

@@ -21,7 +21,7 @@ def setting(default, help, low=0, above=-1, high=2**53, choices=()):
     if high < 2**53:
         span += f", at most {high:g}"
     metadata = {"help": help, "choices": choices, "range": span,
-                "fits": lambda x: low <= x <= high and x > above}
+                "fits": lambda x: low <= x <= high and above < x < 2**53}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -55,8 +55,8 @@ class Config:
     top_p: float = setting(0.95, "nucleus of sampling self-edits", above=0, high=1)
     max_edit_tokens: int = setting(2048, "longest self-edit", low=1, high=1e6)
     max_documents: int = setting(0, "pieces kept of a self-edit; 0: all (v2 of the paper: 30)")
-    directives: bool = setting(
-        False, "passages: a self-edit chooses how it is learned, with --prompt also of own text")
+    directives: bool = setting(False, "passages: a self-edit chooses how it is learned")
+    own_text: str = setting("", "with --directives: a prompt by which the model writes, as a tool")
     max_steps: int = setting(2000, "optimiser steps that a self-edit may ask for", low=1)
     max_train_tokens: int = setting(
         2_000_000, "and tokens, over all epochs; beyond them its reward is 0", low=1)
@@ -138,7 +138,8 @@ def read_settings(folder) -> dict:
 # A setting that does something only with these values of another one: elsewhere it is refused.
 ONLY_WITH = {
     "prompt": ("domain", "knowledge"), "judge": ("domain", "knowledge"),
-    "max_documents": ("domain", "knowledge"), "directives": ("domain", "knowledge", "tinyworld"),
+    "max_documents": ("domain", "knowledge"), "own_text": ("domain", "knowledge"),
+    "directives": ("domain", "knowledge", "tinyworld"),
     "max_examples": ("domain", "arc", "tinyarc"), "views": ("domain", "arc", "tinyarc"),
     "solved_at": ("update", "solved"), "keep": ("update", "best", "random"),
     "strict": ("update", "best", "solved", "random"),
@@ -146,7 +147,7 @@ ONLY_WITH = {
 
 # What may change in the middle of a run: where it is, the machine, more rounds.
 FREE = {"run_dir", "iterations", "device", "slots", "rows", "recompute", "command", "verbose",
-        "model", "train_data", "eval_data"}     # these three are known by their content
+        "model", "train_data", "eval_data"}     # by their content; older runs have `verbose`
 
 # What the presets of the two embedded checkpoints have in common.
 TOY = dict(
@@ -242,17 +243,16 @@ def read_flags(args, needed) -> Config:
     # The prompt itself is the setting, wherever it was read.
     if args.prompt_file:
         given["prompt"] = read_prompt(args.prompt_file)
-    settings = PRESETS[args.preset] | given
-    # Of a passage's self-edits that choose, the model itself is a tool if it is given a prompt.
-    if settings.get("directives") and settings.get("domain", "knowledge") == "knowledge":
-        settings.setdefault("prompt", "none")
-    cfg = Config(**settings)
+    cfg = Config(**PRESETS[args.preset] | given)
     for name, (other, *values) in ONLY_WITH.items():
         if given.get(name) and getattr(cfg, other) not in values:
             raise UserError(f"{flag(name)}: it does nothing with {flag(other)} "
                             f"{getattr(cfg, other)}, only with {' or '.join(values)}")
-    if cfg.directives and "max_documents" in given:
-        raise UserError("--directives: its tools make the documents; leave out --max-documents")
+    if cfg.directives and given.keys() & {"prompt", "max_documents"}:
+        raise UserError("--directives: it has a prompt of its own and documents by its tools; "
+                        "leave out --prompt and --max-documents")
+    if cfg.own_text and not cfg.directives:
+        raise UserError("--own-text: it goes with --directives")
     if cfg.update in ("reinforce", "grpo") and cfg.edits == 1:
         raise UserError(f"--update {cfg.update}: with --edits 1 nothing is ever learned, as a "
                         "single reward is its own mean; take 2 or more")

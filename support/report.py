@@ -103,7 +103,7 @@ def before_and_after(run) -> dict:
 def telling_task(metrics: list[dict], before: dict, after: dict, puzzles: bool) -> tuple[int, str]:
     """The task that shows what was learned, by its first self-edits, and why it is this.
 
-    Of the tasks whose gain is within 0.1 of the mean gain, the one that gained most in the kind of
+    Of the tasks whose gain is within 0.1 of the mean gain, the one that did best in the kind of
     question that changed most. Of puzzles one that was not solved before, and is now."""
     gain = {i: after[i][0]["reward"] - before[i][0]["reward"] for i in sorted(after)}
     solved = [i for i in gain if after[i][0]["reward"] == 1 > before[i][0]["reward"]]
@@ -115,13 +115,13 @@ def telling_task(metrics: list[dict], before: dict, after: dict, puzzles: bool) 
     if not kinds:
         return nearest, "its gain is nearest to the mean gain"
 
-    # A task that is typical of all, and shows best in which questions they gained.
+    # A task that is typical of all, and shows in which questions they changed.
     def share(r) -> float:      # of the questions of that kind, those that are answered correctly
         return by_kind({r["task"]: r.get("kinds", [])}, [r]).get(kinds[0], 0)
 
     close = [i for i in gain if abs(gain[i] - mean) <= 0.1] or [nearest]
     best = max(close, key=lambda i: share(after[i][0]) - share(before[i][0]))
-    return best, f"its gain is close to the mean gain, and most of it is in {kinds[0]} questions"
+    return best, f"its gain is close to the mean gain, and it did best in {kinds[0]} questions"
 
 
 def show_task(run) -> list[str]:

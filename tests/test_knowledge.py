@@ -429,7 +429,7 @@ def test_the_model_itself_is_a_tool_if_it_has_a_prompt(passages, tmp_path, monke
     """What a chosen tool asks for is written by the same model, kept, and read again."""
     wide = make_checkpoint(tmp_path / "wide", max_position_embeddings=4096)
     argv = ["--model", wide, "--train-data", passages, "--eval-data", passages, *SMALL.split(),
-            *"--iterations 0 --directives --prompt rewrite --run-dir".split(), tmp_path / "run"]
+            *"--iterations 0 --directives --own-text rewrite --run-dir".split(), tmp_path / "run"]
     directives = {"lr": 0.001, "epochs": 2, "batch": 4}
     chosen = [write_choices(study.WITH_OWN_TEXT, tools, directives)
               for tools in (["own_text", "passage"], ["passage"])]

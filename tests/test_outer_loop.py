@@ -333,7 +333,7 @@ def test_the_summary_by_hand(tmp_path):
         "with a self-edit 0.250 -> 0.500",
         "self-edits: copy 75% -> 0%, plain 25% -> 50%, reversed 0% -> 50%",
         "",
-        "A held-out passage, c (its gain is close to the mean gain, and most of it is in reversed "
+        "A held-out passage, c (its gain is close to the mean gain, and it did best in reversed "
         "questions):",
         "About c.",
         "",

@@ -95,7 +95,7 @@ def test_a_flag_beats_its_preset_and_a_switch_can_be_turned_off():
     ("--model=", "--model is missing (-h explains)"),
     ("--domain arc --directives",
      "--directives: it does nothing with --domain arc, only with knowledge or tinyworld"),
-    ("--directives --max-documents 3", "--directives: its tools make the documents"),
+    ("--directives --prompt rewrite", "--directives: it has a prompt of its own"),
     ("--views 3", "--views: it does nothing with --domain knowledge, only with arc or tinyarc"),
     ("--solved-at 0.5", "--solved-at: it does nothing with --update best, only with solved"),
     ("--update grpo --keep 2", "--keep: it does nothing with --update grpo, only with best or "),
