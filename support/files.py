@@ -48,10 +48,10 @@ def cli(main):
             line = f"{e.filename}: {e.strerror}"
         elif not kinds & {"UserError", "OSError", "SafetensorError"}:
             raise
-    # A UserError says itself what to do.
-    if HELD and "UserError" not in kinds:
-        line += f"; what a run has finished is kept: {advice}"
-    sys.exit("error: " + " ".join(printable(line).split("\n")))
+        # A UserError says itself what to do. (A run is held as long as the error is.)
+        if HELD and "UserError" not in kinds:
+            line += f"; what a run has finished is kept: {advice}"
+        sys.exit("error: " + " ".join(printable(line).split("\n")))
 
 
 def printable(text, most=2000) -> str:
