@@ -68,7 +68,7 @@ def slides():
         dict(title="A real model: it learns how to study, not what to write",
              text="SmolLM2-135M, 60 passages, RL minus control. The passage alone has 0.42.",
              numbers=[number("-0.036 [-0.077, +0.004]", "if self-edits are its own texts"),
-                      number("+0.13 [+0.06, +0.21]", "if they choose how it studies, 1 of 2 seeds")]),
+                      number("+0.13 [+0.06, +0.21]", "if they choose how to study, 1 of 2 seeds")]),
         dict(title="Hundreds of adapters, one frozen model", figure=figure("ribbon.svg"),
              text="Tokens of all adapters lie end to end, without padding. Beside PEFT:",
              numbers=[number("2.0 x", "two CPU cores"),
