@@ -27,8 +27,7 @@ from inner_loop import answering, ask, grade_all, in_prompt, inner_recipe, make_
 from lora import Adapters, Job
 from model import load_pretrained
 from outer_loop import sample, score, unadapted, verdicts
-from selfedit import (SelfEdit, Task, read_self_edit, sample_self_edits, seed_for,
-                      write_asked)
+from selfedit import SelfEdit, Task, read_self_edit, sample_self_edits, seed_for, write_asked
 from support import page, ranks
 from support.config import add_flags, read_flags, read_settings
 from support.files import Lines, Parser, UserError, as_json, cli, positive, replace_file
@@ -141,10 +140,12 @@ def single(args, run: Run):
     for name, texts in given.items():
         edits = [[read_self_edit(task, text, run.tok.encode(text))]
                  for task, text in zip(tasks, texts)]
-        seeds = [[seed_for(cfg.seed, name, i)] for i in range(len(tasks))]
-        sampling = Sampling(cfg.max_edit_tokens, 1, cfg.temperature, cfg.top_p, max_rows=cfg.rows)
-        list(write_asked(model, run.tok, tasks, edits, sampling, seeds))
-        table.add(name, ranks.gather(edits)[0])     # the same texts for all ranks
+        if cfg.own_text:
+            seeds = [[seed_for(cfg.seed, name, i)] for i in range(len(tasks))]
+            own = Sampling(cfg.max_edit_tokens, 1, cfg.temperature, cfg.top_p, max_rows=cfg.rows)
+            list(write_asked(model, run.tok, tasks, edits, own, seeds))
+            edits = ranks.gather(edits)[0]      # the same texts for all ranks
+        table.add(name, edits)
     table.rows.append({"row": "passage in the prompt",
                        "accuracy": unadapted(run, run.load(0), in_prompt(tasks))})
     if args.run:

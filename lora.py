@@ -177,7 +177,6 @@ class Route:
     """While entered, the base's linear layers add the adapters' terms (engine/ribbon.py: LowRank).
     It sets each layer's `delta`, and clears it at the end. So it may be entered again, but never
     within another. The model needs no wrapper: its modules, names and weights stay as they are."""
-
     deltas: list[tuple[Linear, LowRank]]
 
     def __enter__(self):

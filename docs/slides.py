@@ -65,7 +65,7 @@ def slides():
              numbers=[number("0.11 ±0.07", "puzzles solved before RL"),
                       number("0.29 ±0.06", "after two rounds"),
                       number("0.05 ±0.02", "control")]),
-        dict(title="A real model: it learns how to study, not what to write",
+        dict(title="A real model: RL works with one seed of two",
              text="SmolLM2-135M, 60 passages, RL minus control. The passage alone has 0.42.",
              numbers=[number("-0.036 [-0.077, +0.004]", "if self-edits are its own texts"),
                       number("+0.13 [+0.06, +0.21]", "if they choose how to study, 1 of 2 seeds")]),

@@ -54,7 +54,7 @@ class Ribbon:
             begin[members] = self.cells + longest * torch.arange(len(members))
             self.shapes.append((len(members), longest))
             self.cells += len(members) * longest
-        self.masks = [None] * len(self.groups)                   # None: causal (see PaddedRibbon)
+        self.masks = [None] * len(self.groups)              # None: causal (see PaddedRibbon)
 
         # Where each token is: worked out on the host, so that nothing waits for the device.
         length = torch.tensor(lengths)

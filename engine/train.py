@@ -90,7 +90,7 @@ def batched(items: Iterable, size: int, seconds=60.0) -> Iterator[list]:
         yield batch
 
 
-def fill_slots(model, jobs, waiting, n, total=0, progress=None):
+def fill_slots(model, jobs, waiting, n, total, progress):
     """Train the waiting jobs, n side by side, the first ones first: yields (number, Trained).
 
     total: the optimiser steps of all jobs, of which `progress` hears how many are done."""
